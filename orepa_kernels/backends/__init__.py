@@ -1,0 +1,169 @@
+"""The backends of `orepa_kernels.squeeze`: who can squeeze what, where, and why not.
+
+A backend is an object with a name, one predicate `Backend.can_run` and one function `Backend.squeeze`. The same predicate
+serves the automatic choice and an explicit request, so the two can never disagree. To add a backend, subclass `Backend`
+and `register` it: nothing else in the project changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..plan import Block
+
+log = logging.getLogger("orepa_kernels")
+
+#: every backend that this package defines, fastest first; those not registered are not part of the installed build
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+#: environment variable that replaces ``backend="auto"``
+ENVIRONMENT_VARIABLE = "OREPA_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot do the work; the message says why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a backend can run something, and the reason where it cannot. True or false in a condition."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+YES = Verdict(True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked to do for one block."""
+
+    block: Block
+    device: torch.device
+    #: dtype of the operands
+    dtype: torch.dtype
+    #: dtype of the kernel to return
+    out_dtype: torch.dtype
+
+
+class Backend(ABC):
+    """One way to compute a squeeze."""
+
+    name: str
+
+    @abstractmethod
+    def available(self) -> Verdict:
+        """Whether this backend is built and can run anything on this machine."""
+
+    @abstractmethod
+    def can_run(self, request: Request) -> Verdict:
+        """Whether this backend covers ``request``; called only where `available`."""
+
+    @abstractmethod
+    def squeeze(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtypes: Sequence[torch.dtype],
+        memory_format: torch.memory_format,
+    ) -> list[Tensor]:
+        """Squeeze validated blocks, differentiably.
+
+        Args:
+            blocks: the plans.
+            tensors: per block, one tensor per operand, in ``block.operands`` order.
+            dtypes: per block, the dtype of the kernel to return.
+            memory_format: of the returned kernels.
+
+        Returns:
+            One ``[O, I/g, kh, kw]`` per block.
+        """
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> Backend:
+    """Make a backend known. Its name must be one of `NAMES`, which also gives its rank in the automatic choice."""
+    if backend.name not in NAMES:
+        raise ValueError(f"backend name must be one of {', '.join(NAMES)}, got {backend.name!r}")
+    _REGISTRY[backend.name] = backend
+    _available.cache_clear()
+    return backend
+
+
+@cache
+def _available(name: str) -> Verdict:
+    backend = _REGISTRY.get(name)
+    if backend is None:
+        return Verdict(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
+    return backend.available()
+
+
+def backends() -> dict[str, Verdict]:
+    """Every backend by name, fastest first, each with whether it runs here and, if not, why."""
+    return {name: _available(name) for name in NAMES}
+
+
+def resolve(name: str) -> str:
+    """The backend name to use: ``"auto"`` is replaced by ``OREPA_BACKEND`` where that is set.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    source = "backend"
+    if name == "auto":
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto", ENVIRONMENT_VARIABLE
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{source} must be one of auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def select(name: str, request: Request) -> Backend:
+    """The backend that squeezes ``request``.
+
+    Args:
+        name: ``"auto"`` for the first that can, or the one to use (see `resolve`).
+
+    Raises:
+        BackendError: the backend asked for by name cannot; never another one in its place.
+    """
+    if name == "auto":
+        for candidate in NAMES:
+            verdict = _verdict(candidate, request)
+            if verdict:
+                return _REGISTRY[candidate]
+            if candidate in _REGISTRY:
+                _note_pass(candidate, verdict.reason)
+        raise BackendError(f"no backend can squeeze this block: {request}")
+    verdict = _verdict(name, request)
+    if not verdict:
+        raise BackendError(f"backend {name!r} was asked for but cannot run: {verdict.reason}")
+    return _REGISTRY[name]
+
+
+def _verdict(name: str, request: Request) -> Verdict:
+    available = _available(name)
+    return _REGISTRY[name].can_run(request) if available else available
+
+
+def _note_pass(name: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        log.debug("backend %s passes: %s", name, reason)
+
+
+from . import reference as _reference  # noqa: E402
+
+register(_reference.ReferenceBackend())

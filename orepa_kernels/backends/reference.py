@@ -1,0 +1,49 @@
+"""The reference backend: plain PyTorch, any device, any dtype, differentiable to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..plan import Block
+from . import YES, Backend, Request, Verdict
+
+
+class ReferenceBackend(Backend):
+    """`orepa_kernels.reference`, composed in float32 at least and rounded once."""
+
+    name = "reference"
+
+    def available(self) -> Verdict:
+        return YES
+
+    def can_run(self, request: Request) -> Verdict:
+        return YES
+
+    def squeeze(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtypes: Sequence[torch.dtype],
+        memory_format: torch.memory_format,
+    ) -> list[Tensor]:
+        kernels = []
+        for block, operands, dtype in zip(blocks, tensors, dtypes, strict=True):
+            # Half-precision operands are composed in float32: rounding every product of a sequence would add up.
+            compute = torch.promote_types(operands[0].dtype, torch.float32)
+            values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
+            with _no_autocast(operands[0].device):
+                kernel = reference.squeeze_block(block, values)
+            kernels.append(kernel.to(dtype=dtype, memory_format=memory_format))
+        return kernels
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would run the matrix products in half precision; the squeeze rounds once, at its end."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

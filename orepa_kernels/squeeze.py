@@ -1,0 +1,99 @@
+"""The public function: validate, pick a backend per block, squeeze."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, Request, resolve, select
+from .plan import Block
+
+#: dtypes that operands and kernels can have
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def squeeze(
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Squeeze linear blocks into one convolution kernel each (paper section 3.3, Eq. 3 and 4), differentiably.
+
+    Args:
+        blocks: what to compute, one plan per block; a single block is a list of one.
+        tensors: per block, one tensor per operand, in the order of ``block.operands``: all of one device and one of
+            float64, float32, bfloat16, float16, any strides. Filters may be of a wider dtype than the rest.
+        dtype: of the returned kernels; by default that of each block's first operand. Half-precision operands are
+            composed in float32 and rounded once.
+        memory_format: of the returned kernels, ``torch.contiguous_format`` or ``torch.channels_last``.
+        backend: ``"auto"`` (or what ``OREPA_BACKEND`` says), or one of ``"cuda"``, ``"triton"``, ``"cpu"``,
+            ``"reference"``.
+
+    Returns:
+        One kernel ``[O, I/g, kh, kw]`` per block, centre-aligned, ready for ``torch.nn.functional.conv2d``.
+
+    Raises:
+        ValueError: a count, shape, device or name does not fit; the message names the operand.
+        TypeError: an operand or ``dtype`` is not a floating-point one of the four above.
+        BackendError: the backend asked for cannot do it; the message says why.
+    """
+    if len(blocks) != len(tensors):
+        raise ValueError(f"tensors must have one entry per block: got {len(tensors)} for {len(blocks)} blocks")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {_names(DTYPES)}, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
+
+    name = resolve(backend)
+    kernels: list[Tensor | None] = [None] * len(blocks)
+    # Blocks that share a backend go to it in one call, so that a fused backend can take them in one launch.
+    work: dict[str, tuple[Backend, list[int]]] = {}
+    out_dtypes = []
+    for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
+        _check_operands(block, operands, f"blocks[{index}]")
+        first = operands[0]
+        out_dtypes.append(first.dtype if dtype is None else dtype)
+        chosen = select(name, Request(block, first.device, first.dtype, out_dtypes[-1]))
+        work.setdefault(chosen.name, (chosen, []))[1].append(index)
+    for chosen, indices in work.values():
+        results = chosen.squeeze(
+            [blocks[i] for i in indices], [tensors[i] for i in indices], [out_dtypes[i] for i in indices], memory_format
+        )
+        for index, kernel in zip(indices, results, strict=True):
+            kernels[index] = kernel
+    return [kernel for kernel in kernels if kernel is not None]
+
+
+def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> None:
+    if len(operands) != len(block.operands):
+        raise ValueError(f"{where} needs {len(block.operands)} tensors, got {len(operands)}")
+    if not operands:
+        raise ValueError(f"{where} has no operands, so its device and dtype are unknown")
+    first = operands[0]
+    for operand, tensor in zip(block.operands, operands, strict=True):
+        if tensor.shape != operand.shape:
+            raise ValueError(
+                f"{where}: operand {operand.name!r} must be {list(operand.shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[0].name!r} on {first.device}"
+            )
+        # The one three-dimensional kind of operand is a filter, a constant that a half-precision block keeps in float32.
+        if tensor.dtype != first.dtype and len(operand.shape) != 3:
+            raise ValueError(
+                f"{where}: operand {operand.name!r} is {tensor.dtype}, {block.operands[0].name!r} is {first.dtype}"
+            )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

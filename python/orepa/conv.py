@@ -1,0 +1,313 @@
+"""`OREPAConv`: a convolution whose kernel is squeezed from many branches at every training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import orepa_kernels
+import torch
+import torch.nn.functional as F
+from orepa_kernels import Dense
+from orepa_kernels.backends import resolve
+from torch import Tensor, nn
+
+from .block import LinearBlock
+from .topology import ConvSpec, Size, Topology, declaration, pair
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def default_topology(kernel_size: Size) -> str:
+    """The block of the paper for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between."""
+    if max(kernel_size) == 1:
+        return "rep1x1"
+    return "deep_stem" if max(kernel_size) >= 7 and all(k % 2 for k in kernel_size) else "orepa"
+
+
+class OREPAConv(LinearBlock):
+    """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
+
+    Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
+    mode, without gradients, the kernel is kept until a parameter changes. The norm after the block is the host model's own
+    and matters: without one, training diverges (paper Table 3).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as for `torch.nn.Conv2d`. ``bias`` is one vector ``[O]`` for the whole block.
+        topology: a name of `orepa.topologies`, or a declaration ``spec -> Topology``. By default the paper's choice for the
+            kernel size: ``"rep1x1"`` for 1x1, ``"deep_stem"`` from 7x7 on, ``"orepa"`` between.
+        scaling: of the branches: ``"vector"``, ``"scalar"`` or ``"none"`` (paper Table 3).
+        backend: that squeezes; see `orepa_kernels.squeeze`.
+        options: of the topology, such as ``prior="dct2d"``.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was given and what is allowed.
+        TypeError: an option that the topology does not have.
+
+    Shape:
+        ``[N, I, H, W]`` (or ``[I, H, W]``) to ``[N, O, H', W']`` as for `torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Size,
+        stride: int | Size = 1,
+        padding: int | Size | str = 0,
+        dilation: int | Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        topology: str | Callable[..., Topology] | None = None,
+        scaling: str = "vector",
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        size, strides, dilations = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
+        _check_channels(in_channels, out_channels, groups)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if dtype is not None and dtype not in orepa_kernels.DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        resolve(backend)
+        borders = _borders(padding, size, strides, dilations)
+        chosen = default_topology(size) if topology is None else topology
+        spec = ConvSpec(in_channels, out_channels, size, groups, strides)
+        declared = declaration(chosen, **options)(spec).linearize()
+
+        super().__init__(spec, declared, scaling, device=device, dtype=dtype)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = size, strides, dilations
+        self.padding = padding if isinstance(padding, str) else (borders[2], borders[0])
+        self.padding_mode, self.scaling, self.backend = padding_mode, scaling, backend
+        self.topology = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+        self._borders = borders
+        self._cache: tuple[tuple[Any, ...], Tensor] | None = None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None)
+        self._reset_bias()
+
+    bias: nn.Parameter | None
+
+    def reset_parameters(self) -> None:
+        """Draw initial values: the topology's, and for the bias those of `torch.nn.Conv2d`."""
+        super().reset_parameters()
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    # --- forward ------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One convolution with the squeezed kernel."""
+        return self._convolve(x, self._kernel(x), self.bias)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The unsqueezed multi-branch forward, layer by layer on feature maps: the ground truth that `forward` equals.
+
+        Zero padding happens once, on the block's input, so the two agree on the borders as well.
+        """
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        y = self.run_branches(self._pad(batched), self.stride, self.dilation)
+        if self.bias is not None:
+            y = y + self.bias.view(1, -1, 1, 1)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def squeeze(
+        self, dtype: torch.dtype | None = None, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """The block as one kernel, differentiable in its parameters.
+
+        Args:
+            dtype: of the kernel; by default that of the parameters.
+            memory_format: of the kernel.
+
+        Returns:
+            ``[O, I/g, kh, kw]``.
+        """
+        return self._squeeze(self.operands(), dtype, memory_format)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """A plain convolution that computes the same function, composed in float64.
+
+        It keeps device, dtype, memory format and train/eval mode, and requires gradients where the block does.
+        """
+        weight = self._compose(torch.float64)
+        like = next(self.parameters())
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device="meta",
+        )
+        trainable = any(p.requires_grad for p in self.parameters())
+        memory_format = torch.channels_last if self._is_channels_last() else torch.contiguous_format
+        weight = weight.to(like.dtype).contiguous(memory_format=memory_format)
+        conv.weight = nn.Parameter(weight, requires_grad=trainable)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+    def load_kernel_(self, weight: Tensor) -> None:
+        """Set the parameters so that the block squeezes to a given kernel: the start from pretrained weights.
+
+        The first branch that is one bare convolution of full size takes the kernel over. The other branches keep their
+        drawn weights behind a scale of zero (so they wake up with the first gradient step), or, without scaling, are
+        subtracted from the kernel.
+
+        Args:
+            weight: ``[O, I/g, kh, kw]``.
+
+        Raises:
+            ValueError: a wrong shape, or a topology without such a branch (`deep_stem` cannot hold every kernel).
+        """
+        if tuple(weight.shape) != self.plan.shape:
+            raise ValueError(f"weight must be {list(self.plan.shape)}, got {list(weight.shape)}")
+        carrier = next((t for t in self.plan.terms if isinstance(t, Dense) and self._holds_any_kernel(t)), None)
+        if carrier is None:
+            raise ValueError(f"topology {self.topology!r} has no full-size convolution that could hold a given kernel")
+        parameter = getattr(self, carrier.weight.name)  # type: ignore[union-attr]
+        with torch.no_grad():
+            if self.scales is not None:
+                keep = None if carrier.scale is None else self.scales[carrier.scale].clone()
+                self.scales.zero_()
+                if carrier.scale is not None and keep is not None:
+                    # A branch declared with scale 0 could not carry anything.
+                    self.scales[carrier.scale] = torch.where(keep == 0, torch.ones_like(keep), keep)
+            parameter.zero_()
+            rest = weight.double() - self._compose(torch.float64)
+            if carrier.scale is not None and self.scales is not None:
+                rest = rest / self.scales[carrier.scale].double().view(-1, 1, 1, 1)
+            parameter.copy_(rest)
+
+    def clear_cache(self) -> None:
+        """Forget the kernel kept for eval mode. Needed only after writing through ``parameter.data`` in eval mode."""
+        self._cache = None
+
+    # --- the kernel ---------------------------------------------------------------------------------------------------------
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
+        operands = self.operands()
+        dtype = operands[0].dtype
+        if dtype != torch.float64 and torch.amp.is_autocast_available(x.device.type):
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+        memory_format = torch.contiguous_format
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            memory_format = torch.channels_last
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(operands):
+            return self._squeeze(operands, dtype, memory_format)
+        # Parameters are compared by identity, storage and version, and held, so that no address can be reused.
+        key = (dtype, memory_format, *operands, *((t.data_ptr(), t._version) for t in operands))
+        if self._cache is None or not _same(self._cache[0], key):
+            self._cache = (key, self._squeeze(operands, dtype, memory_format))
+        return self._cache[1]
+
+    def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+        (kernel,) = orepa_kernels.squeeze(
+            [self.plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
+        )
+        return kernel
+
+    @torch.no_grad()
+    def _compose(self, dtype: torch.dtype) -> Tensor:
+        """The kernel in a given precision, whatever the precision of the parameters."""
+        operands = [t.to(dtype) for t in self.operands()]
+        return orepa_kernels.squeeze([self.plan], [operands], backend="reference")[0]
+
+    def _holds_any_kernel(self, term: Dense) -> bool:
+        return isinstance(term.weight, orepa_kernels.Operand) and term.weight.shape == self.plan.shape
+
+    def _is_channels_last(self) -> bool:
+        kernels = [p for p in self.parameters() if p.dim() == 4]
+        return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
+
+    # --- the convolution ------------------------------------------------------------------------------------------------------
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            return F.conv2d(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._borders, mode=mode)
+
+    # --- housekeeping ---------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> OREPAConv:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._cache = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        text = "{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}"
+        shown = {"padding": ((0, 0), "valid"), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}
+        for name, defaults in shown.items():
+            if getattr(self, name) not in defaults:
+                text += f", {name}={{{name}}}"
+        if self.bias is None:
+            text += ", bias=False"
+        text = text.format(**self.__dict__).replace("padding_mode=", "padding_mode=")
+        text += f", topology={self.topology}"
+        if self.scaling != "vector":
+            text += f", scaling={self.scaling}"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+
+
+def _plain(operands: list[Tensor]) -> bool:
+    """Whether these are ordinary parameters and buffers: not traced, not wrapped by a transform, not inference tensors."""
+    return all(type(t) in (nn.Parameter, Tensor) and not t.is_inference() for t in operands)
+
+
+def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    return all(a is b if isinstance(b, Tensor) else a == b for a, b in zip(old, new, strict=True))
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if value % groups:
+            raise ValueError(f"groups={groups} must divide {name}={value}")
+
+
+def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilation: Size) -> list[int]:
+    """What to pad, in the order of `torch.nn.functional.pad`: left, right, top, bottom."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be a number, two numbers, 'same' or 'valid', got {padding!r}")
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride=1, got {stride}")
+        (top, bottom), (left, right) = (
+            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel_size, dilation, strict=True)
+        )
+        return [left, right, top, bottom]
+    top, left = (padding, padding) if isinstance(padding, int) else padding
+    if min(top, left) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+    return [left, left, top, top]
