@@ -12,7 +12,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -93,6 +92,8 @@ class Backend(ABC):
 
 
 _REGISTRY: dict[str, Backend] = {}
+#: asked on first use, once: finding out may load a driver (a plain dict, because torch.compile cannot trace functools.cache)
+_AVAILABLE: dict[str, Verdict] = {}
 
 
 def register(backend: Backend) -> Backend:
@@ -100,16 +101,16 @@ def register(backend: Backend) -> Backend:
     if backend.name not in NAMES:
         raise ValueError(f"backend name must be one of {', '.join(NAMES)}, got {backend.name!r}")
     _REGISTRY[backend.name] = backend
-    _available.cache_clear()
+    _AVAILABLE.pop(backend.name, None)
     return backend
 
 
-@cache
 def _available(name: str) -> Verdict:
-    backend = _REGISTRY.get(name)
-    if backend is None:
+    if name not in _REGISTRY:
         return Verdict(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
-    return backend.available()
+    if name not in _AVAILABLE:
+        _AVAILABLE[name] = _REGISTRY[name].available()
+    return _AVAILABLE[name]
 
 
 def backends() -> dict[str, Verdict]:

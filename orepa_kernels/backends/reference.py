@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..autocast import autocast_dtype
 from ..plan import Block
 from . import YES, Backend, Request, Verdict
 
@@ -44,6 +45,6 @@ class ReferenceBackend(Backend):
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would run the matrix products in half precision; the squeeze rounds once, at its end."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    if autocast_dtype(device.type) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,9 +1,29 @@
-"""OREPA: train re-parameterised networks at almost the price of the plain ones (CVPR 2022)."""
+"""OREPA: train re-parameterised networks at almost the price of the plain ones (CVPR 2022).
+
+`OREPAConv` is a drop-in for `torch.nn.Conv2d`; `prepare` swaps it into any model, `convert` turns the trained model back
+into plain convolutions, `report` tells what either did.
+"""
 
 from orepa_kernels import __version__
 
 from . import catalogue as catalogue
 from .conv import OREPAConv
+from .convert import ConversionError, convert
+from .prepare import prepare
+from .report import Report, report
+from .repvgg import RepVGGBlock
 from .topology import Topology, register_topology, topologies
 
-__all__ = ["OREPAConv", "Topology", "__version__", "register_topology", "topologies"]
+__all__ = [
+    "ConversionError",
+    "OREPAConv",
+    "RepVGGBlock",
+    "Report",
+    "Topology",
+    "__version__",
+    "convert",
+    "prepare",
+    "register_topology",
+    "report",
+    "topologies",
+]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import orepa_kernels
 import torch
 import torch.nn.functional as F
-from orepa_kernels.reference import identity
 from torch import Tensor, nn
+
+import orepa_kernels
+from orepa_kernels.reference import identity
 
 from .lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, Stage, constant_values, lower
 from .topology import ConvSpec, Size, Topology
@@ -55,6 +56,8 @@ class LinearBlock(nn.Module):
         self._sources = tuple(
             (tuple(path), name) for *path, name in (operand.name.split(".") for operand in lowered.plan.operands)
         )
+        # Which of them are parameters, not constants; told by dimension, since only a filter has three.
+        self._learned = tuple(len(operand.shape) != 3 for operand in lowered.plan.operands)
         self._place_constants(torch.empty(0, device=device, dtype=dtype))
         LinearBlock.reset_parameters(self)
         self.register_load_state_dict_post_hook(_follow_parameters)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import orepa_kernels
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import orepa_kernels
 from orepa_kernels import Dense
 from orepa_kernels.backends import resolve
-from torch import Tensor, nn
 
 from .block import LinearBlock
 from .topology import ConvSpec, Size, Topology, declaration, pair
@@ -20,10 +21,15 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def default_topology(kernel_size: Size) -> str:
-    """The block of the paper for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between."""
+    """The block of the paper for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between.
+
+    Even sizes have no centre for a 1x1 branch, so they get the block without one.
+    """
     if max(kernel_size) == 1:
         return "rep1x1"
-    return "deep_stem" if max(kernel_size) >= 7 and all(k % 2 for k in kernel_size) else "orepa"
+    if any(k % 2 == 0 for k in kernel_size):
+        return "repvgg_dense"
+    return "deep_stem" if max(kernel_size) >= 7 else "orepa"
 
 
 class OREPAConv(LinearBlock):
@@ -204,19 +210,23 @@ class OREPAConv(LinearBlock):
         """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
         operands = self.operands()
         dtype = operands[0].dtype
-        if dtype != torch.float64 and torch.amp.is_autocast_available(x.device.type):
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype != torch.float64:  # which autocast leaves alone
+            dtype = orepa_kernels.autocast_dtype(x.device.type) or dtype
         memory_format = torch.contiguous_format
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             memory_format = torch.channels_last
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(operands):
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._are_own(operands):
             return self._squeeze(operands, dtype, memory_format)
         # Parameters are compared by identity, storage and version, and held, so that no address can be reused.
         key = (dtype, memory_format, *operands, *((t.data_ptr(), t._version) for t in operands))
         if self._cache is None or not _same(self._cache[0], key):
             self._cache = (key, self._squeeze(operands, dtype, memory_format))
         return self._cache[1]
+
+    def _are_own(self, operands: list[Tensor]) -> bool:
+        """Whether these are this module's ordinary tensors: not traced, nor put in its place by a functional transform."""
+        kinds = zip(operands, self._learned, strict=True)
+        return all(type(t) is (nn.Parameter if learned else Tensor) and not t.is_inference() for t, learned in kinds)
 
     def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
         (kernel,) = orepa_kernels.squeeze(
@@ -263,22 +273,17 @@ class OREPAConv(LinearBlock):
 
     def extra_repr(self) -> str:
         text = "{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}"
-        shown = {"padding": ((0, 0), "valid"), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}
+        shown = {"padding": ((0, 0),), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}
         for name, defaults in shown.items():
             if getattr(self, name) not in defaults:
                 text += f", {name}={{{name}}}"
         if self.bias is None:
             text += ", bias=False"
-        text = text.format(**self.__dict__).replace("padding_mode=", "padding_mode=")
+        text = text.format(**self.__dict__)
         text += f", topology={self.topology}"
         if self.scaling != "vector":
             text += f", scaling={self.scaling}"
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
-
-
-def _plain(operands: list[Tensor]) -> bool:
-    """Whether these are ordinary parameters and buffers: not traced, not wrapped by a transform, not inference tensors."""
-    return all(type(t) in (nn.Parameter, Tensor) and not t.is_inference() for t in operands)
 
 
 def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:

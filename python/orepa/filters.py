@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .topology import Size
 
+
 def frequency_prior(channels: int, kernel_size: Size) -> Tensor:
     """The frequency prior filters of the authors' release, for every kernel size (paper section 3.5).
 
@@ -21,8 +22,10 @@ def frequency_prior(channels: int, kernel_size: Size) -> Tensor:
     kh, kw = kernel_size
     half = channels / 2
     i = torch.arange(channels, dtype=torch.float64)
-    rows = torch.cos(math.pi / kh * (torch.arange(kh) + 0.5) * (i + 1)[:, None])[:, :, None].expand(-1, -1, kw)
-    columns = torch.cos(math.pi / kw * (torch.arange(kw) + 0.5) * (i + 1 - half)[:, None])[:, None, :].expand(-1, kh, -1)
+    h = torch.arange(kh, dtype=torch.float64)
+    w = torch.arange(kw, dtype=torch.float64)
+    rows = torch.cos(math.pi / kh * (h + 0.5) * (i + 1)[:, None])[:, :, None].expand(-1, -1, kw)
+    columns = torch.cos(math.pi / kw * (w + 0.5) * (i + 1 - half)[:, None])[:, None, :].expand(-1, kh, -1)
     return torch.where((i < half)[:, None, None], rows, columns).contiguous()
 
 

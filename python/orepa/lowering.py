@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
+
 from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, Term
 from orepa_kernels.plan import check_alignment
-from torch import Tensor
 
 from . import topology as T
 from .topology import ConvSpec, Init, Size, Topology, pair

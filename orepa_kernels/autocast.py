@@ -1,0 +1,15 @@
+"""What autocast asks for, readable under torch.compile too."""
+
+from __future__ import annotations
+
+import torch
+
+# Asked once, at import: torch.compile cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on this type of device, or None where it is off. Traces under torch.compile."""
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

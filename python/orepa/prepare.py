@@ -1,0 +1,197 @@
+"""`prepare`: swap a model's convolutions for re-parameterised ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from orepa_kernels.backends import resolve
+
+from .block import LinearBlock
+from .conv import OREPAConv, default_topology
+from .flow import ORDER, Consumer, consumers, is_conv
+from .lowering import SCALINGS
+from .report import LayerReport, Report, attach, count_parameters, describe
+from .repvgg import RepVGGBlock
+from .surgery import replace_modules, walk
+from .topology import Topology, declaration
+
+#: what a policy says of one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None: leave it
+Choice: TypeAlias = str | Callable[..., Topology] | Mapping[str, Any] | None
+#: one choice for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
+Policy: TypeAlias = str | Mapping[str | type[nn.Module], Choice] | Callable[[str, nn.Conv2d], Choice]
+
+
+def prepare(
+    model: nn.Module,
+    policy: Policy | None = None,
+    *,
+    preserve: bool = False,
+    inplace: bool = False,
+    scaling: str = "vector",
+    backend: str = "auto",
+) -> nn.Module:
+    """Swap the convolutions of any model for `OREPAConv`, by a policy.
+
+    A convolution is left alone, and reported, where no norm layer follows it (paper Table 3: training diverges), where it is
+    frozen, shares its weight, is parametrized or hooked, where its class has a forward of its own, or where the topology does
+    not fit it. `orepa.report` tells.
+
+    Args:
+        model: any module tree, in either mode.
+        policy: by default the paper's block for each kernel size (`orepa.conv.default_topology`). Otherwise a topology for
+            all; a mapping from layer names (shell patterns such as ``"layer1.*"``) or types to topologies, the first match
+            counting and layers without a match left; or a function ``(name, conv)``. In place of a topology, None leaves a
+            layer alone and a mapping gives `OREPAConv`'s keyword arguments.
+        preserve: start from the model's weights, so that it computes the same function as before. The default policy then
+            takes ``"orepa"`` where a stack of small kernels could not hold the given one.
+        inplace: change ``model`` itself instead of a copy.
+        scaling, backend: of every `OREPAConv`, where the policy does not say otherwise.
+
+    Returns:
+        The prepared model, trainable, in the mode, on the devices and in the dtypes that it had.
+
+    Raises:
+        ValueError: an unknown topology, scaling or backend, or a pattern that matches no convolution. ``model`` is then as
+            it was.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+    resolve(backend)
+    if not inplace:
+        model = copy.deepcopy(model)
+    choose = _Chooser(policy, preserve)
+    before = count_parameters(model)
+    follows = consumers(model)
+    weights = _weight_owners(model)
+    layers: list[LayerReport] = []
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, conv in walk(model, (LinearBlock, RepVGGBlock)):
+        if not is_conv(conv) or isinstance(conv, LinearBlock):
+            continue
+        choice, reason = None, _why_not(conv, follows.get(name), weights)
+        if isinstance(conv, nn.Conv2d):
+            choice = choose(name, conv)
+            if choice is None:
+                reason = "the policy leaves it"
+        new: OREPAConv | None = None
+        if not reason and isinstance(conv, nn.Conv2d) and choice is not None:
+            try:
+                new = _build(conv, {"scaling": scaling, "backend": backend, **choice}, preserve)
+            except ValueError as error:
+                reason = str(error)
+        if new is None:
+            layers.append(LayerReport(name, describe(conv), "left", reason))
+            continue
+        replacements[conv] = new
+        detail = new.topology
+        if follows[name].proof == ORDER:
+            detail += f" (norm {follows[name].norm} found by its place only)"
+        error_norm = _relative(new, conv) if preserve else None
+        layers.append(LayerReport(name, describe(conv), "swapped", detail, error_norm))
+    choose.check_patterns()
+    model = replace_modules(model, replacements)
+    attach(model, Report("prepare", layers, (before, count_parameters(model))))
+    return model
+
+
+class _Chooser:
+    """A policy in any of its forms, as one function to `OREPAConv`'s keyword arguments (or None)."""
+
+    def __init__(self, policy: Policy | None, preserve: bool) -> None:
+        self.policy, self.preserve = policy, preserve
+        self.unmatched = set(policy) if isinstance(policy, Mapping) else set()
+
+    def __call__(self, name: str, conv: nn.Conv2d) -> dict[str, Any] | None:
+        choice = self._choice(name, conv)
+        if choice is None:
+            return None
+        keywords = dict(choice) if isinstance(choice, Mapping) else {"topology": choice}
+        # A name that does not exist is a mistake of the caller's, not a layer that does not fit.
+        declaration(keywords.get("topology") or "plain")
+        return keywords
+
+    def _choice(self, name: str, conv: nn.Conv2d) -> Choice:
+        policy = self.policy
+        if policy is None:
+            topology = default_topology((conv.kernel_size[0], conv.kernel_size[1]))
+            return "orepa" if topology == "deep_stem" and self.preserve else topology
+        if isinstance(policy, str):
+            return policy
+        if isinstance(policy, Mapping):
+            for key, choice in policy.items():
+                if fnmatchcase(name, key) if isinstance(key, str) else isinstance(conv, key):
+                    self.unmatched.discard(key)
+                    return choice
+            return None
+        return policy(name, conv)
+
+    def check_patterns(self) -> None:
+        names = sorted(str(key) for key in self.unmatched)
+        if names:
+            raise ValueError(f"policy: no convolution matches {', '.join(names)} (first match counts)")
+
+
+def _why_not(conv: nn.Module, consumer: Consumer | None, weights: Mapping[int, int]) -> str:
+    """The reason to leave a convolution alone, or an empty string."""
+    if not isinstance(conv, nn.Conv2d) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(conv).__name__}: only 2-D convolutions of known size are re-parameterised"
+    if (type(conv).forward, type(conv)._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
+        return f"{type(conv).__name__} computes something else than nn.Conv2d"
+    if is_parametrized(conv) or "weight" not in conv._parameters:
+        return "its weight is parametrized"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "it has hooks, which a new module would not have"
+    if not conv.weight.requires_grad:
+        return "its weight is frozen"
+    if weights[id(conv.weight)] > 1:
+        return "it shares its weight with another module"
+    if consumer is None:
+        return "the model does not call it where it could be traced"
+    return "" if consumer.norm else f"no norm follows: {consumer.problem}"
+
+
+def _weight_owners(model: nn.Module) -> dict[int, int]:
+    """How many modules own each parameter."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return owners
+
+
+def _build(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> OREPAConv:
+    new = OREPAConv(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+        **options,
+    )
+    if preserve:
+        new.load_kernel_(conv.weight.detach())
+        if new.bias is not None and conv.bias is not None:
+            with torch.no_grad():
+                new.bias.copy_(conv.bias)
+    weight = conv.weight
+    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        new = new.to(memory_format=torch.channels_last)
+    return new.train(conv.training)
+
+
+def _relative(new: OREPAConv, conv: nn.Conv2d) -> float:
+    target = conv.weight.detach().double()
+    return float((new.squeeze().detach().double() - target).norm() / target.norm().clamp_min(1e-300))

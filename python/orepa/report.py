@@ -1,0 +1,117 @@
+"""What `prepare` and `convert` did to a model, layer by layer: plain data that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+_ATTRIBUTE = "_orepa_report"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution.
+
+    Args:
+        name: qualified name in the model.
+        layer: its geometry, such as ``"3x3 64->128 s2"``.
+        action: ``"swapped"`` or ``"left"`` by prepare; ``"converted"``, ``"folded"`` or ``"left"`` by convert.
+        detail: the topology, the norm that was folded in, or the reason why it was left.
+        error: relative error (Frobenius norm) of the new layer against the old one, where it was measured.
+    """
+
+    name: str
+    layer: str
+    action: str
+    detail: str
+    error: float | None = None
+
+
+@dataclass
+class Report:
+    """All layers of one `prepare` or `convert`; ``str()`` is a table.
+
+    Args:
+        operation: ``"prepare"`` or ``"convert"``.
+        layers: one entry per convolution, in the model's order.
+        parameters: number of parameters before and after.
+        error: relative error of the whole model's output on the example inputs, where given.
+    """
+
+    operation: str
+    layers: list[LayerReport] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+    error: float | None = None
+
+    def select(self, *actions: str) -> list[LayerReport]:
+        """The layers with one of these actions."""
+        return [layer for layer in self.layers if layer.action in actions]
+
+    @property
+    def swapped(self) -> list[LayerReport]:
+        return self.select("swapped")
+
+    @property
+    def left(self) -> list[LayerReport]:
+        return self.select("left")
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of any layer, 0.0 where none was measured."""
+        return max((layer.error for layer in self.layers if layer.error is not None), default=0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "convolution", "action", "error", "detail")]
+        for layer in self.layers:
+            error = "" if layer.error is None else f"{layer.error:.1e}"
+            rows.append((layer.name, layer.layer, layer.action, error, layer.detail))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        counts = {action: len(self.select(action)) for action in dict.fromkeys(layer.action for layer in self.layers)}
+        summary = ", ".join(f"{count} {action}" for action, count in counts.items()) or "no convolutions"
+        before, after = self.parameters
+        lines.append(f"{self.operation}: {summary}; parameters {before:,} -> {after:,}")
+        if self.error is not None:
+            lines.append(f"whole model on the example inputs: relative error {self.error:.1e}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report(model: nn.Module) -> Report:
+    """What the last `prepare` or `convert` did to this model.
+
+    Raises:
+        ValueError: neither has been called on it.
+    """
+    found = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        raise ValueError("this model has no report: neither orepa.prepare nor orepa.convert returned it")
+    assert isinstance(found, Report)
+    return found
+
+
+def attach(model: nn.Module, found: Report) -> None:
+    """Keep a report with the model; it survives ``deepcopy`` and pickling."""
+    model.__dict__[_ATTRIBUTE] = found
+
+
+def describe(conv: nn.Module) -> str:
+    """Geometry in one short string: ``"3x3 64->128 s2 g4"``."""
+    size = "x".join(map(str, getattr(conv, "kernel_size", ())))
+    text = f"{size} {getattr(conv, 'in_channels', '?')}->{getattr(conv, 'out_channels', '?')}"
+    for letter, name in (("s", "stride"), ("d", "dilation")):
+        values = getattr(conv, name, (1,))
+        if set(values) != {1}:
+            text += f" {letter}" + ("x".join(map(str, values)) if len(set(values)) > 1 else str(values[0]))
+    groups = getattr(conv, "groups", 1)
+    return text if groups == 1 else f"{text} g{groups}"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,58 @@
+"""scikit-learn's digits: 1797 scanned 8x8 images that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy
+from PIL import Image
+from sklearn.datasets import load_digits as load_bunch
+from sklearn.model_selection import train_test_split
+from torchvision import transforms
+
+from .data import ImageData, evenly
+
+_MEAN, _STD = 0.305, 0.376  # of all pixels, in 0..1
+
+
+class _Digits:
+    def __init__(self, images: numpy.ndarray, labels: numpy.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"digit {index}"
+
+
+def load_digits(img_size: int, limit: int | None = None) -> ImageData:
+    """One fifth is for validation: a fixed, stratified split that no option changes.
+
+    Args:
+        img_size: to which the images are enlarged.
+        limit: number of training and of validation images.
+    """
+    bunch = load_bunch()
+    images = numpy.round(bunch.images * (255 / 16)).astype(numpy.uint8)
+    train, val = train_test_split(numpy.arange(len(images)), test_size=0.2, stratify=bunch.target, random_state=0)
+    train, val = (part[evenly(len(part), limit)] for part in (train, val))
+
+    resize = transforms.Resize((img_size, img_size), transforms.InterpolationMode.BILINEAR)
+    to_tensor = [transforms.ToTensor(), transforms.Normalize([_MEAN], [_STD])]
+    # No flips: a mirrored digit is no digit.
+    move = transforms.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=transforms.InterpolationMode.BILINEAR)
+    return ImageData(
+        train=_Digits(images[train], bunch.target[train]),
+        val=_Digits(images[val], bunch.target[val]),
+        augment=transforms.Compose([resize, move, *to_tensor]),
+        transform=transforms.Compose([resize, *to_tensor]),
+        classes=[str(name) for name in bunch.target_names],
+        in_chans=1,
+        fingerprint=hashlib.sha256(images[train].tobytes() + images[val].tobytes()).hexdigest(),
+        preprocessing={"input": "grey, 0..1", "mean": [_MEAN], "std": [_STD], "interpolation": "bilinear", "crop_pct": 1.0},
+    )

@@ -1,0 +1,110 @@
+"""Build the model of a run, or of its checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ..block import LinearBlock
+from ..prepare import prepare
+from .errors import UserError
+
+
+def default_cfg(name: str) -> dict[str, Any]:
+    """timm's facts about a model: input size, mean, std, interpolation.
+
+    Raises:
+        UserError: timm has no such model; the message suggests some.
+    """
+    if not timm.is_model(name):
+        architectures = timm.list_models()
+        close = difflib.get_close_matches(name, architectures, n=3) or [m for m in architectures if name in m][:3]
+        hint = f"; did you mean {', '.join(close)}?" if name and close else "; `timm.list_models()` names them all"
+        raise UserError(f"timm has no model {name!r}{hint}")
+    cfg = get_pretrained_cfg(name)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def model_arguments(name: str, num_classes: int, in_chans: int, img_size: int) -> dict[str, Any]:
+    """Keyword arguments of `timm.create_model`. Models of a fixed input size are told theirs."""
+    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if default_cfg(name).get("fixed_input_size"):
+        arguments["img_size"] = img_size
+    return arguments
+
+
+def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Module:
+    """A timm model with initial values, checked to map ``[N, C, S, S]`` to ``[N, num_classes]``.
+
+    Raises:
+        UserError: timm cannot build it so, or it does not take such images.
+    """
+    try:
+        model = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # each model checks its arguments in its own way
+        raise UserError(f"timm cannot build {name} with {arguments}: {_first_line(error)}") from error
+    images = torch.zeros(2, arguments["in_chans"], img_size, img_size)
+    training = model.training
+    try:
+        with torch.no_grad():
+            shape = tuple(getattr(model.eval()(images), "shape", ()))
+    except Exception as error:  # likewise
+        raise UserError(f"{name} does not take {img_size}x{img_size} images (see --img-size): {_first_line(error)}") from error
+    if shape != (2, arguments["num_classes"]):
+        raise UserError(f"{name} is not a classifier: for 2 images of {arguments['num_classes']} classes it gives {list(shape)}")
+    model.train(training)
+    return model
+
+
+def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, preserve: bool) -> nn.Module:
+    """The model of a run: timm's, prepared unless ``orepa`` is off.
+
+    Raises:
+        UserError: see `create_plain`.
+    """
+    model = create_plain(name, arguments, img_size)
+    return prepare(model, preserve=preserve, inplace=True) if orepa else model
+
+
+def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
+    """Rebuild the trained model of a checkpoint, in eval mode.
+
+    Raises:
+        UserError: its weights do not fit its own description.
+    """
+    config, spec = checkpoint["config"], checkpoint["model_spec"]
+    model = create(spec["model"], spec["model_kwargs"], config["img_size"], orepa=config["orepa"], preserve=False)
+    load_weights(model, checkpoint["model"])
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """`load_state_dict`, with an error that a person can read.
+
+    Raises:
+        UserError: names the first differences.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise UserError(f"the checkpoint does not fit the model it names (another timm version?): {' '.join(lines)}") from error
+
+
+def without_weight_decay(model: nn.Module) -> list[str]:
+    """Names of the branch scalings.
+
+    They act like a norm's gain, so they are spared as norms are. They are matrices ``[branches, O]``, and timm spares vectors.
+    """
+    own = [f"{name}.scales" for name, module in model.named_modules() if isinstance(module, LinearBlock)]
+    asked = getattr(model, "no_weight_decay", None)
+    return [*own, *(asked() if callable(asked) else ())]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
