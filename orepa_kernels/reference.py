@@ -91,16 +91,20 @@ def compose(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     Returns:
         ``[O, I/g, kh1+kh2-1, kw1+kw2-1]``.
     """
-    internal, per_group, h1, w1 = first.shape
-    out, _, h2, w2 = second.shape
+    (internal, per_group, h1, w1), (out, _, h2, w2) = first.shape, second.shape
     h, w = h1 + h2 - 1, w1 + w2 - 1
-    # Every output tap p gathers the taps of `first` that a flipped `second` centred on it covers.
-    patches = F.pad(first.transpose(0, 1), (w2 - 1, w2 - 1, h2 - 1, h2 - 1))
-    if (h2, w2) != (1, 1):
-        patches = F.unfold(patches, (h2, w2))
-    patches = patches.reshape(per_group, groups, (internal // groups) * h2 * w2, h * w)
-    weights = second.flip((2, 3)).reshape(groups, out // groups, (internal // groups) * h2 * w2)
-    return torch.einsum("gok,igkp->goip", weights, patches).reshape(out, per_group, h, w)
+    a = first.reshape(groups, internal // groups, per_group, h1, w1)
+    b = second.reshape(groups, out // groups, internal // groups, h2, w2)
+    if (h1, w1) == (1, 1):
+        kernel = torch.einsum("gomhw,gmi->goihw", b, a[..., 0, 0])
+    elif (h2, w2) == (1, 1):
+        kernel = torch.einsum("gom,gmihw->goihw", b[..., 0, 0], a)
+    else:
+        # Every output tap p gathers the taps of `first` that a flipped `second`, centred on it, covers.
+        padded = F.pad(first.transpose(0, 1), (w2 - 1, w2 - 1, h2 - 1, h2 - 1))
+        taps = F.unfold(padded, (h2, w2)).reshape(per_group, groups, (internal // groups) * h2 * w2, h * w)
+        kernel = torch.einsum("gom,igmp->goip", b.flip((3, 4)).flatten(2), taps)
+    return kernel.reshape(out, per_group, h, w)
 
 
 def separable(depthwise: Tensor, pointwise: Tensor, in_channels: int, groups: int = 1) -> Tensor:

@@ -4,7 +4,7 @@
 into plain convolutions, `report` tells what either did.
 """
 
-from orepa_kernels import __version__
+from orepa_kernels import BackendError, __version__
 
 from . import catalogue as catalogue
 from .conv import OREPAConv
@@ -15,6 +15,7 @@ from .repvgg import RepVGGBlock
 from .topology import Topology, register_topology, topologies
 
 __all__ = [
+    "BackendError",
     "ConversionError",
     "OREPAConv",
     "RepVGGBlock",

@@ -48,11 +48,12 @@ def is_norm(module: nn.Module) -> bool:
     Frozen batch norms are affine maps, not norms.
     """
     known = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    if isinstance(module, known):
-        return True
-    name = type(module).__name__
-    contains_conv = any(isinstance(m, nn.modules.conv._ConvNd | LinearBlock) for m in module.modules())
-    return "Norm" in name and "Frozen" not in name and not contains_conv
+    return isinstance(module, known) or (_is_called_norm(module) and "Frozen" not in type(module).__name__)
+
+
+def _is_called_norm(module: nn.Module) -> bool:
+    """Libraries bring norms of their own; blocks such as timm's ConvNormAct carry the word too, but hold a convolution."""
+    return "Norm" in type(module).__name__ and not any(is_conv(m) for m in module.modules())
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -69,7 +70,7 @@ def consumers(model: nn.Module) -> dict[str, Consumer]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = is_conv(m) or isinstance(m, RepVGGBlock) or is_norm(m)
+        leaf = is_conv(m) or isinstance(m, RepVGGBlock) or is_norm(m) or _is_called_norm(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 

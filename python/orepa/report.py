@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _ATTRIBUTE = "_orepa_report"
 
@@ -113,5 +114,5 @@ def describe(conv: nn.Module) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters, shared ones once, those of lazy modules not."""
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))

@@ -92,7 +92,7 @@ class RepVGGBlock(nn.Module):
         if act is None:
             self.act: nn.Module = nn.Identity()
         else:
-            self.act = act if isinstance(act, nn.Module) else act()
+            self.act = act if isinstance(act, nn.Module) else act().to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Draw initial values anew: the topology's, `torch.nn.Conv2d`'s, and norms that change nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ class Trainer:
                 correct, loss = self._validate(began)
             except UserError:
                 self.seconds = time.perf_counter() - began
-                self._save_unless_diverged()
+                self._save_what_is_good()
                 raise
             self._finish_epoch(correct, loss, time.perf_counter() - began)
 
@@ -235,6 +236,7 @@ class Trainer:
                 "progress": {
                     "epoch": self.epoch,
                     "batch": self.batch,
+                    "step": self.step,
                     "seconds": self.seconds,
                     "sums": sums,
                     "history": self.history,
@@ -243,11 +245,11 @@ class Trainer:
             }
             save(self.path, content)
 
-    def _save_unless_diverged(self) -> None:
-        try:
-            self.save()
-        except UserError:
-            return
+    def _save_what_is_good(self) -> None:
+        """Before an error ends the run. With several processes, the others may be anywhere and cannot take part."""
+        if self.fabric.world_size == 1:
+            with contextlib.suppress(UserError):
+                self.save()
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Continue where a checkpoint was written."""

@@ -1,0 +1,203 @@
+"""The command line: ``orepa train | convert | info``. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .training.errors import UserError
+
+_TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
+_INSTALL = 'pip install "orepa-kernels[train]"'
+_SETTINGS = (
+    "model",
+    "orepa",
+    "preserve",
+    "img_size",
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "warmup_epochs",
+    "seed",
+    "limit",
+    "precision",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0; 2 for a mistake of the user's, told in one line on stderr; 128 plus the number of the signal that
+        stopped the run.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"orepa: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("orepa: interrupted", file=sys.stderr)
+        return 130
+
+
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    digits = args.data in (None, "digits")
+    _require(*_TRAINING, *(("sklearn",) if digits else ()))
+    from .training.run import Request, train
+
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    names = ("data", "out", "resume", "overwrite", "workers", "checkpoint_every", "accelerator", "devices")
+    return train(Request(given, **{name: getattr(args, name) for name in names}))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    _require("timm")
+    from .training.export import convert_checkpoint
+
+    print(convert_checkpoint(args.checkpoint, args.out, args.force))
+    print(f"written to {args.out}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from orepa_kernels import info
+
+    versions = {name: _version(name) for name in ("timm", "lightning")}
+    if args.json:
+        print(json.dumps({**info.collect(), **versions}, indent=2))
+        return 0
+    info.main([])
+    print()
+    for name, version in versions.items():
+        print(f"{name:26} {version or _INSTALL}")
+    return 0
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join("scikit-learn" if name == "sklearn" else name for name in missing)
+        raise UserError(f"this command needs {names}, not installed here: {_INSTALL}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- options --------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"orepa: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="orepa", description="Train with re-parameterised convolutions (OREPA), deploy plain ones.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model, convert it, verify, measure",
+        description="Train a timm model whose convolutions are OREPA blocks, then convert it to plain convolutions and hold "
+        "the two against each other. Without options: a small ResNet on scikit-learn's digits, on a CPU in about a minute. "
+        "Branch scalings, norms and biases have no weight decay. Ctrl-C or kill: continue with --resume, bit by bit.",
+    )
+    train.set_defaults(run=_train)
+    _add_train_options(train)
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of `orepa train` into plain weights",
+        description="Convert a checkpoint of `orepa train` to plain convolutions, verify, and write weights for timm's model.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run")
+    convert.add_argument("out", type=Path, metavar="OUT", help="file to write")
+    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    info = commands.add_parser("info", help="versions, devices, and which backends run here", description="What runs here.")
+    info.set_defaults(run=_info)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", metavar="NAME", help="any timm classifier (default: test_resnet)")
+    what.add_argument("--no-orepa", dest="orepa", action="store_const", const=False, help="train the plain twin")
+    what.add_argument(
+        "--preserve", action="store_const", const=True, help="start from the function of the plain model's initial weights"
+    )
+    what.add_argument("--data", metavar="DIR", help="image folder with train/ and val/ (default: digits)")
+    what.add_argument("--img-size", type=_whole(8), metavar="N", help="default: the model's; 32 for the digits")
+    what.add_argument("--limit", type=_whole(2), metavar="N", help="use N training and N validation images only")
+
+    recipe = parser.add_argument_group("recipe", "SGD with momentum 0.9, cosine schedule, linear warm-up (paper section 4.1)")
+    recipe.add_argument("--epochs", type=_whole(1), metavar="N", help="default: 120; 15 for the digits")
+    recipe.add_argument("--batch-size", type=_whole(2), metavar="N", help="over all devices (default: 256; 64 for the digits)")
+    recipe.add_argument("--lr", type=_number(above=0.0), metavar="X", help="peak learning rate (default: 0.1)")
+    recipe.add_argument("--weight-decay", type=_number(), metavar="X", help="default: 1e-4")
+    recipe.add_argument("--warmup-epochs", type=_whole(0), metavar="N", help="default: 5; 2 for the digits")
+    recipe.add_argument("--seed", type=_whole(0), metavar="N", help="of initial values, order, augmentation (default: 0)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, or else cpu")
+    machine.add_argument("--devices", type=_whole(1), default=1, metavar="N", help="more than one trains data-parallel")
+    machine.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: 32-true")
+    machine.add_argument("--workers", type=_whole(0), metavar="N", help="processes that load images (default: 4; 0 for the digits)")
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<model>-<orepa|plain>")
+    files.add_argument("--resume", action="store_true", help="continue the run in --out; its options need not be repeated")
+    files.add_argument("--overwrite", action="store_true", help="discard the run in --out")
+    files.add_argument(
+        "--checkpoint-every", type=_whole(1), default=500, metavar="STEPS", help="within epochs too (default: 500)"
+    )
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def _number(above: float | None = None) -> Callable[[str], Any]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0 or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"must be a number {'above' if above is not None else 'from'} 0, got {text!r}")
+        return value
+
+    return parse

@@ -1,0 +1,240 @@
+"""The package as it is shipped, and the rules that the repository keeps."""
+
+from __future__ import annotations
+
+import ast
+import email
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import orepa
+import orepa_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"orepa_kernels": ROOT / "orepa_kernels", "orepa": ROOT / "python" / "orepa"}
+BUILD_NEEDS = Version("77")  # pyproject.toml, build-system.requires
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def git_files() -> list[Path]:
+    """Every file of the project, absolute."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = run(git, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+# --- wheel and sdist ----------------------------------------------------------------------------------------------------
+
+BUILD = """
+import sys
+from setuptools import build_meta
+wheel, sdist = sys.argv[1:]
+build_meta.build_sdist(sdist)
+build_meta.build_wheel(wheel)
+torch = sys.modules.get("torch")
+assert torch is None, "the build imports torch"
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A wheel and an sdist of the project, and the wheel built from that sdist alone; offline."""
+    try:
+        found = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        found = "0"
+    if Version(found) < BUILD_NEEDS:
+        pytest.skip(f"building needs setuptools >= {BUILD_NEEDS} in this environment, found {found}")
+    base = tmp_path_factory.mktemp("built")
+    # A build leaves egg-info and build/ beside the sources: give it a copy of what git knows.
+    for path in git_files():
+        target = base / "tree" / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+
+    def build(tree: Path, name: str) -> tuple[Path, Path]:
+        folders = [base / f"{name}-{kind}" for kind in ("wheel", "sdist")]
+        for folder in folders:
+            folder.mkdir()
+        run(sys.executable, "-c", BUILD, *folders, cwd=tree)
+        (wheel,), (sdist,) = (list(folder.iterdir()) for folder in folders)
+        return wheel, sdist
+
+    wheel, sdist = build(base / "tree", "tree")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(base / "unpacked")
+    (unpacked,) = (base / "unpacked").iterdir()
+    return {"wheel": wheel, "sdist": sdist, "wheel of sdist": build(unpacked, "unpacked")[0]}
+
+
+def members(archive: Path) -> set[str]:
+    if archive.suffix == ".whl":
+        return set(zipfile.ZipFile(archive).namelist())
+    with tarfile.open(archive) as tar:
+        return {"/".join(Path(m.name).parts[1:]) for m in tar.getmembers() if m.isfile()}
+
+
+def expected_modules() -> set[str]:
+    """Where every module, and the typing marker, of both packages belongs in a wheel."""
+    listed = git_files()
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for name, folder in PACKAGES.items()
+        for path in listed
+        if folder in path.parents and (path.suffix in (".py", ".pyi") or path.name == "py.typed")
+    }
+
+
+@pytest.mark.parametrize("kind", ["wheel", "wheel of sdist"])
+def test_wheel_holds_both_packages_and_nothing_else(built, kind):
+    expected = expected_modules()
+    assert {
+        "orepa_kernels/py.typed",
+        "orepa/py.typed",
+        "orepa_kernels/backends/__init__.py",
+        "orepa/cli.py",
+    } <= expected
+    found = {name for name in members(built[kind]) if ".dist-info/" not in name}
+    compiled = {name for name in found if name.startswith("orepa_kernels/_C.")}
+    assert found - compiled == expected
+
+
+def test_sdist_holds_the_sources_and_no_tests(built):
+    found = members(built["sdist"])
+    sources = {path.relative_to(ROOT).as_posix() for folder in PACKAGES.values() for path in folder.rglob("*.py")}
+    native = {path.relative_to(ROOT).as_posix() for path in git_files() if ROOT / "csrc" in path.parents}
+    project = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert sources | native | project <= found
+    assert not [name for name in found if name.startswith(("tests/", "benchmarks/", ".ci/"))]
+
+
+@pytest.mark.parametrize("kind", ["wheel", "wheel of sdist"])
+def test_wheel_metadata(built, kind):
+    archive = zipfile.ZipFile(built[kind])
+    (folder,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
+    assert metadata["Name"] == "orepa-kernels"
+    assert metadata["Version"] == orepa_kernels.__version__ == orepa.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert {r.name for r in requirements if r.marker is None} == {"torch", "numpy"}
+    assert {*metadata.get_all("Provides-Extra")} == {"models", "train", "bench", "export", "test", "dev"}
+    assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    entry_points = archive.read(f"{folder}/entry_points.txt").decode()
+    assert entry_points.split() == ["[console_scripts]", "orepa", "=", "orepa.cli:main"]
+
+
+# --- what an import costs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [
+        ("orepa_kernels", {"orepa", "timm", "lightning", "sklearn", "matplotlib", "onnx"}),
+        ("orepa", {"timm", "lightning", "sklearn", "matplotlib", "onnx"}),
+    ],
+)
+def test_import_stays_light(package, absent):
+    """Neither package needs an extra to be imported; `orepa_kernels` knows nothing of `orepa`."""
+    loaded = run(sys.executable, "-c", f"import sys, {package}; print(*sys.modules)").split()
+    assert package in loaded
+    assert not absent & set(loaded)
+
+
+# --- rules of the repository ----------------------------------------------------------------------------------------------
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of every absolute import in ``source``, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_the_arrow_points_from_orepa_to_orepa_kernels():
+    sources = sorted(PACKAGES["orepa_kernels"].rglob("*.py"))
+    assert len(sources) > 5
+    wrong = [path.name for path in sources if "orepa" in imported(path.read_text(encoding="utf-8"))]
+    assert not wrong
+    assert imported("def f():\n    from orepa.conv import OREPAConv") == {"orepa"}  # the scan sees what it should
+
+
+def test_no_paths_of_a_machine_in_any_file():
+    # Put together here, so that this file passes its own test.
+    machine = re.compile(
+        "|".join(f"/{top}/" for top in ("work", "root", "farm", "opt/wheels")) + "|/(?:home|Users)/[a-z]"
+    )
+    found = []
+    for path in git_files():
+        data = path.read_bytes()
+        if b"\0" not in data:
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+                for number, line in enumerate(data.decode().splitlines(), 1)
+                if machine.search(line)
+            ]
+    assert not found
+
+
+def test_readme_blocks_that_ci_runs():
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    assert "pytest" in run(bash, ".ci/readme_block", "test")
+    assert "orepa train" in run(bash, ".ci/readme_block", "train")
+
+
+# --- the tests' own safety net (conftest.py) --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_uninitialised_memory_is_poisoned(dtype):
+    like = torch.ones(2, 3, dtype=dtype)
+    fresh = [
+        torch.empty(2, 3, dtype=dtype),
+        torch.empty_like(like),
+        torch.empty_strided((2, 3), (1, 2), dtype=dtype),
+        torch.empty_permuted((2, 3), (1, 0), dtype=dtype),
+        like.new_empty(2, 3),
+        like.new_empty_strided((2, 3), (1, 2)),
+        torch.empty(2, 3, dtype=dtype, requires_grad=True),
+    ]
+    assert all(tensor.isnan().all() for tensor in fresh)
+    assert fresh[-1].is_leaf and fresh[-1].requires_grad
+
+
+def test_poison_leaves_the_rest_of_torch_alone():
+    assert torch.empty(4, dtype=torch.int64).dtype is torch.int64
+    assert torch.empty(4, device="meta").is_meta
+    with torch.device("meta"):
+        assert torch.empty(4).is_meta
+        assert torch.nn.Conv2d(3, 4, 3).weight.is_meta
+    compiled = torch.compile(lambda x: torch.empty_like(x).fill_(2) * x, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_random_numbers_start_from_the_same_seed():
+    assert torch.initial_seed() == 0
