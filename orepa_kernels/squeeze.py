@@ -81,9 +81,7 @@ def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> Non
                 f"{where}: operand {operand.name!r} must be {list(operand.shape)}, got {list(tensor.shape)}"
             )
         if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}"
-            )
+            raise TypeError(f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(
                 f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[0].name!r} on {first.device}"

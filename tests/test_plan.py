@@ -36,12 +36,21 @@ def test_plans_are_values():
 
 
 BAD = {
-    "groups": (lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 1, 3, 3)),), groups=3), "groups=3 must divide in_channels=4"),
+    "groups": (
+        lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 1, 3, 3)),), groups=3),
+        "groups=3 must divide in_channels=4",
+    ),
     "channels": (lambda: Block(0, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3)),)), "out_channels must be at least 1, got 0"),
     "empty": (lambda: Block(8, 4, (3, 3), ()), "at least one term"),
     "size": (lambda: Block(8, 4, (3, 0), (Dense(op("w", 8, 4, 3, 3)),)), "two positive integers"),
-    "weight": (lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 3, 3, 3)),)), r"weight must be \[8, 4, \*, \*\], got \[8, 3, 3"),
-    "even": (lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 2, 2)),)), "2x2 kernel cannot be centred in the block's 3x3"),
+    "weight": (
+        lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 3, 3, 3)),)),
+        r"weight must be \[8, 4, \*, \*\], got \[8, 3, 3",
+    ),
+    "even": (
+        lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 2, 2)),)),
+        "2x2 kernel cannot be centred in the block's 3x3",
+    ),
     "too large": (lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 5, 5)),)), "5x5 kernel is larger than"),
     "composed size": (
         lambda: Block(8, 4, (3, 3), (Composed(op("a", 6, 4, 3, 3), op("b", 8, 6, 3, 3)),)),
@@ -71,12 +80,18 @@ BAD = {
         lambda: Block(8, 4, (3, 3), (Separable(op("d", 6, 1, 3, 3), op("p", 8, 6, 1, 1)),)),
         "depthwise has 6 rows, no multiple of in_channels=4",
     ),
-    "depthwise alone": (lambda: Block(8, 4, (3, 3), (Separable(op("d", 4, 1, 3, 3), None),)), "depthwise needs 8 rows, got 4"),
+    "depthwise alone": (
+        lambda: Block(8, 4, (3, 3), (Separable(op("d", 4, 1, 3, 3), None),)),
+        "depthwise needs 8 rows, got 4",
+    ),
     "scale row": (
         lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 2),), scales=op("s", 2, 8)),
         "scale=2 is no row of scales, which has 2",
     ),
-    "no scales": (lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 0),)), "scale=0 is no row of scales, which has 0"),
+    "no scales": (
+        lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 0),)),
+        "scale=0 is no row of scales, which has 0",
+    ),
     "scales": (
         lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 0),), scales=op("s", 2, 4)),
         r"scales must be \[branches, 8\]",

@@ -71,7 +71,9 @@ def test_preserve_computes_the_same_function(dtype):
 
 
 def test_policies():
-    by_name = orepa.prepare(Net(), {"block.*": "dbb", "reduce": None, nn.Conv2d: {"topology": "plain", "scaling": "none"}})
+    by_name = orepa.prepare(
+        Net(), {"block.*": "dbb", "reduce": None, nn.Conv2d: {"topology": "plain", "scaling": "none"}}
+    )
     assert swapped(by_name) == {"stem": "plain", "block.0": "dbb", "last": "plain"}
     assert by_name.stem.scaling == "none"
     first = orepa.prepare(Net(), {"reduce": None, "*": "orepa"})

@@ -135,7 +135,9 @@ def test_blocks_of_a_list_are_independent():
     two, b = every_term(2)
     together = squeeze([one, two, one], [a, b, a])
     alone = [squeeze([one], [a])[0], squeeze([two], [b])[0]]
-    assert torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1]) and torch.equal(together[2], alone[0])
+    assert (
+        torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1]) and torch.equal(together[2], alone[0])
+    )
     assert squeeze([], []) == []
 
 

@@ -55,7 +55,11 @@ def image(conv, height, width):
 
 
 @pytest.mark.parametrize("topology", NAMES)
-@given(geometry=geometries(), scaling=st.sampled_from(["vector", "scalar", "none"]), extra=st.tuples(*[st.integers(0, 3)] * 2))
+@given(
+    geometry=geometries(),
+    scaling=st.sampled_from(["vector", "scalar", "none"]),
+    extra=st.tuples(*[st.integers(0, 3)] * 2),
+)
 def test_squeezed_is_unsqueezed(topology, geometry, scaling, extra):
     if not fits(topology, geometry):
         with pytest.raises(ValueError, match="is larger than the block's"):
@@ -90,7 +94,13 @@ def test_gradient_of_every_parameter(topology, groups):
 
 
 def test_even_and_one_dimensional_kernels():
-    for topology, size in (("repvgg_dense", 4), ("repvgg_dense", (2, 4)), ("dbb", (1, 3)), ("orepa", (1, 9)), ("plain", 2)):
+    for topology, size in (
+        ("repvgg_dense", 4),
+        ("repvgg_dense", (2, 4)),
+        ("dbb", (1, 3)),
+        ("orepa", (1, 9)),
+        ("plain", 2),
+    ):
         conv = randomize(OREPAConv(4, 6, size, padding=1, topology=topology, dtype=F64))
         x = torch.randn(2, 4, 9, 13, dtype=F64)
         torch.testing.assert_close(conv(x), conv.forward_branches(x), rtol=1e-10, atol=1e-10)

@@ -92,7 +92,11 @@ class LinearBlock(nn.Module):
     # --- the unsqueezed forward -----------------------------------------------------------------------------------------
 
     def run_branches(
-        self, x: Tensor, stride: Size = (1, 1), dilation: Size = (1, 1), combine: Callable[[str, Tensor], Any] | None = None
+        self,
+        x: Tensor,
+        stride: Size = (1, 1),
+        dilation: Size = (1, 1),
+        combine: Callable[[str, Tensor], Any] | None = None,
     ) -> Tensor:
         """Sum of the branches, every layer a convolution of feature maps, unpadded.
 

@@ -29,6 +29,7 @@ _SETTINGS = (
     "seed",
     "limit",
     "precision",
+    "threads",
 )
 
 
@@ -137,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, metavar="OUT", help="file to write")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
-    info = commands.add_parser("info", help="versions, devices, and which backends run here", description="What runs here.")
+    info = commands.add_parser(
+        "info", help="versions, devices, and which backends run here", description="What runs here."
+    )
     info.set_defaults(run=_info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -148,29 +151,45 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="NAME", help="any timm classifier (default: test_resnet)")
     what.add_argument("--no-orepa", dest="orepa", action="store_const", const=False, help="train the plain twin")
     what.add_argument(
-        "--preserve", action="store_const", const=True, help="start from the function of the plain model's initial weights"
+        "--preserve",
+        action="store_const",
+        const=True,
+        help="start from the function of the plain model's initial weights",
     )
     what.add_argument("--data", metavar="DIR", help="image folder with train/ and val/ (default: digits)")
     what.add_argument("--img-size", type=_whole(8), metavar="N", help="default: the model's; 32 for the digits")
     what.add_argument("--limit", type=_whole(2), metavar="N", help="use N training and N validation images only")
 
-    recipe = parser.add_argument_group("recipe", "SGD with momentum 0.9, cosine schedule, linear warm-up (paper section 4.1)")
+    recipe = parser.add_argument_group(
+        "recipe", "SGD with momentum 0.9, cosine schedule, linear warm-up (paper section 4.1)"
+    )
     recipe.add_argument("--epochs", type=_whole(1), metavar="N", help="default: 120; 15 for the digits")
-    recipe.add_argument("--batch-size", type=_whole(2), metavar="N", help="over all devices (default: 256; 64 for the digits)")
+    recipe.add_argument(
+        "--batch-size", type=_whole(2), metavar="N", help="over all devices (default: 256; 64 for the digits)"
+    )
     recipe.add_argument("--lr", type=_number(above=0.0), metavar="X", help="peak learning rate (default: 0.1)")
     recipe.add_argument("--weight-decay", type=_number(), metavar="X", help="default: 1e-4")
     recipe.add_argument("--warmup-epochs", type=_whole(0), metavar="N", help="default: 5; 2 for the digits")
-    recipe.add_argument("--seed", type=_whole(0), metavar="N", help="of initial values, order, augmentation (default: 0)")
+    recipe.add_argument(
+        "--seed", type=_whole(0), metavar="N", help="of initial values, order, augmentation (default: 0)"
+    )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, or else cpu")
+    machine.add_argument(
+        "--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, or else cpu"
+    )
     machine.add_argument("--devices", type=_whole(1), default=1, metavar="N", help="more than one trains data-parallel")
     machine.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: 32-true")
-    machine.add_argument("--workers", type=_whole(0), metavar="N", help="processes that load images (default: 4; 0 for the digits)")
+    machine.add_argument("--threads", type=_whole(1), metavar="N", help="default: PyTorch's choice; 1 for the digits")
+    machine.add_argument(
+        "--workers", type=_whole(0), metavar="N", help="processes that load images (default: 4; 0 for the digits)"
+    )
 
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<model>-<orepa|plain>")
-    files.add_argument("--resume", action="store_true", help="continue the run in --out; its options need not be repeated")
+    files.add_argument(
+        "--resume", action="store_true", help="continue the run in --out; its options need not be repeated"
+    )
     files.add_argument("--overwrite", action="store_true", help="discard the run in --out")
     files.add_argument(
         "--checkpoint-every", type=_whole(1), default=500, metavar="STEPS", help="within epochs too (default: 500)"
@@ -197,7 +216,9 @@ def _number(above: float | None = None) -> Callable[[str], Any]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < 0 or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(f"must be a number {'above' if above is not None else 'from'} 0, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a number {'above' if above is not None else 'from'} 0, got {text!r}"
+            )
         return value
 
     return parse

@@ -95,7 +95,9 @@ class OREPAConv(LinearBlock):
         self.topology = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
         self._borders = borders
         self._cache: tuple[tuple[Any, ...], Tensor] | None = None
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
         self._reset_bias()
 
     bias: nn.Parameter | None

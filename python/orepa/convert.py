@@ -70,7 +70,9 @@ def convert(
         if isinstance(module, RepVGGBlock):
             new: nn.Module = module.deploy()
             error = _verify(name, module, None, new)
-            layers.append(LayerReport(name, describe(module.dense), "converted", "RepVGG block to one convolution", error))
+            layers.append(
+                LayerReport(name, describe(module.dense), "converted", "RepVGG block to one convolution", error)
+            )
             replacements[module] = new
             continue
         if not isinstance(module, OREPAConv) and type(module) is not nn.Conv2d:
@@ -121,6 +123,8 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
 
     twin = copy.deepcopy(old).double()
+    if isinstance(twin, RepVGGBlock):
+        twin.act, new = nn.Identity(), conv  # an activation could hide a difference
     y = twin.forward_branches(x) if isinstance(twin, OREPAConv | RepVGGBlock) else twin(x)
     if norm is not None:
         y = copy.deepcopy(norm).double()(y)
@@ -128,7 +132,9 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     if norm is not None:
         z = remainder(norm)(z)
     if not bool(torch.isfinite(y).all()):
-        raise ConversionError(f"{name}: the trained layer gives non-finite values; its parameters or statistics are damaged")
+        raise ConversionError(
+            f"{name}: the trained layer gives non-finite values; its parameters or statistics are damaged"
+        )
     error = _relative_error(y, z)
     # One rounding of each weight and bias, with room for sums that cancel, and the noise of float64 itself.
     limit = 8 * torch.finfo(dtype).eps + 1e-11
@@ -161,7 +167,9 @@ def _compare(expected: Any, got: Any, tolerance: float | None) -> float:
         error = _relative_error(before, after) if before.is_floating_point() else float((before != after).any())
         allowed = _default_tolerance(before) if tolerance is None else tolerance
         if not error <= allowed:
-            raise ConversionError(f"the converted model's output differs by {error:.1e} (relative), allowed is {allowed:.1e}")
+            raise ConversionError(
+                f"the converted model's output differs by {error:.1e} (relative), allowed is {allowed:.1e}"
+            )
         worst = max(worst, error)
     return worst
 

@@ -20,9 +20,9 @@ def is_foldable(norm: nn.Module) -> bool:
 def remainder(norm: nn.Module) -> nn.Module:
     """What is left of a norm once its affine map is folded away: the identity, or its activation."""
     if not _is_norm_act(norm):
-        return nn.Identity()
+        return nn.Identity().train(norm.training)
     drop, act = norm.get_submodule("drop"), norm.get_submodule("act")
-    return act if isinstance(drop, nn.Identity) else nn.Sequential(drop, act)
+    return act if isinstance(drop, nn.Identity) else nn.Sequential(drop, act).train(norm.training)
 
 
 def _is_norm_act(norm: nn.Module) -> bool:

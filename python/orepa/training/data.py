@@ -146,9 +146,7 @@ class Loaders:
         share = range(rank, len(data.val), world_size)
         common: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": ignore_stops}
         common |= {"persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
-        self._train = DataLoader(
-            Images(data.train, data.augment, config.seed), batch_sampler=self._order, **common
-        )
+        self._train = DataLoader(Images(data.train, data.augment, config.seed), batch_sampler=self._order, **common)
         size = -(-config.batch_size // world_size)
         self._val = DataLoader(Images(data.val, data.transform), size, sampler=list(share), **common)
 

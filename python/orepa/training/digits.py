@@ -54,5 +54,11 @@ def load_digits(img_size: int, limit: int | None = None) -> ImageData:
         classes=[str(name) for name in bunch.target_names],
         in_chans=1,
         fingerprint=hashlib.sha256(images[train].tobytes() + images[val].tobytes()).hexdigest(),
-        preprocessing={"input": "grey, 0..1", "mean": [_MEAN], "std": [_STD], "interpolation": "bilinear", "crop_pct": 1.0},
+        preprocessing={
+            "input": "grey, 0..1",
+            "mean": [_MEAN],
+            "std": [_STD],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+        },
     )

@@ -15,6 +15,7 @@ from .errors import UserError
 CHECKPOINT_FORMAT = "orepa.checkpoint"
 DEPLOY_FORMAT = "orepa.deploy"
 VERSION = 1
+_ENTRIES = {"version", "config", "model_spec", "data", "environment", "model", "optimizer", "precision", "progress"}
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -90,6 +91,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a converted model already, not a checkpoint of `orepa train`")
     if found != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of `orepa train`")
+    missing = _ENTRIES - content.keys()
+    if missing:
+        raise UserError(f"{path} is a damaged checkpoint: it has no {', '.join(sorted(missing))}")
     if content.get("version") != VERSION:
         raise UserError(
             f"{path} has checkpoint version {content.get('version')}, this orepa reads {VERSION}: install the one that wrote it"

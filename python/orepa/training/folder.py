@@ -70,7 +70,9 @@ def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]
         if empty:
             raise UserError(f"the class folder {root / empty[0]} holds no images")
         if set(found) != set(classes[split]):
-            raise UserError(f"{root} must hold one level of class folders, but has images in {sorted(found)[0] or '.'!r} as well")
+            raise UserError(
+                f"{root} must hold one level of class folders, but has images in {sorted(found)[0] or '.'!r} as well"
+            )
         class_map = found
         sources[split] = _Folder(dataset, root, limit)
     if len(sources["train"]) < 2:

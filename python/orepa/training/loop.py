@@ -283,4 +283,6 @@ class Diverged(UserError):
 
 
 def _accumulate(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    sums += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum(), sums.new_tensor(len(labels))]).to(sums.dtype)
+    sums += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum(), sums.new_tensor(len(labels))]).to(
+        sums.dtype
+    )

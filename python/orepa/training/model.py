@@ -54,9 +54,13 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
         with torch.no_grad():
             shape = tuple(getattr(model.eval()(images), "shape", ()))
     except Exception as error:  # likewise
-        raise UserError(f"{name} does not take {img_size}x{img_size} images (see --img-size): {_first_line(error)}") from error
+        raise UserError(
+            f"{name} does not take {img_size}x{img_size} images (see --img-size): {_first_line(error)}"
+        ) from error
     if shape != (2, arguments["num_classes"]):
-        raise UserError(f"{name} is not a classifier: for 2 images of {arguments['num_classes']} classes it gives {list(shape)}")
+        raise UserError(
+            f"{name} is not a classifier: for 2 images of {arguments['num_classes']} classes it gives {list(shape)}"
+        )
     model.train(training)
     return model
 
@@ -93,7 +97,9 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(f"the checkpoint does not fit the model it names (another timm version?): {' '.join(lines)}") from error
+        raise UserError(
+            f"the checkpoint does not fit the model it names (another timm version?): {' '.join(lines)}"
+        ) from error
 
 
 def without_weight_decay(model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -15,19 +16,16 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
-from torch import nn
-from tqdm.auto import tqdm
 
-from ..conv import OREPAConv
-from ..report import count_parameters
 from .config import DIGITS, FOLDER, Config, default_out
 from .data import ImageData, Loaders, load_data, mix, seed_everything
+from .display import Progress, announce, compare_environments, verdict
 from .errors import UserError
 from .export import save_deployed
 from .files import load_checkpoint, make_folder
 from .loop import Trainer
 from .model import create, default_cfg, model_arguments
-from .outcome import Outcome, conclude
+from .outcome import conclude
 from .outputs import environment, plot_curves, write_json
 from .signals import Stopped, StopRequest
 
@@ -62,7 +60,7 @@ class Request:
 
 
 def train(request: Request) -> int:
-    """Train, convert, verify, and write everything.
+    """Do all of it: train, convert, verify, and write everything.
 
     Returns:
         The exit code: 0, or 128 plus the number of the signal that stopped the run.
@@ -71,10 +69,17 @@ def train(request: Request) -> int:
         UserError: nothing has been written then, or, once training began, the last good checkpoint is kept.
     """
     config, path, out, checkpoint = _resolve(request)
+    with _threads(config.threads):
+        return _train(request, config, path, out, checkpoint)
+
+
+def _train(request: Request, config: Config, path: str | None, out: Path, checkpoint: dict[str, Any] | None) -> int:
     cfg = default_cfg(config.model)
     data = load_data(config, path, cfg)
     if checkpoint is not None and checkpoint["data"]["fingerprint"] != data.fingerprint:
-        raise UserError(f"cannot resume: the images in {path} are not those of the run (files were added, removed or moved)")
+        raise UserError(
+            f"cannot resume: the images in {path} are not those of the run (files were added, removed or moved)"
+        )
     seed_everything(mix(config.seed, "initial values"))
     arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
     model = create(config.model, arguments, config.img_size, orepa=config.orepa, preserve=config.preserve)
@@ -99,14 +104,23 @@ def train(request: Request) -> int:
         "environment": environment(),
     }
     if fabric.is_global_zero:
-        _announce(config, data, model, fabric, out)
-    with StopRequest() as stop, _deterministic(), _Progress(fabric, config, loaders.steps, step) as progress:
+        announce(config, data, model, fabric, out)
+    with StopRequest() as stop, _deterministic(), Progress(fabric, config, loaders.steps, step) as progress:
         trainer = Trainer(
-            fabric, config, model, loaders, out / CHECKPOINT, about, stop, request.checkpoint_every, progress.step, progress.epoch
+            fabric,
+            config,
+            model,
+            loaders,
+            out / CHECKPOINT,
+            about,
+            stop,
+            request.checkpoint_every,
+            progress.step,
+            progress.epoch,
         )
         if checkpoint is not None:
             trainer.load(checkpoint)
-            _compare_environments(checkpoint["environment"], about["environment"])
+            compare_environments(checkpoint["environment"], about["environment"])
         try:
             trainer.run()
         except Stopped as stopped:
@@ -139,7 +153,9 @@ def _resolve(request: Request) -> tuple[Config, str | None, Path, dict[str, Any]
         path = request.data if config.data == FOLDER and request.data else checkpoint["data"]["path"]
         return config, path, out, checkpoint
     if found.exists() and not request.overwrite:
-        raise UserError(f"{out} holds a run already: --resume continues it, --overwrite discards it, --out names another folder")
+        raise UserError(
+            f"{out} holds a run already: --resume continues it, --overwrite discards it, --out names another folder"
+        )
     cfg = default_cfg(given.get("model", Config.model))
     side = 32 if given.get("data", DIGITS) == DIGITS else cfg.get("input_size", (3, 224, 224))[-1]
     config = Config.from_given(given, side)
@@ -156,7 +172,9 @@ def _fabric(request: Request, config: Config, data: ImageData, out: Path, step: 
         raise UserError("--precision 16-mixed needs a GPU; on a CPU take bf16-mixed")
     batch = min(config.batch_size, len(data.train))
     if batch % request.devices or batch // request.devices < 2:
-        raise UserError(f"a batch of {batch} images cannot be shared by {request.devices} device(s), two or more for each")
+        raise UserError(
+            f"a batch of {batch} images cannot be shared by {request.devices} device(s), two or more for each"
+        )
     logger = TensorBoardLogger(root_dir=out, name=EVENTS, version="", purge_step=step or None)
     try:
         return Fabric(accelerator=accelerator, devices=request.devices, precision=config.precision, loggers=logger)  # type: ignore[arg-type]
@@ -179,10 +197,23 @@ def _remove_old_run(out: Path) -> None:
 
 
 @contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """Kernels that give the same bits each time, also on a GPU: a resumed run would not be the same run otherwise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
@@ -195,63 +226,14 @@ def _deterministic() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-# --- what the user sees ---------------------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """A bar over the whole run on a terminal's stderr, and one line per epoch on stdout."""
-
-    def __init__(self, fabric: Fabric, config: Config, steps: int, done: int) -> None:
-        self._shown, self._config = fabric.is_global_zero, config
-        # None hides the bar where stderr is not a terminal.
-        hidden = None if self._shown else True
-        self._bar = tqdm(total=config.epochs * steps, initial=done, unit="step", disable=hidden, leave=False, dynamic_ncols=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def step(self, done: int, loss: float) -> None:
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        if self._shown:
-            tqdm.write(
-                f"epoch {record['epoch']:3}/{self._config.epochs}  loss {record['train_loss']:.4f}  "
-                f"val loss {record['val_loss']:.4f}  val accuracy {100 * record['val_accuracy']:.2f}%  {record['seconds']:.1f} s",
-                file=sys.stdout,
-            )
-            sys.stdout.flush()
-
-
-def _announce(config: Config, data: ImageData, model: nn.Module, fabric: Fabric, out: Path) -> None:
-    swapped = sum(isinstance(module, OREPAConv) for module in model.modules())
-    blocks = f"{swapped} convolutions as OREPA blocks" if config.orepa else "plain"
-    print(f"model   {config.model}, {blocks}, {count_parameters(model):,} parameters")
-    size = f"{config.img_size}x{config.img_size}"
-    print(f"data    {config.data}, {len(data.train)} + {len(data.val)} images of {len(data.classes)} classes, {size}")
-    print(f"device  {fabric.world_size} x {fabric.device.type}, {torch.get_num_threads()} threads, {config.precision}")
-    print(f"out     {out}", flush=True)
-
-
-def _compare_environments(then: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({"threads": e["threads"], **e["packages"]} for e in (then, now))
-    changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
-    if changed:
-        print(f"orepa: note: the last bits may differ from an uninterrupted run: {', '.join(changed)}", file=sys.stderr)
-
-
 def _stopped(stopped: Stopped, trainer: Trainer, out: Path) -> int:
     if not trainer.fabric.is_global_zero:
         return 0  # another code would make Fabric kill the process that is still writing
     place = f"epoch {trainer.epoch + 1}, step {trainer.step}"
-    print(f"orepa: stopped in {place}, nothing is lost. To continue: orepa train --resume --out {out}", file=sys.stderr)
+    print(
+        f"orepa: stopped in {place}, nothing is lost. To continue: orepa train --resume --out {shlex.quote(str(out))}",
+        file=sys.stderr,
+    )
     return 128 + stopped.number
 
 
@@ -273,17 +255,8 @@ def _conclude(trainer: Trainer, data: ImageData, out: Path, about: dict[str, Any
         "environment": about["environment"],
     }
     write_json(out / METRICS, metrics)
-    print(f"\n{outcome}\n\n{_verdict(outcome)}")
-    print("converted: plain convolutions; folded: their batch norms folded in as well, as orepa.convert does by default.")
-    print(f"\nwritten to {out}/: {CHECKPOINT}, {DEPLOY}, {CURVES}, {METRICS}, {EVENTS}/", flush=True)
-
-
-def _verdict(outcome: Outcome) -> str:
-    trained, others = outcome.columns["trained"], [c for name, c in outcome.columns.items() if name != "trained"]
-    if all(c.changed == 0 and c.correct == trained.correct for c in others):
-        return f"Conversion changed no prediction: {trained.correct} of {trained.images} correct before and after."
-    changed = max(c.changed for c in others)
-    return (
-        f"Conversion changed {changed} of {trained.images} predictions, by rounding: logits as large as "
-        f"{outcome.largest_logit:.1e} differ by {max(c.max_difference for c in others):.1e} at most."
+    print(f"\n{outcome}\n\n{verdict(outcome)}")
+    print(
+        "converted: plain convolutions; folded: their batch norms folded in as well, as orepa.convert does by default."
     )
+    print(f"\nwritten to {out}/: {CHECKPOINT}, {DEPLOY}, {CURVES}, {METRICS}, {EVENTS}/", flush=True)

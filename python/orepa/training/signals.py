@@ -52,6 +52,6 @@ class StopRequest:
 
 
 def ignore_stops(_worker: int = 0) -> None:
-    """For data workers: a Ctrl-C or a kill of the whole process group must not take the data away from the last step."""
+    """For data workers: a Ctrl-C or a kill of the whole process group must not leave the last step without its data."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
