@@ -219,9 +219,9 @@ def test_the_cache_is_private_to_a_module_and_carries_no_graph():
     conv, x = make().eval(), torch.randn(1, 4, 5, 5)
     with torch.no_grad():
         old = conv(x)
-    assert conv._cache is not None and not conv._cache[1].requires_grad
+    assert conv._kept is not None and not conv._kept.kernel.requires_grad
     for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert twin._cache is None
+        assert twin._kept is None
         with torch.no_grad():
             assert torch.equal(twin(x), old)
             twin.scales.mul_(2)

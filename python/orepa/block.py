@@ -52,12 +52,10 @@ class LinearBlock(nn.Module):
             self.register_buffer(name, None, persistent=False)
         for name, (child_spec, child_topology) in lowered.children.items():
             self.add_module(name, LinearBlock(child_spec, child_topology, scaling, device=device, dtype=dtype))
-        # Where each operand of the plan lives: the submodules to descend into, and the name there.
-        self._sources = tuple(
+        #: where each operand of the plan lives: the submodules to descend into, and the name there
+        self.sources = tuple(
             (tuple(path), name) for *path, name in (operand.name.split(".") for operand in lowered.plan.operands)
         )
-        # Which of them are parameters, not constants; told by dimension, since only a filter has three.
-        self._learned = tuple(len(operand.shape) != 3 for operand in lowered.plan.operands)
         self._place_constants(torch.empty(0, device=device, dtype=dtype))
         LinearBlock.reset_parameters(self)
         self.register_load_state_dict_post_hook(_follow_parameters)
@@ -82,7 +80,7 @@ class LinearBlock(nn.Module):
     def operands(self) -> list[Tensor]:
         """The tensors of `plan`, in its order."""
         tensors = []
-        for path, name in self._sources:
+        for path, name in self.sources:
             module: nn.Module = self
             for child in path:
                 module = getattr(module, child)
@@ -112,7 +110,7 @@ class LinearBlock(nn.Module):
         kernel_size, total = self._lowered.spec.kernel_size, None
         for branch in self._lowered.branches:
             # Centre alignment on feature maps: a smaller kernel sees less of the border.
-            y = _crop(x, [(k - b) // 2 * d for k, b, d in zip(kernel_size, branch.kernel_size, dilation, strict=True)])
+            y = crop(x, [(k - b) // 2 * d for k, b, d in zip(kernel_size, branch.kernel_size, dilation, strict=True)])
             for stage in branch.stages[:-1]:
                 y = self._run_stage(stage, y, (1, 1), dilation)
             y = self._run_stage(branch.stages[-1], y, stride, dilation)
@@ -171,7 +169,7 @@ def _follow_parameters(module: nn.Module, _incompatible: object = None) -> None:
         module._place_constants(like)
 
 
-def _crop(x: Tensor, margins: list[int]) -> Tensor:
+def crop(x: Tensor, margins: list[int]) -> Tensor:
     """Drop ``margins`` rows (top and bottom) and columns (left and right)."""
     top, left = margins
     return x[:, :, top : x.shape[2] - top, left : x.shape[3] - left]

@@ -15,6 +15,7 @@ from orepa_kernels import Dense
 from orepa_kernels.backends import resolve
 
 from .block import LinearBlock
+from .cache import KeptKernel, keep
 from .topology import ConvSpec, Size, Topology, declaration, pair
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -94,7 +95,7 @@ class OREPAConv(LinearBlock):
         self.padding_mode, self.scaling, self.backend = padding_mode, scaling, backend
         self.topology = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
         self._borders = borders
-        self._cache: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: KeptKernel | None = None
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
@@ -204,31 +205,26 @@ class OREPAConv(LinearBlock):
 
     def clear_cache(self) -> None:
         """Forget the kernel kept for eval mode. Needed only after writing through ``parameter.data`` in eval mode."""
-        self._cache = None
+        self._kept = None
 
     # --- the kernel ---------------------------------------------------------------------------------------------------------
 
     def _kernel(self, x: Tensor) -> Tensor:
         """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
-        operands = self.operands()
-        dtype = operands[0].dtype
-        if dtype != torch.float64:  # which autocast leaves alone
-            dtype = orepa_kernels.autocast_dtype(x.device.type) or dtype
+        dtype = orepa_kernels.autocast_dtype(x.device.type)
         memory_format = torch.contiguous_format
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             memory_format = torch.channels_last
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._are_own(operands):
-            return self._squeeze(operands, dtype, memory_format)
-        # Parameters are compared by identity, storage and version, and held, so that no address can be reused.
-        key = (dtype, memory_format, *operands, *((t.data_ptr(), t._version) for t in operands))
-        if self._cache is None or not _same(self._cache[0], key):
-            self._cache = (key, self._squeeze(operands, dtype, memory_format))
-        return self._cache[1]
-
-    def _are_own(self, operands: list[Tensor]) -> bool:
-        """Whether these are this module's ordinary tensors: not traced, nor put in its place by a functional transform."""
-        kinds = zip(operands, self._learned, strict=True)
-        return all(type(t) is (nn.Parameter if learned else Tensor) and not t.is_inference() for t, learned in kinds)
+        keeps = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if keeps and self._kept is not None and self._kept.is_current(dtype, memory_format):
+            return self._kept.kernel
+        operands = self.operands()
+        if operands[0].dtype == torch.float64:  # which autocast leaves alone
+            dtype = None
+        kernel = self._squeeze(operands, dtype, memory_format)
+        if keeps:
+            self._kept = keep(self, operands, kernel, memory_format)
+        return kernel
 
     def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
         (kernel,) = orepa_kernels.squeeze(
@@ -263,15 +259,15 @@ class OREPAConv(LinearBlock):
     # --- housekeeping ---------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> OREPAConv:
-        self._cache = None
+        self._kept = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._cache = None
+        self._kept = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         text = "{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}"
@@ -286,10 +282,6 @@ class OREPAConv(LinearBlock):
         if self.scaling != "vector":
             text += f", scaling={self.scaling}"
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
-
-
-def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    return all(a is b if isinstance(b, Tensor) else a == b for a, b in zip(old, new, strict=True))
 
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:

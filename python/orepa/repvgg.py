@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orepa_kernels.reference import align, identity
 
-from .block import _crop
+from .block import crop
 from .conv import OREPAConv
 from .fold import batch_norm_affine
 from .topology import Size, Topology, pair
@@ -120,7 +120,7 @@ class RepVGGBlock(nn.Module):
         height, width = self._margins
         if self.dense._borders == [width, width, height, height]:
             return x  # spares padding and cropping in the usual case
-        return _crop(self.dense._pad(x), [height, width])
+        return crop(self.dense._pad(x), [height, width])
 
     # --- one convolution --------------------------------------------------------------------------------------------------
 
