@@ -2,11 +2,12 @@
 
 import copy
 
-import orepa
 import pytest
 import torch
-from orepa import ConversionError, OREPAConv, RepVGGBlock
 from torch import nn
+
+import orepa
+from orepa import ConversionError, OREPAConv, RepVGGBlock
 
 
 class ConvNorm(nn.Module):

@@ -2,12 +2,13 @@
 
 import socket
 
-import orepa
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+
+import orepa
 
 STEPS = 3
 

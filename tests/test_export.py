@@ -3,11 +3,12 @@
 import io
 
 import numpy as np
-import orepa
 import pytest
 import torch
-from orepa import RepVGGBlock
 from torch import nn
+
+import orepa
+from orepa import RepVGGBlock
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 import copy
 import pickle
 
-import orepa
 import pytest
 import torch
-from orepa import OREPAConv
-from orepa.conv import default_topology
 from torch import nn
 from torch.nn.utils import parametrizations
+
+import orepa
+from orepa import OREPAConv
+from orepa.conv import default_topology
 
 
 class Net(nn.Module):

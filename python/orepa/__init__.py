@@ -9,6 +9,7 @@ from orepa_kernels import BackendError, __version__
 from . import catalogue as catalogue
 from .conv import OREPAConv
 from .convert import ConversionError, convert
+from .official import block_from_official
 from .prepare import prepare
 from .report import Report, report
 from .repvgg import RepVGGBlock
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "Topology",
     "__version__",
+    "block_from_official",
     "convert",
     "prepare",
     "register_topology",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import orepa_kernels
 from orepa_kernels.reference import identity
 
-from .lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, Stage, constant_values, lower
+from .lowering import ConvStage, DepthwiseStage, NestedStage, Stage, constant_values, lower
 from .topology import ConvSpec, Size, Topology
 
 
@@ -127,20 +127,20 @@ class LinearBlock(nn.Module):
             child = getattr(self, stage.child)
             assert isinstance(child, LinearBlock)
             return child.run_branches(x, stride, dilation)
-        channels, options = x.shape[1], {"stride": stride, "dilation": dilation}
+        channels = x.shape[1]
         if isinstance(stage, ConvStage):
             weight = self._own(stage.weight)
             if stage.identity:
-                weight = weight + identity(*weight.shape[:2], weight)
-            return F.conv2d(x, weight, groups=self._lowered.spec.groups, **options)
+                weight = weight + identity(weight.shape[0], weight.shape[1], weight)
+            return F.conv2d(x, weight, None, stride, 0, dilation, self._lowered.spec.groups)
         if isinstance(stage, DepthwiseStage):
-            return F.conv2d(x, self._own(stage.weight), groups=channels, **options)
+            return F.conv2d(x, self._own(stage.weight), None, stride, 0, dilation, channels)
         if isinstance(stage.filter, orepa_kernels.Average):
             kh, kw = stage.filter.kernel_size
             weight = x.new_full((channels, 1, kh, kw), 1 / (kh * kw))
         else:
             weight = self._own(stage.filter).to(x.dtype)[:, None].expand(channels, -1, -1, -1)
-        return F.conv2d(x, weight, groups=channels, **options)
+        return F.conv2d(x, weight, None, stride, 0, dilation, channels)
 
     def _own(self, operand: orepa_kernels.Operand) -> Tensor:
         tensor = getattr(self, operand.name)

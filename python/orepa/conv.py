@@ -16,6 +16,7 @@ from orepa_kernels.backends import resolve
 
 from .block import LinearBlock
 from .cache import KeptKernel, keep
+from .surgery import geometry, is_channels_last
 from .topology import ConvSpec, Size, Topology, declaration, pair
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -151,20 +152,10 @@ class OREPAConv(LinearBlock):
         """
         weight = self._compose(torch.float64)
         like = next(self.parameters())
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
+        conv = nn.Conv2d(**geometry(self), bias=self.bias is not None, device="meta")
+        kernels = [p for p in self.parameters() if p.dim() == 4]
         trainable = any(p.requires_grad for p in self.parameters())
-        memory_format = torch.channels_last if self._is_channels_last() else torch.contiguous_format
+        memory_format = torch.channels_last if is_channels_last(*kernels) else torch.contiguous_format
         weight = weight.to(like.dtype).contiguous(memory_format=memory_format)
         conv.weight = nn.Parameter(weight, requires_grad=trainable)
         if self.bias is not None:
@@ -213,7 +204,7 @@ class OREPAConv(LinearBlock):
         """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
         dtype = orepa_kernels.autocast_dtype(x.device.type)
         memory_format = torch.contiguous_format
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if x.dim() == 4 and is_channels_last(x):
             memory_format = torch.channels_last
         keeps = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if keeps and self._kept is not None and self._kept.is_current(dtype, memory_format):
@@ -240,10 +231,6 @@ class OREPAConv(LinearBlock):
 
     def _holds_any_kernel(self, term: Dense) -> bool:
         return isinstance(term.weight, orepa_kernels.Operand) and term.weight.shape == self.plan.shape
-
-    def _is_channels_last(self) -> bool:
-        kernels = [p for p in self.parameters() if p.dim() == 4]
-        return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels)
 
     # --- the convolution ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ Both read the same operands, named as the parameters and buffers of the module t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ def _term(stages: tuple[Stage, ...], spec: ConvSpec, scale: int | None = None) -
     return Composed(head, tail, False, scale)
 
 
-def _is_pointwise(stage: Stage) -> bool:
+def _is_pointwise(stage: Stage) -> TypeGuard[ConvStage]:
     return isinstance(stage, ConvStage) and stage.kernel_size == (1, 1) and not stage.identity
 
 

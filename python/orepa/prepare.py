@@ -19,7 +19,7 @@ from .flow import ORDER, Consumer, consumers, is_conv
 from .lowering import SCALINGS
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
-from .surgery import replace_modules, walk
+from .surgery import geometry, is_channels_last, replace_modules, walk
 from .topology import Topology, declaration
 
 #: what a policy says of one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None: leave it
@@ -84,8 +84,8 @@ def prepare(
         if not reason and isinstance(conv, nn.Conv2d) and choice is not None:
             try:
                 new = _build(conv, {"scaling": scaling, "backend": backend, **choice}, preserve)
-            except ValueError as error:
-                reason = str(error)
+            except ValueError as misfit:
+                reason = str(misfit)
         if new is None:
             layers.append(LayerReport(name, describe(conv), "left", reason))
             continue
@@ -93,8 +93,8 @@ def prepare(
         detail = new.topology
         if follows[name].proof == ORDER:
             detail += f" (norm {follows[name].norm} found by its place only)"
-        error_norm = _relative(new, conv) if preserve else None
-        layers.append(LayerReport(name, describe(conv), "swapped", detail, error_norm))
+        error = _relative(new, conv) if preserve else None
+        layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     choose.check_patterns()
     model = replace_modules(model, replacements)
     attach(model, Report("prepare", layers, (before, count_parameters(model))))
@@ -167,31 +167,18 @@ def _weight_owners(model: nn.Module) -> dict[int, int]:
 
 
 def _build(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> OREPAConv:
-    new = OREPAConv(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-        **options,
-    )
+    like: dict[str, Any] = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    new = OREPAConv(**geometry(conv), **like, **options)
     if preserve:
         new.load_kernel_(conv.weight.detach())
         if new.bias is not None and conv.bias is not None:
             with torch.no_grad():
                 new.bias.copy_(conv.bias)
-    weight = conv.weight
-    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        new = new.to(memory_format=torch.channels_last)
+    if is_channels_last(conv.weight):
+        new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return new.train(conv.training)
 
 
-def _relative(new: OREPAConv, conv: nn.Conv2d) -> float:
-    target = conv.weight.detach().double()
+def _relative(new: OREPAConv, conv: nn.Module) -> float:
+    target = conv.get_parameter("weight").detach().double()
     return float((new.squeeze().detach().double() - target).norm() / target.norm().clamp_min(1e-300))

@@ -1,10 +1,12 @@
-"""Replacing modules in a tree, under every name that they have."""
+"""Replacing modules in a tree, under every name that they have, by ones of the same geometry."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def walk(model: nn.Module, stop: tuple[type[nn.Module], ...] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -31,3 +33,16 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
     return model
+
+
+_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def geometry(conv: nn.Module) -> dict[str, Any]:
+    """The constructor arguments that an `nn.Conv2d` and an `OREPAConv` share, except ``bias``, device and dtype."""
+    return {name: getattr(conv, name) for name in _GEOMETRY}
+
+
+def is_channels_last(*kernels: Tensor) -> bool:
+    """Whether any of these 4-D tensors is channels_last and not also contiguous, as a 1x1 kernel is."""
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in kernels)

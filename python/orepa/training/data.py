@@ -103,7 +103,7 @@ def _collate(samples: Sequence[tuple[Tensor, int] | Broken]) -> Batch | Broken:
     for sample in samples:
         if isinstance(sample, Broken):
             return sample
-    images, labels = zip(*samples, strict=True)  # type: ignore[arg-type]
+    images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 

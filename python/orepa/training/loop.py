@@ -202,7 +202,7 @@ class Trainer:
         if self.fabric.world_size == 1:
             return self.stop.number
         number = torch.tensor(float(self.stop.number), device=self.fabric.device)
-        self.stop.number = int(self.fabric.all_reduce(number, reduce_op="max"))
+        self.stop.number = int(self.fabric.all_reduce(number, reduce_op="max"))  # type: ignore[arg-type]
         return self.stop.number
 
     def _save_and_stop(self, began: float) -> None:

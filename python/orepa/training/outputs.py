@@ -19,7 +19,7 @@ _PACKAGES = ("orepa-kernels", "torch", "timm", "lightning", "torchvision", "nump
 
 def environment() -> dict[str, Any]:
     """Versions and threads: what the last bits of a result depend on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -92,7 +92,7 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
     fabric.barrier()
 
     loaders = Loaders(data, config, _workers(request, config), fabric.global_rank, fabric.world_size)
-    about = {
+    about: dict[str, Any] = {
         "model_spec": {
             "model": config.model,
             "model_kwargs": arguments,
@@ -214,15 +214,16 @@ def _deterministic() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    debugging: Any = torch.utils.deterministic
+    fill, benchmark = debugging.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    debugging.fill_uninitialized_memory = False  # an aid that costs time
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        debugging.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
 
 
