@@ -171,6 +171,15 @@ class Loaders:
         """All validation images, whatever the rank, loaded in this process."""
         return _checked(DataLoader(Images(self.data.val, self.data.transform), self.batch_size, collate_fn=_collate))
 
+    def close(self) -> None:
+        """End the workers. They ignore the signals by which Python would end them at exit, and it would wait forever."""
+        for loader in (self._train, self._val):
+            iterator: Any = loader._iterator
+            if iterator is not None:
+                iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.kill()
+
 
 def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
     for batch in loader:

@@ -127,6 +127,7 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
             progress.close()
             return _stopped(stopped, trainer, out)
         finally:
+            loaders.close()
             fabric.logger.finalize("success")
     if fabric.is_global_zero:
         _conclude(trainer, data, out, about)
