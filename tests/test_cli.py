@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from orepa.cli import main
 
 
 @pytest.fixture(autouse=True)
-def _empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def _empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     place = tmp_path / "here"
     place.mkdir()
     monkeypatch.chdir(place)
-    return place
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small tensors gain nothing from more, and wait for them on a busy machine
+    yield
+    torch.set_num_threads(threads)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -71,6 +75,18 @@ def test_python_m_orepa() -> None:
         [sys.executable, "-m", "orepa", "nonsense"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2 and done.stderr.startswith("orepa: error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away() -> None:
+    script = "import sys; from orepa.cli import main; print(0, flush=True); sys.stdin.read(); sys.exit(main(['info']))"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
 
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +157,7 @@ def test_train_bad_numbers(option: str, value: str, message: str, capsys: pytest
         (("--model", ""), "timm has no model ''"),
         (("--model", "hf-hub:timm/resnet18"), "timm has no model"),
         (("--model", "inception_v3"), "does not take 32x32 images (see --img-size)"),
+        (("--model", "test_vit"), "test_vit has no convolution with a norm layer after it"),
         (("--epochs", 3, "--warmup-epochs", 3), "--warmup-epochs 3 must be less than --epochs 3"),
         (("--no-orepa", "--preserve"), "give one of them"),
         (("--data", "nowhere"), "nowhere: no such folder"),

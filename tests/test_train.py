@@ -277,6 +277,38 @@ def test_a_signal_from_outside_saves_and_tells_how_to_go_on(number: int, folder:
     assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] >= 6
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+    """A signal that reaches one of them only stops both, and the checkpoint is whole."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        textwrap.dedent("""
+            import os, signal, sys
+            from orepa.cli import main
+            from orepa.training import loop
+
+            step = loop.Trainer._step
+
+            def interrupted(self, *batch):
+                if self.step == 5 and os.environ["LOCAL_RANK"] == "1":
+                    signal.raise_signal(signal.SIGTERM)
+                step(self, *batch)
+
+            loop.Trainer._step = interrupted
+            sys.exit(main())
+        """)
+    )
+    two = ("--accelerator", "cpu", "--devices", "2", "--out", "two")
+    done = subprocess.run(
+        [sys.executable, str(script), "train", *SMALL, *two], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    assert "orepa: stopped in epoch 2, step 6" in done.stderr and "--resume --out two --devices 2" in done.stderr
+    assert done.stdout.count("epoch   1/3") == 1, "only the first process speaks"
+    progress = load_checkpoint(Path("two/checkpoint.pt"))["progress"]
+    assert progress["step"] == 6 and progress["sums"][2] == 32, "two batches of 16, over both processes"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_mid_epoch_and_bit_exact_resume(
     number: int, code: int, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -347,6 +379,7 @@ def test_resume_is_exact_with_dropout_and_workers(last: int, workers: int) -> No
     second = restless_trainer(Path("parts.pt"))
     second.load(load_checkpoint(Path("parts.pt")))
     assert second.step == last
+    assert (second.history, second.best) == (first.history, first.best)
     second.run()
     assert_same(whole.module.state_dict(), second.module.state_dict())
     a, b = ([{k: v for k, v in r.items() if k != "seconds"} for r in t.history] for t in (whole, second))
@@ -388,6 +421,19 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(first=2) == order()[2:]
     shares = [order(rank=rank, world_size=2) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in order()]
+
+
+def test_workers_end_though_they_ignore_signals() -> None:
+    loaders = Loaders(load_digits(8, 35), Config(img_size=8, batch_size=8), workers=1)
+    batches = loaders.train(0)
+    next(batches)
+    (worker,) = loaders._train._iterator._workers  # type: ignore[union-attr]
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    loaders.close()
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image() -> None:

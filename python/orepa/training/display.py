@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ class Progress:
 
     def __init__(self, fabric: Fabric, config: Config, steps: int, done: int) -> None:
         self._shown, self._config = fabric.is_global_zero, config
-        # None hides the bar where stderr is not a terminal.
-        hidden = None if self._shown else True
+        size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that says it has no rows
         self._bar = tqdm(
-            total=config.epochs * steps, initial=done, unit="step", disable=hidden, leave=False, dynamic_ncols=True
+            total=config.epochs * steps,
+            initial=done,
+            unit="step",
+            leave=False,
+            ncols=size.columns,
+            nrows=size.lines,
+            disable=None if self._shown else True,  # None: where stderr is not a terminal
         )
 
     def __enter__(self) -> Progress:
@@ -69,8 +75,8 @@ def announce(config: Config, data: ImageData, model: nn.Module, fabric: Fabric, 
 
 
 def compare_environments(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say where a resumed run cannot be bitwise the same: other versions, another number of threads."""
-    old, new = ({"threads": e["threads"], **e["packages"]} for e in (then, now))
+    """Say where a resumed run cannot be bitwise the same: other devices, threads or versions."""
+    old, new = ({"devices": e["devices"], "threads": e["threads"], **e["packages"]} for e in (then, now))
     changed = [f"{name} {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
     if changed:
         print(f"orepa: note: the last bits may differ from an uninterrupted run: {', '.join(changed)}", file=sys.stderr)

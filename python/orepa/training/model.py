@@ -69,19 +69,27 @@ def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, 
     """The model of a run: timm's, prepared unless ``orepa`` is off.
 
     Raises:
-        UserError: see `create_plain`.
+        UserError: see `create_plain`; or there is nothing to swap.
     """
     model = create_plain(name, arguments, img_size)
-    return prepare(model, preserve=preserve, inplace=True) if orepa else model
+    if not orepa:
+        return model
+    model = prepare(model, preserve=preserve, inplace=True)
+    if not any(isinstance(module, LinearBlock) for module in model.modules()):
+        raise UserError(
+            f"{name} has no convolution with a norm layer after it, so OREPA has no place in it (see --no-orepa)"
+        )
+    return model
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
     """Rebuild the trained model of a checkpoint, in eval mode.
 
     Raises:
-        UserError: its weights do not fit its own description.
+        UserError: timm does not know its model, or its weights do not fit.
     """
     config, spec = checkpoint["config"], checkpoint["model_spec"]
+    default_cfg(spec["model"])
     model = create(spec["model"], spec["model_kwargs"], config["img_size"], orepa=config["orepa"], preserve=False)
     load_weights(model, checkpoint["model"])
     return model.eval()

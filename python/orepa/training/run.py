@@ -101,7 +101,7 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
             "preprocessing": data.preprocessing,
         },
         "data": {"path": path, "fingerprint": data.fingerprint},
-        "environment": environment(),
+        "environment": {**environment(), "devices": f"{fabric.world_size} x {fabric.device.type}"},
     }
     if fabric.is_global_zero:
         announce(config, data, model, fabric, out)
@@ -232,10 +232,9 @@ def _stopped(stopped: Stopped, trainer: Trainer, out: Path) -> int:
     if not trainer.fabric.is_global_zero:
         return 0  # another code would make Fabric kill the process that is still writing
     place = f"epoch {trainer.epoch + 1}, step {trainer.step}"
-    print(
-        f"orepa: stopped in {place}, nothing is lost. To continue: orepa train --resume --out {shlex.quote(str(out))}",
-        file=sys.stderr,
-    )
+    devices = "" if trainer.fabric.world_size == 1 else f" --devices {trainer.fabric.world_size}"
+    command = f"orepa train --resume --out {shlex.quote(str(out))}{devices}"
+    print(f"orepa: stopped in {place}, nothing is lost. To continue: {command}", file=sys.stderr)
     return 128 + stopped.number
 
 
