@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import DIGITS, Config
 from .errors import UserError
+from .images import ImageData, Source
 from .signals import ignore_stops
 
 Batch = tuple[Tensor, Tensor]
@@ -34,41 +35,6 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
-
-
-class Source(Protocol):
-    """Images by index."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> tuple[Any, int]:
-        """A PIL image, decoded, and its label."""
-
-    def name(self, index: int) -> str:
-        """For error messages: the file."""
-
-
-@dataclass
-class ImageData:
-    """A data set for classification.
-
-    Args:
-        train, val: the images.
-        augment, transform: from a PIL image to ``[C, S, S]``, for training and validation.
-        classes: their names, by label.
-        in_chans: ``C``.
-        fingerprint: changes when images come, go or change their label.
-        preprocessing: mean, std, ...: what a user of the trained model has to know.
-    """
-
-    train: Source
-    val: Source
-    augment: Callable[[Any], Tensor]
-    transform: Callable[[Any], Tensor]
-    classes: list[str]
-    in_chans: int
-    fingerprint: str
-    preprocessing: dict[str, Any]
 
 
 @dataclass
@@ -206,10 +172,3 @@ def load_data(config: Config, path: str | None, cfg: dict[str, Any]) -> ImageDat
         return load_digits(config.img_size, config.limit)
     assert path is not None
     return load_folder(path, config.img_size, config.limit, cfg)
-
-
-def evenly(size: int, limit: int | None) -> list[int]:
-    """At most ``limit`` of ``range(size)``, evenly spread, so that a sorted folder gives some of every class."""
-    if limit is None or limit >= size:
-        return list(range(size))
-    return [i * size // limit for i in range(limit)]

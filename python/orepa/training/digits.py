@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits as load_bunch
 from sklearn.model_selection import train_test_split
 from torchvision import transforms
 
-from .data import ImageData, evenly
+from .images import ImageData, evenly
 
 _MEAN, _STD = 0.305, 0.376  # of all pixels, in 0..1
 

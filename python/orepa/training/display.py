@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..conv import OREPAConv
 from ..report import count_parameters
 from .config import Config
-from .data import ImageData
+from .images import ImageData
 from .outcome import Outcome
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 
-from .data import ImageData, evenly
 from .errors import UserError
+from .images import ImageData, evenly
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
 

@@ -18,11 +18,12 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 
 from .config import DIGITS, FOLDER, Config, default_out
-from .data import ImageData, Loaders, load_data, mix, seed_everything
+from .data import Loaders, load_data, mix, seed_everything
 from .display import Progress, announce, compare_environments, verdict
 from .errors import UserError
 from .export import save_deployed
 from .files import load_checkpoint, make_folder
+from .images import ImageData
 from .loop import Trainer
 from .model import create, default_cfg, model_arguments
 from .outcome import conclude
