@@ -10,6 +10,7 @@ from . import catalogue as catalogue
 from .conv import OREPAConv
 from .convert import ConversionError, convert
 from .official import block_from_official
+from .offline import OfflineConv
 from .prepare import prepare
 from .report import Report, report
 from .repvgg import RepVGGBlock
@@ -19,6 +20,7 @@ __all__ = [
     "BackendError",
     "ConversionError",
     "OREPAConv",
+    "OfflineConv",
     "RepVGGBlock",
     "Report",
     "Topology",

@@ -14,6 +14,7 @@ from .block import LinearBlock
 from .conv import OREPAConv
 from .flow import GRAPH, ORDER, SEQUENCE, Consumer, consumers
 from .fold import fold_batch_norm, is_foldable, remainder
+from .offline import OfflineConv
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
 from .surgery import replace_modules, walk
@@ -31,7 +32,7 @@ def convert(
     example_inputs: Any = None,
     tolerance: float | None = None,
 ) -> nn.Module:
-    """Replace every `OREPAConv` and `RepVGGBlock` by a plain `nn.Conv2d`, and fold batch norms where that is provable.
+    """Replace every `OREPAConv`, `RepVGGBlock` and `OfflineConv` by a plain `nn.Conv2d`, and fold batch norms where provable.
 
     Kernels are composed in float64 and rounded once. Every new layer is compared, in float64 and on random input, with the
     unsqueezed multi-branch forward (and batch norm) that it replaces. Calling it again changes nothing.
@@ -75,18 +76,24 @@ def convert(
             )
             replacements[module] = new
             continue
-        if not isinstance(module, OREPAConv) and type(module) is not nn.Conv2d:
+        if not isinstance(module, OREPAConv | OfflineConv) and type(module) is not nn.Conv2d:
             continue
         norm_name, norm = _foldable(model, follows.get(name), proofs)
         if isinstance(module, OREPAConv):
             new, action, detail = module.to_conv2d(), "converted", module.topology
+        elif isinstance(module, OfflineConv):
+            new, action, detail = module.to_conv2d(), "converted", f"{module.topology} trained offline"
         elif norm is not None:
             new, action, detail = module, "folded", "nn.Conv2d"
         else:
             continue
         if norm is not None and isinstance(new, nn.Conv2d):
-            exact = module._compose(torch.float64) if isinstance(module, OREPAConv) else None
-            new, detail = fold_batch_norm(new, norm, exact), f"{detail} + {norm_name}"
+            if isinstance(module, OfflineConv):  # which has a bias to keep exact, too
+                new = fold_batch_norm(module.to_conv2d(torch.float64), norm).to(new.weight.dtype)
+            else:
+                exact = module._compose(torch.float64) if isinstance(module, OREPAConv) else None
+                new = fold_batch_norm(new, norm, exact)
+            detail = f"{detail} + {norm_name}"
             replacements[norm] = remainder(norm)
         error = _verify(name, module, norm, new)
         layers.append(LayerReport(name, describe(module), action, detail, error))

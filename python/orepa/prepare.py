@@ -15,8 +15,10 @@ from orepa_kernels.backends import resolve
 
 from .block import LinearBlock
 from .conv import OREPAConv, default_topology
-from .flow import ORDER, Consumer, consumers, is_conv
+from .flow import GRAPH, ORDER, SEQUENCE, Consumer, consumers, is_conv
+from .fold import is_foldable, remainder
 from .lowering import SCALINGS
+from .offline import OfflineConv
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
 from .surgery import geometry, is_channels_last, replace_modules, walk
@@ -48,7 +50,9 @@ def prepare(
         policy: by default the paper's block for each kernel size (`orepa.conv.default_topology`). Otherwise a topology for
             all; a mapping from layer names (shell patterns such as ``"layer1.*"``) or types to topologies, the first match
             counting and layers without a match left; or a function ``(name, conv)``. In place of a topology, None leaves a
-            layer alone and a mapping gives `OREPAConv`'s keyword arguments.
+            layer alone and a mapping gives `OREPAConv`'s keyword arguments. With ``"offline": True`` among them the layer
+            becomes an `OfflineConv`, the baseline, and the batch norm after it moves into the branches: only where a traced
+            graph (or an `nn.Sequential`) proves that it takes all of that convolution's output, and not with ``preserve``.
         preserve: start from the model's weights, so that it computes the same function as before. The default policy then
             takes ``"orepa"`` where a stack of small kernels could not hold the given one.
         inplace: change ``model`` itself instead of a copy.
@@ -80,20 +84,27 @@ def prepare(
             choice = choose(name, conv)
             if choice is None:
                 reason = "the policy leaves it"
-        new: OREPAConv | None = None
+        new: OREPAConv | OfflineConv | None = None
+        detail = ""
         if not reason and isinstance(conv, nn.Conv2d) and choice is not None:
             try:
-                new = _build(conv, {"scaling": scaling, "backend": backend, **choice}, preserve)
+                options = {"scaling": scaling, **choice}
+                if options.pop("offline", False):
+                    new, norm, detail = _build_offline(model, conv, follows[name], options, preserve)
+                    if norm is not None:
+                        replacements[norm] = remainder(norm)
+                else:
+                    new = _build(conv, {"backend": backend, **options}, preserve)
+                    detail = new.topology
             except ValueError as misfit:
                 reason = str(misfit)
         if new is None:
             layers.append(LayerReport(name, describe(conv), "left", reason))
             continue
         replacements[conv] = new
-        detail = new.topology
         if follows[name].proof == ORDER:
             detail += f" (norm {follows[name].norm} found by its place only)"
-        error = _relative(new, conv) if preserve else None
+        error = _relative(new, conv) if preserve and isinstance(new, OREPAConv) else None
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     choose.check_patterns()
     model = replace_modules(model, replacements)
@@ -177,6 +188,39 @@ def _build(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> OREPA
     if is_channels_last(conv.weight):
         new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return new.train(conv.training)
+
+
+def _build_offline(
+    model: nn.Module, conv: nn.Conv2d, consumer: Consumer, options: Mapping[str, Any], preserve: bool
+) -> tuple[OfflineConv, nn.Module | None, str]:
+    """The block, the norm that its branches make superfluous (if they end in norms), and what to report.
+
+    Raises:
+        ValueError: the block does not fit, cannot preserve the function, or that norm cannot be proven to go with it.
+    """
+    if preserve:
+        raise ValueError("an offline block cannot start from the model's function (preserve=True)")
+    norm = None if consumer.norm is None else model.get_submodule(consumer.norm)
+    bias = False if conv.bias is None else None  # None: only if the branches bring none
+    like: dict[str, Any] = {"bias": bias, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        like |= {"eps": norm.eps, "momentum": norm.momentum}
+    new = OfflineConv(**geometry(conv), **{**like, **options})
+    detail = f"{new.topology} offline"
+    if new.ends_in_norms:
+        proven = consumer.direct and consumer.proof in (GRAPH, SEQUENCE)
+        if norm is None or not proven or not is_foldable(norm):
+            raise ValueError(
+                f"{detail}: norm {consumer.norm} cannot be proven to be this convolution's batch norm alone"
+            )
+        detail += f", in place of norm {consumer.norm}"
+        if isinstance(norm, nn.SyncBatchNorm):
+            new = nn.SyncBatchNorm.convert_sync_batchnorm(new, norm.process_group)
+    else:
+        norm = None
+    if is_channels_last(conv.weight):
+        new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return new.train(conv.training), norm, detail
 
 
 def _relative(new: OREPAConv, conv: nn.Module) -> float:

@@ -222,6 +222,18 @@ class Topology:
 
         return Topology(**{name: strip(branch) for name, branch in self})
 
+    def offline(self) -> Topology:
+        """The block as its authors train it: branch-wise norms stay, and take the place of their branch's scaling.
+
+        What `orepa.OfflineConv` runs on feature maps. A branch without a norm keeps its scaling.
+        """
+
+        def keep(branch: Branch) -> Branch:
+            normed = any(isinstance(layer, Norm) for layer in branch.layers)
+            return Branch(*branch.layers, scale=None if normed else branch.scale)
+
+        return Topology(**{name: keep(branch) for name, branch in self})
+
 
 Declaration: TypeAlias = Callable[[ConvSpec], Topology]
 
