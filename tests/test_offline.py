@@ -345,7 +345,7 @@ def test_to_conv2d_keeps_what_a_convolution_has():
     x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
     assert block(x).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(plain(x), block(x), rtol=1e-4, atol=1e-4)
-    assert "4, 6, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=2, topology=dbb" in repr(block)
+    assert "4, 6, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=2, bias=False, topology=dbb" in repr(block)
 
 
 def test_reduced_precision_and_compile():

@@ -44,7 +44,7 @@ def branch_by_branch(block: RepVGGBlock, x):
     dense = block.dense
     out, per_group, (kh, kw) = dense.out_channels, dense.in_channels // dense.groups, dense.kernel_size
     mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
-    padded = F.pad(x, dense._borders, mode=mode)
+    padded = F.pad(x, dense.borders, mode=mode)
 
     pointwise = torch.zeros(out, per_group, kh, kw, dtype=x.dtype)
     pointwise[:, :, kh // 2, kw // 2] = block.pointwise.weight.detach()[:, :, 0, 0]

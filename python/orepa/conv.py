@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,10 @@ import orepa_kernels
 from orepa_kernels import Dense
 from orepa_kernels.backends import resolve
 
-from .block import LinearBlock
 from .cache import KeptKernel, keep
-from .surgery import geometry, is_channels_last
-from .topology import ConvSpec, Size, Topology, declaration, pair
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+from .conv_block import ConvBlock, ConvGeometry
+from .surgery import conv_arguments, is_channels_last
+from .topology import Size, Topology, declaration
 
 
 def default_topology(kernel_size: Size) -> str:
@@ -34,7 +31,7 @@ def default_topology(kernel_size: Size) -> str:
     return "deep_stem" if max(kernel_size) >= 7 else "orepa"
 
 
-class OREPAConv(LinearBlock):
+class OREPAConv(ConvBlock):
     """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
 
     Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
@@ -77,42 +74,14 @@ class OREPAConv(LinearBlock):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        size, strides, dilations = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
-        _check_channels(in_channels, out_channels, groups)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if dtype is not None and dtype not in orepa_kernels.DTYPES:
-            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
         resolve(backend)
-        borders = _borders(padding, size, strides, dilations)
-        chosen = default_topology(size) if topology is None else topology
-        spec = ConvSpec(in_channels, out_channels, size, groups, strides)
-        declared = declaration(chosen, **options)(spec).linearize()
-
-        super().__init__(spec, declared, scaling, device=device, dtype=dtype)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = size, strides, dilations
-        self.padding = padding if isinstance(padding, str) else (borders[2], borders[0])
-        self.padding_mode, self.scaling, self.backend = padding_mode, scaling, backend
-        self.topology = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
-        self._borders = borders
+        arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        geometry = ConvGeometry.checked(*arguments)
+        chosen = default_topology(geometry.spec.kernel_size) if topology is None else topology
+        declared = declaration(chosen, **options)(geometry.spec).linearize()
+        super().__init__(geometry, declared, chosen, scaling, bias, device, dtype)
+        self.backend = backend
         self._kept: KeptKernel | None = None
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        )
-        self._reset_bias()
-
-    bias: nn.Parameter | None
-
-    def reset_parameters(self) -> None:
-        """Draw initial values: the topology's, and for the bias those of `torch.nn.Conv2d`."""
-        super().reset_parameters()
-        self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        if self.bias is not None:
-            bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
-            nn.init.uniform_(self.bias, -bound, bound)
 
     # --- forward ------------------------------------------------------------------------------------------------------------
 
@@ -126,7 +95,7 @@ class OREPAConv(LinearBlock):
         Zero padding happens once, on the block's input, so the two agree on the borders as well.
         """
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        y = self.run_branches(self._pad(batched), self.stride, self.dilation)
+        y = self.run_branches(self.pad(batched), self.stride, self.dilation)
         if self.bias is not None:
             y = y + self.bias.view(1, -1, 1, 1)
         return y if x.dim() == 4 else y.squeeze(0)
@@ -152,7 +121,7 @@ class OREPAConv(LinearBlock):
         """
         weight = self._compose(torch.float64)
         like = next(self.parameters())
-        conv = nn.Conv2d(**geometry(self), bias=self.bias is not None, device="meta")
+        conv = nn.Conv2d(**conv_arguments(self), bias=self.bias is not None, device="meta")
         kernels = [p for p in self.parameters() if p.dim() == 4]
         trainable = any(p.requires_grad for p in self.parameters())
         memory_format = torch.channels_last if is_channels_last(*kernels) else torch.contiguous_format
@@ -236,12 +205,8 @@ class OREPAConv(LinearBlock):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
-            return F.conv2d(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+            return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _pad(self, x: Tensor) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._borders, mode=mode)
 
     # --- housekeeping ---------------------------------------------------------------------------------------------------------
 
@@ -257,43 +222,5 @@ class OREPAConv(LinearBlock):
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        text = "{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}"
-        shown = {"padding": ((0, 0),), "dilation": ((1, 1),), "groups": (1,), "padding_mode": ("zeros",)}
-        for name, defaults in shown.items():
-            if getattr(self, name) not in defaults:
-                text += f", {name}={{{name}}}"
-        if self.bias is None:
-            text += ", bias=False"
-        text = text.format(**self.__dict__)
-        text += f", topology={self.topology}"
-        if self.scaling != "vector":
-            text += f", scaling={self.scaling}"
+        text = super().extra_repr()
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
-
-
-def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if value % groups:
-            raise ValueError(f"groups={groups} must divide {name}={value}")
-
-
-def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilation: Size) -> list[int]:
-    """What to pad, in the order of `torch.nn.functional.pad`: left, right, top, bottom."""
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"padding must be a number, two numbers, 'same' or 'valid', got {padding!r}")
-        if padding == "valid":
-            return [0, 0, 0, 0]
-        if stride != (1, 1):
-            raise ValueError(f"padding='same' needs stride=1, got {stride}")
-        (top, bottom), (left, right) = (
-            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel_size, dilation, strict=True)
-        )
-        return [left, right, top, bottom]
-    top, left = (padding, padding) if isinstance(padding, int) else padding
-    if min(top, left) < 0:
-        raise ValueError(f"padding must not be negative, got {padding}")
-    return [left, left, top, top]

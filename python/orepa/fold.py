@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .surgery import geometry
+from .surgery import conv_arguments
 
 _FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -57,7 +57,7 @@ def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module, weight: Tensor | None = No
     factor, shift = batch_norm_affine(norm)
     exact = conv.weight.double() if weight is None else weight.double()
     bias = shift if conv.bias is None else shift + conv.bias.double() * factor
-    folded = nn.Conv2d(**geometry(conv), bias=True, device="meta")
+    folded = nn.Conv2d(**conv_arguments(conv), bias=True, device="meta")
     trainable = conv.weight.requires_grad
     new_weight = torch.empty_like(conv.weight).copy_(exact * factor.view(-1, 1, 1, 1))
     folded.weight = nn.Parameter(new_weight, requires_grad=trainable)

@@ -14,15 +14,15 @@ import orepa_kernels
 from orepa_kernels.reference import align, compose, identity
 
 from .block import LinearBlock
-from .conv import PADDING_MODES, _borders, _check_channels
+from .conv_block import ConvBlock, ConvGeometry
 from .fold import batch_norm_affine
 from .lowering import ConvStage, DepthwiseStage, FilterStage, NestedStage, Stage
 from .offline_branches import OfflineBranch, Step, pad, pads_zeros_itself, resolve_branches
-from .surgery import geometry, is_channels_last
-from .topology import ConvSpec, Size, Topology, declaration, pair
+from .surgery import conv_arguments, is_channels_last
+from .topology import Norm, Size, Topology, declaration
 
 
-class OfflineConv(LinearBlock):
+class OfflineConv(ConvBlock):
     """A re-parameterised block trained *offline*: DBB, RepVGG, ACNet, MobileOne as published.
 
     Training runs every branch layer by layer on feature maps, with a `torch.nn.BatchNorm2d` wherever the topology declares a
@@ -52,8 +52,6 @@ class OfflineConv(LinearBlock):
         ``[N, I, H, W]`` (or ``[I, H, W]``) to ``[N, O, H', W']`` as for `torch.nn.Conv2d`.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_channels: int,
@@ -74,33 +72,16 @@ class OfflineConv(LinearBlock):
         momentum: float | None = 0.1,
         **options: Any,
     ) -> None:
-        size, strides, dilations = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
-        _check_channels(in_channels, out_channels, groups)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if dtype is not None and dtype not in orepa_kernels.DTYPES:
-            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-        borders = _borders(padding, size, strides, dilations)
-        spec = ConvSpec(in_channels, out_channels, size, groups, strides)
-        declared = declaration(topology, **options)(spec).offline()
-
-        super().__init__(spec, declared.linearize(), scaling, device=device, dtype=dtype)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = size, strides, dilations
-        self.padding = padding if isinstance(padding, str) else (borders[2], borders[0])
-        self.padding_mode, self.scaling = padding_mode, scaling
-        self.topology = (
-            topology if isinstance(topology, str) else getattr(topology, "__name__", type(topology).__name__)
-        )
-        self._branches = resolve_branches(declared, self._lowered, borders, dilations)
+        arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        geometry = ConvGeometry.checked(*arguments)
+        declared = declaration(topology, **options)(geometry.spec).offline()
+        if bias is None:
+            bias = not any(isinstance(layer, Norm) for _, branch in declared for layer in branch.layers)
+        super().__init__(geometry, declared.linearize(), topology, scaling, bias, device, dtype)
+        self._branches = resolve_branches(declared, self._lowered, self.borders, self.dilation)
         for branch in self._branches:
             for name, channels in branch.norms:
                 self.add_module(name, nn.BatchNorm2d(channels, eps, momentum, device=device, dtype=dtype))
-        biased = not any(branch.norms for branch in self._branches) if bias is None else bias
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if biased else None
-        )
-        self._reset_bias()
 
     @property
     def ends_in_norms(self) -> bool:
@@ -113,12 +94,6 @@ class OfflineConv(LinearBlock):
         for child in self.children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.reset_parameters()
-        self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        if self.bias is not None:
-            bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
-            nn.init.uniform_(self.bias, -bound, bound)
 
     # --- on feature maps --------------------------------------------------------------------------------------------------
 
@@ -262,7 +237,7 @@ class OfflineConv(LinearBlock):
             dtype: of the convolution; by default that of the parameters.
         """
         weight, bias = self.squeeze(dtype)
-        conv = nn.Conv2d(**geometry(self), bias=bias is not None, device="meta")
+        conv = nn.Conv2d(**conv_arguments(self), bias=bias is not None, device="meta")
         last = is_channels_last(*(p for p in self.parameters() if p.dim() == 4))
         weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         trainable = any(p.requires_grad for p in self.parameters())
@@ -270,11 +245,3 @@ class OfflineConv(LinearBlock):
         if bias is not None:
             conv.bias = nn.Parameter(bias.clone(), requires_grad=trainable)
         return conv.train(self.training)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        shown = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-        changed = (
-            f", {name}={getattr(self, name)}" for name, default in shown.items() if getattr(self, name) != default
-        )
-        return f"{text}{''.join(changed)}, topology={self.topology}"

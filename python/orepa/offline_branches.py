@@ -41,7 +41,7 @@ class OfflineBranch:
 
 
 def resolve_branches(
-    topology: Topology, lowered: Lowered, borders: list[int], dilation: Size
+    topology: Topology, lowered: Lowered, borders: Margins, dilation: Size
 ) -> tuple[OfflineBranch, ...]:
     """Put the norms of a topology back where they were declared.
 

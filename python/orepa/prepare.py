@@ -21,7 +21,7 @@ from .lowering import SCALINGS
 from .offline import OfflineConv
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
-from .surgery import geometry, is_channels_last, replace_modules, walk
+from .surgery import conv_arguments, is_channels_last, replace_modules, walk
 from .topology import Topology, declaration
 
 #: what a policy says of one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None: leave it
@@ -179,7 +179,7 @@ def _weight_owners(model: nn.Module) -> dict[int, int]:
 
 def _build(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> OREPAConv:
     like: dict[str, Any] = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-    new = OREPAConv(**geometry(conv), **like, **options)
+    new = OREPAConv(**conv_arguments(conv), **like, **options)
     if preserve:
         new.load_kernel_(conv.weight.detach())
         if new.bias is not None and conv.bias is not None:
@@ -205,7 +205,7 @@ def _build_offline(
     like: dict[str, Any] = {"bias": bias, "device": conv.weight.device, "dtype": conv.weight.dtype}
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         like |= {"eps": norm.eps, "momentum": norm.momentum}
-    new = OfflineConv(**geometry(conv), **{**like, **options})
+    new = OfflineConv(**conv_arguments(conv), **{**like, **options})
     detail = f"{new.topology} offline"
     if new.ends_in_norms:
         proven = consumer.direct and consumer.proof in (GRAPH, SEQUENCE)

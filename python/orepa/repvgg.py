@@ -118,9 +118,9 @@ class RepVGGBlock(nn.Module):
     def _middle(self, x: Tensor) -> Tensor:
         """The part of the padded input that lies under the centre of the kernel: what a 1x1 kernel sees."""
         height, width = self._margins
-        if self.dense._borders == [width, width, height, height]:
+        if self.dense.borders == (width, width, height, height):
             return x  # spares padding and cropping in the usual case
-        return crop(self.dense._pad(x), [height, width])
+        return crop(self.dense.pad(x), [height, width])
 
     # --- one convolution --------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def geometry(conv: nn.Module) -> dict[str, Any]:
+def conv_arguments(conv: nn.Module) -> dict[str, Any]:
     """The constructor arguments that an `nn.Conv2d` and an `OREPAConv` share, except ``bias``, device and dtype."""
     return {name: getattr(conv, name) for name in _GEOMETRY}
 
