@@ -16,12 +16,7 @@ STEPS = 3
 def build():
     torch.manual_seed(3)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 7, padding=3),
-        nn.GroupNorm(2, 8),
-        nn.ReLU(),
-        nn.Conv2d(8, 4, 3),
-        nn.GroupNorm(1, 4),
-        nn.Flatten(),
+        nn.Conv2d(3, 8, 7, padding=3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.GroupNorm(1, 4)
     )
     return orepa.prepare(net).double()
 
@@ -65,6 +60,7 @@ def worker(rank, port, kind, queue):
         if rank == 0:
             queue.put({name: value.detach().numpy() for name, value in state.items()})
             queue.join()
+        dist.barrier()  # a rank that leaves early takes gloo's threads down with it
     finally:
         dist.destroy_process_group()
 
