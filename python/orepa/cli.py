@@ -1,4 +1,4 @@
-"""The command line: ``orepa train | convert | info``. Imports what a command needs only when it runs."""
+"""The command line: ``orepa train | convert | bench | info``. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .bench.cli import add_commands as add_bench
 from .training.errors import UserError
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
@@ -52,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("orepa: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `orepa ... | head`; Python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 # --- commands -------------------------------------------------------------------------------------------------------------
@@ -137,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run")
     convert.add_argument("out", type=Path, metavar="OUT", help="file to write")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    add_bench(commands)
 
     info = commands.add_parser(
         "info", help="versions, devices, and which backends run here", description="What runs here."

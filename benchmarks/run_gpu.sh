@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# All that wants a GPU, in one call on a bare CUDA machine (torch, triton, cmake, ninja, pybind11; no network): build in
+# place, the gpu-marked tests, compute-sanitizer on small shapes, then benchmarks for eight minutes, most telling first.
+#
+#     benchmarks/run_gpu.sh [--dry-run] [--only tests|bench] [OUT]
+#
+# OUT (default benchmarks/results/gpu) gets one JSON file per benchmark, written as it comes, and one log per step. A step
+# that fails does not stop those after it; the exit code tells. The last thing printed is a table of at most 40 lines.
+# --dry-run does everything but the timings, without a GPU: benchmarks run on the CPU, on the smallest blocks.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+dry='' only='' out=benchmarks/results/gpu
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --dry-run) dry=1 ;;
+        --only) only=${2:?--only needs tests or bench}; shift ;;
+        -*) echo "run_gpu.sh: unknown option $1" >&2; exit 2 ;;
+        *) out=$1 ;;
+    esac
+    shift
+done
+mkdir -p "$out" || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+begun=$SECONDS failed=()
+
+# step NAME SECONDS COMMAND...: one step, in bounded time; its output goes to OUT/NAME.log, the end of it to the terminal
+step() {
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    printf '=== %s (at %d s)\n' "$name" $((SECONDS - begun))
+    timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+    local code=$?
+    [[ $code == 0 ]] || failed+=("$name (exit $code)")
+    tail -n 3 "$out/$name.log"
+    printf -- '--- %s: exit %d after %d s\n' "$name" $code $((SECONDS - start))
+}
+
+step environment 60 "$python" -m orepa_kernels.info
+if [[ -e CMakeLists.txt ]]; then
+    step build 300 env OREPA_CUDA="$([[ $dry ]] && echo AUTO || echo ON)" \
+        "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
+fi
+
+if [[ $only != bench ]]; then
+    step tests 240 "$python" -m pytest -m gpu -q -p no:cacheprovider
+    # Only kernels of this project are worth the wait; the sanitizer slows them by an order of magnitude.
+    sanitize=("$python" benchmarks/sanitize.py)
+    if [[ ! $dry ]] && command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            step "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "${sanitize[@]}"
+        done
+    else
+        step sanitizer-shapes 120 "${sanitize[@]}"
+    fi
+fi
+
+if [[ $only != tests ]]; then
+    bench=("$python" -m orepa bench)
+    if [[ $dry ]]; then
+        tiny=(--device cpu --threads 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
+        step squeeze-fp32 120 "${bench[@]}" squeeze --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
+    else
+        step squeeze-fp32 150 "${bench[@]}" squeeze --device cuda --seconds 60 --out "$out/squeeze-fp32.json"
+        step squeeze-bf16 100 "${bench[@]}" squeeze --device cuda --dtypes bf16 --precision high --seconds 40 \
+            --out "$out/squeeze-bf16.json"
+        step squeeze-models 230 "${bench[@]}" squeeze --device cuda --models all --mode both --seconds 120 \
+            --out "$out/squeeze-models.json"
+    fi
+fi
+
+printf '\n'
+"$python" benchmarks/digest.py "$out"/*.json 2>&1 | head -n 34
+printf 'after %d s, in %s\n' $((SECONDS - begun)) "$out"
+if ((${#failed[@]})); then
+    printf 'FAILED: %s\n' "${failed[*]}"
+    exit 1
+fi

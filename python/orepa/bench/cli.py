@@ -1,0 +1,193 @@
+"""The options of ``orepa bench``. Imports nothing heavy: the commands do, when they run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..training.errors import UserError
+from .step_cli import add_command as add_step
+
+if TYPE_CHECKING:
+    from .results import Results
+
+_INSTALL = 'pip install "orepa-kernels[bench]"'
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``bench`` and its own commands to a parser's sub-commands."""
+    bench = commands.add_parser("bench", help="measure the squeeze", description="Benchmarks, and what became of them.")
+    inner = bench.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    squeeze = inner.add_parser(
+        "squeeze",
+        help="forward and backward of one squeeze, against everything a user could pick instead",
+        description="Time the squeeze of single blocks: the plain einsum formulation, torch.compile of it, every backend "
+        "that runs here, and two floors (the bare matrix products; a copy of the bytes that must move). Each is first held "
+        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed.",
+    )
+    squeeze.set_defaults(run=_squeeze)
+    _add_squeeze_options(squeeze)
+
+    add_step(inner)
+
+    compare = inner.add_parser(
+        "compare",
+        help="two result files: ratios, and whether they are more than noise",
+        description="Compare two result files of the same benchmark.",
+    )
+    compare.set_defaults(run=_compare)
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+
+    show = inner.add_parser(
+        "show",
+        help="the tables of a result file, whole or partial",
+        description="Print a result file as tables, or plot it.",
+    )
+    show.set_defaults(run=_show)
+    show.add_argument("results", type=Path, metavar="FILE.json")
+    show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it as well")
+
+
+def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    blocks = what.add_mutually_exclusive_group()
+    blocks.add_argument("--shapes", metavar="O,I,k[,g];...", help="blocks (default: 3x3, 64 to 512 channels)")
+    blocks.add_argument(
+        "--models", metavar="NAMES", help="the blocks of: resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
+    )
+    what.add_argument("--topology", metavar="NAME", help="of all blocks (default: what `prepare` chooses by size)")
+    what.add_argument("--dtypes", default="fp32", metavar="LIST", help="of the kernels: fp32,bf16,fp16 (default: fp32)")
+    what.add_argument("--mode", choices=("forward", "backward", "both", "all"), default="all", help="default: all")
+    what.add_argument("--providers", metavar="LIST", help="such as eager,compile,gemms,copy (default: all)")
+    what.add_argument("--against", type=Path, metavar="DIR", help="add the authors' code, from your checkout of it")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
+    how.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    how.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of float32 products (default: highest)",
+    )
+    how.add_argument("--rounds", type=_count, default=50, metavar="N", help="samples of each at most (default: 50)")
+    how.add_argument(
+        "--seconds", type=_seconds, default=60.0, metavar="X", help="of measuring; checks come on top (default: 60)"
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, metavar="FILE.json", help="results with raw samples, written as they come")
+    files.add_argument("--plot", type=Path, metavar="FILE.png", help="times over block size, with the floors drawn in")
+
+
+def _squeeze(args: argparse.Namespace) -> int:
+    _require("rich", *(("matplotlib",) if args.plot else ()))
+    import torch
+
+    from . import squeeze, tables
+    from .providers import everything
+    from .shapes import DEFAULT, model_shapes, parse_shapes
+    from .work import MODES
+
+    providers = everything()
+    if args.against:
+        from .authors import Authors
+
+        providers = {"eager": providers.pop("eager"), "authors": Authors(args.against), **providers}
+    if args.providers is not None:
+        names = _list(args.providers)
+        unknown = [name for name in names if name not in providers]
+        if unknown or not names:
+            raise UserError(f"--providers must be among {', '.join(providers)}, got {args.providers!r}")
+        providers = {name: provider for name, provider in providers.items() if name in names}
+    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(_list(args.models)) if args.models else DEFAULT
+    _check_folders(args.out, args.plot)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.precision)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    request = squeeze.Request(
+        shapes=shapes,
+        topology=args.topology,
+        dtypes=_list(args.dtypes),
+        device=device,
+        modes=MODES if args.mode == "all" else (args.mode,),
+        rounds=args.rounds,
+        seconds=args.seconds,
+        out=args.out,
+    )
+    with tables.progress(len(request.cases)) as bar:
+        results = squeeze.run(request, providers, bar)
+    tables.show(results)
+    _plot(results, args.plot)
+    if args.out:
+        print(f"written to {args.out}")
+    return 1 if any(row.status == "wrong" for row in results.rows) else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _require("rich")
+    from .compare import compare
+    from .results import load
+    from .tables import show_comparison
+
+    show_comparison(compare(load(args.before), load(args.after)))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    _require("rich", *(("matplotlib",) if args.plot else ()))
+    from .results import load
+    from .tables import show
+
+    _check_folders(args.plot)
+    results = load(args.results)
+    show(results)
+    _plot(results, args.plot)
+    return 0
+
+
+def _plot(results: Results, path: Path | None) -> None:
+    if path:
+        from .plots import plot
+
+        plot(results, path)
+        print(f"written to {path}")
+
+
+def _check_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this command needs {', '.join(missing)}, not installed here: {_INSTALL}")
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value

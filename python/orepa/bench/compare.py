@@ -1,0 +1,82 @@
+"""Two runs side by side: ratios, and whether they are more than noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..training.errors import UserError
+from .results import Results, Row
+
+_WATCHED = ("processor", "gpu", "device", "threads", "torch", "python", "float32_matmul_precision")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same measurement in two runs."""
+
+    before: Row
+    after: Row
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians, after to before: above 1 is slower."""
+        return self.after.median_us / self.before.median_us
+
+    @property
+    def noise(self) -> float:
+        """How far the ratio may be from 1 by chance: the spreads of both runs, from p20 to p80, added as errors are.
+
+        Single samples spread wider than their median does, but samples of one run share its conditions, so the tighter
+        interval that they would allow is not to be had from one run.
+        """
+        return math.hypot(self.before.spread, self.after.spread)
+
+    @property
+    def verdict(self) -> str:
+        """``"slower"``, ``"faster"`` or ``"no difference"``."""
+        if abs(math.log(self.ratio)) <= math.log1p(self.noise):
+            return "no difference"
+        return "slower" if self.ratio > 1 else "faster"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that two runs have in common, and what speaks against comparing them."""
+
+    pairs: list[Pair]
+    notes: list[str]
+
+    @property
+    def conclusion(self) -> str:
+        """All verdicts in a line."""
+        counts = {v: sum(p.verdict == v for p in self.pairs) for v in ("slower", "faster", "no difference")}
+        if counts["no difference"] == len(self.pairs):
+            return f"no difference in any of {len(self.pairs)} measurements"
+        return f"of {len(self.pairs)} measurements: " + ", ".join(f"{n} {v}" for v, n in counts.items())
+
+
+def compare(before: Results, after: Results) -> Comparison:
+    """Match the measurements of two runs.
+
+    Raises:
+        UserError: the runs are of different benchmarks, or have nothing in common.
+    """
+    if before.benchmark != after.benchmark:
+        raise UserError(f"cannot compare {before.benchmark!r} with {after.benchmark!r}: different benchmarks")
+    old, new = ({row.key: row for row in run.rows} for run in (before, after))
+    pairs = [
+        Pair(old[key], row) for key, row in new.items() if row.status == "ok" and key in old and old[key].status == "ok"
+    ]
+    if not pairs:
+        raise UserError("the two files have no timed measurement in common")
+    a, b = before.environment, after.environment
+    notes = [f"{name} differs: {a.get(name)} and {b.get(name)}" for name in _WATCHED if a.get(name) != b.get(name)]
+    for key in old.keys() | new.keys():
+        states = [run[key].status if key in run else "absent" for run in (old, new)]
+        if states[0] != states[1]:
+            row = new.get(key) or old[key]
+            notes.append(f"{row.provider}, {row.mode}: {states[0]} in A, {states[1]} in B")
+    runs = (("A", before), ("B", after))
+    notes += [f"{name} is partial: its run did not end" for name, run in runs if not run.complete]
+    return Comparison(pairs, list(dict.fromkeys(notes)))

@@ -1,0 +1,99 @@
+"""Timing on CUDA: cold caches, events, plain launches and graph replays; launches counted by the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .providers import Task, nothing
+
+
+class CudaStopwatch:
+    """CUDA events around single calls, with the L2 cache flushed before each.
+
+    In training, a squeeze runs between convolutions that have filled the cache with feature maps; a loop over one kernel
+    alone would measure a cache that never occurs.
+
+    Args:
+        graphed: whether tasks are graph replays. Then the flush still runs on the device while the replay is queued, so that
+            the events enclose device time only. Plain launches start on an idle device: they include what the host takes.
+        device: that holds the memory written to flush the cache.
+    """
+
+    def __init__(self, graphed: bool, device: str = "cuda") -> None:
+        self._graphed = graphed
+        l2: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.zeros(max(4 * l2, 1 << 27), dtype=torch.uint8, device=device)
+
+    def sample(self, task: Task, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        total = 0.0
+        for _ in range(calls):
+            state = task.prepare()
+            self._flush.zero_()
+            if not self._graphed:
+                torch.cuda.synchronize()
+            start.record()
+            task.run(state)
+            end.record()
+            torch.cuda.synchronize()
+            total += start.elapsed_time(end) * 1e-3
+        return total / calls
+
+    def calls(self, task: Task) -> int:
+        for _ in range(3):
+            self.sample(task, 1)
+        return 1
+
+
+def capture(task: Task) -> Task:
+    """The same task as replays of CUDA graphs: one graph for what is prepared, one for what is timed.
+
+    Every timed replay follows one of the preparation, so a backward pass finds what its forward saved.
+
+    Raises:
+        RuntimeError: the task does something that cannot be captured.
+    """
+    # A side stream of its own: the autograd engine runs a backward pass on the stream of its forward.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            task.run(task.prepare())
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+    pool = torch.cuda.graph_pool_handle()
+    state, prepare = (None, nothing) if task.prepare is nothing else _record(task.prepare, stream, pool)
+    result, run = _record(lambda: task.run(state), stream, pool)
+    # Held by the task: memory of the pool whose tensor is gone could be handed to the next graph.
+    kept = (state, result)
+
+    def replay(_: object) -> Any:
+        run()
+        return kept[1]
+
+    return Task(prepare, replay)
+
+
+def count_launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and fills that one call puts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    on_device = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not e.is_user_annotation for e in on_device)
+
+
+def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
+    """The value of a call while it was captured, and the replay of its graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        value = call()
+    return value, graph.replay

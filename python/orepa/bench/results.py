@@ -1,0 +1,179 @@
+"""Result files: one JSON schema for every benchmark, read strictly, written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..training.errors import UserError
+from ..training.files import write_atomically
+from .timing import summary
+
+SCHEMA, VERSION = "orepa.bench", 1
+STATUSES = ("ok", "wrong", "failed", "skipped")
+
+
+@dataclass
+class Row:
+    """One provider on one case.
+
+    Args:
+        case: what identifies the work, as plain data.
+        provider: who did it.
+        mode: what part, such as ``"forward"``.
+        launch: ``"plain"``, or ``"graph"`` for the replay of a CUDA graph.
+        status: one of `STATUSES`; only ``"ok"`` has samples.
+        reason: why it has none.
+        seconds: raw samples, seconds per call.
+        floor: whether it is a lower bound rather than a way to do the work.
+        facts: further measurements: ``flops``, ``bytes``, ``saved_bytes``, ``launches``, errors.
+    """
+
+    case: dict[str, Any]
+    provider: str
+    mode: str = "forward"
+    launch: str = "plain"
+    status: str = "ok"
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    floor: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal keys are the same measurement."""
+        return (tuple(sorted(self.case.items())), self.provider, self.mode, self.launch)
+
+    @property
+    def where(self) -> tuple[Any, ...]:
+        """The key without the provider: rows that may be compared."""
+        return (tuple(sorted(self.case.items())), self.mode, self.launch)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Median and percentiles in microseconds."""
+        return summary(self.seconds)
+
+    @property
+    def median_us(self) -> float:
+        return self.summary["median_us"]
+
+    @property
+    def spread(self) -> float:
+        """Half the distance from the 20th to the 80th percentile, relative to the median."""
+        s = self.summary
+        return (s["p80_us"] - s["p20_us"]) / 2 / s["median_us"]
+
+
+@dataclass
+class Results:
+    """One run of a benchmark.
+
+    Args:
+        benchmark: its name, such as ``"squeeze"``.
+        environment: see `orepa.bench.machine.environment`.
+        settings: what the user asked for.
+        ceilings: see `orepa.bench.machine.ceilings`.
+        rows: the measurements.
+        complete: False in a file written while the benchmark still ran.
+    """
+
+    benchmark: str
+    environment: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def timed(self) -> list[Row]:
+        """The rows that have samples."""
+        return [row for row in self.rows if row.status == "ok"]
+
+    def save(self, path: Path) -> None:
+        """Write the file; it is either the old one or whole.
+
+        Raises:
+            UserError: the file system refuses.
+        """
+        rows = [{**asdict(row), **({"summary": row.summary} if row.seconds else {})} for row in self.rows]
+        content = {"schema": SCHEMA, "version": VERSION, **asdict(self), "rows": rows}
+        text = json.dumps(_plain(content), indent=1, allow_nan=False)
+        write_atomically(path, lambda file: file.write(_compact(text).encode()))
+
+
+def load(path: Path) -> Results:
+    """Read a result file.
+
+    Raises:
+        UserError: it is missing, no JSON, or not what `Results.save` writes; the message says which.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise UserError(f"{path} is JSON, but not a result of `orepa bench`")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has result version {content.get('version')}, this orepa reads {VERSION}")
+    try:
+        rows = [_row(entry) for entry in content["rows"]]
+        names = {f.name for f in fields(Results)} - {"rows"}
+        results = Results(rows=rows, **{name: content[name] for name in names})
+        _expect(isinstance(results.environment, dict), "environment is no object")
+        _expect(len({row.key for row in rows}) == len(rows), "two rows are the same measurement")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is a damaged result file: {what}") from error
+    return results
+
+
+def _row(entry: Mapping[str, Any]) -> Row:
+    row = Row(**{f.name: entry[f.name] for f in fields(Row)})
+    _expect(row.status in STATUSES, f"status {row.status!r} is none of {', '.join(STATUSES)}")
+    _expect(isinstance(row.case, dict), "case is no object")
+    numbers = isinstance(row.seconds, list) and all(
+        isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in row.seconds
+    )
+    _expect(numbers, "seconds must be positive numbers")
+    _expect(
+        bool(row.seconds) == (row.status == "ok"), f"a row with status {row.status!r} has {len(row.seconds)} samples"
+    )
+    return row
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers short enough to read, and none that JSON does not know."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def _compact(text: str) -> str:
+    """Samples on one line: a file that a diff can be read of."""
+    lines: list[str] = []
+    gathering = False
+    for line in text.splitlines():
+        if gathering:
+            lines[-1] += line.strip() if line.strip().startswith("]") else f"{line.strip()} "
+            gathering = not line.strip().startswith("]")
+            lines[-1] = lines[-1] if gathering else lines[-1].replace(" ]", "]")
+        else:
+            lines.append(line)
+            gathering = line.rstrip().endswith('"seconds": [')
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,58 @@
+"""Branches added one by one, online against offline: the paper's figure on training budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..catalogue import orepa
+from ..topology import Branch, ConvSpec, Declaration, Layer, Norm, Topology
+from .contestants import PLAIN, Contestant, copy_of, offline, online
+from .step import Case
+
+#: in the order in which they are added: DBB's own first, then those of the paper (Table 2)
+BRANCHES = ("origin", "avg", "conv1x1_kxk", "conv1x1", "prior", "dws")
+STEM = "deep stem"
+
+
+def sweep(case: Case) -> list[tuple[Case, list[Contestant]]]:
+    """One case per number of components, each with plain, online and offline; see `orepa.bench.step.Request`.
+
+    Args:
+        case: what to train.
+    """
+    found = []
+    for count in range(1, len(BRANCHES) + 2):
+        names, stem = BRANCHES[:count], count > len(BRANCHES)
+        last = STEM if stem else names[-1]
+        contestants = [
+            Contestant(PLAIN, copy_of, PLAIN),
+            online("online", branches(names), "deep_stem" if stem else ""),
+            # A stem of nested blocks has no place for norms inside: it runs unsqueezed, as its branches are.
+            offline("offline", with_norms(branches(names)), "deep_stem" if stem else ""),
+        ]
+        found.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), contestants))
+    return found
+
+
+def branches(names: tuple[str, ...]) -> Declaration:
+    """The OREPA block with some of its branches."""
+
+    def topology(spec: ConvSpec) -> Topology:
+        return Topology(**{name: branch for name, branch in orepa(spec) if name in names})
+
+    return topology
+
+
+def with_norms(declaration: Declaration) -> Declaration:
+    """The same block as it would be trained offline: a norm after every layer, as in DBB."""
+
+    def topology(spec: ConvSpec) -> Topology:
+        def normed(branch: Branch) -> Branch:
+            layers: list[Layer] = []
+            for layer in branch.layers:
+                layers += [layer, Norm()]
+            return Branch(*layers, scale=branch.scale)
+
+        return Topology(**{name: normed(branch) for name, branch in declaration(spec)})
+
+    return topology
