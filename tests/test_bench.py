@@ -14,7 +14,17 @@ import orepa
 from orepa.bench import squeeze as bench
 from orepa.bench.authors import Authors
 from orepa.bench.check import Truth
-from orepa.bench.providers import Compiled, Eager, Kernels, Provider, Squeezer, Task, everything, nothing
+from orepa.bench.providers import (
+    Compiled,
+    Eager,
+    Kernels,
+    Provider,
+    Squeezer,
+    Task,
+    configure_inductor,
+    everything,
+    nothing,
+)
 from orepa.bench.shapes import MODELS, Shape, model_shapes, parse_shapes
 from orepa.bench.timing import LEAST_ROUNDS, CpuStopwatch, function, interleaved, saved_bytes, summary
 from orepa.bench.work import flops, minimum_bytes, products
@@ -331,6 +341,14 @@ def test_a_lazy_compiler_is_never_timed() -> None:
     results = bench.run(request(rounds=5), {"compile": Compiled("compile", "default", compiler)})
     assert len(results.timed) == 3
     assert max(s for row in results.timed for s in row.seconds) < 0.25
+
+
+def test_inductors_cache_tells_numbers_of_threads_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(config.cpp, "threads", -1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    configure_inductor()
+    assert config.cpp.threads == 7
 
 
 def test_saved_bytes_counts_storages_once_and_no_operand() -> None:

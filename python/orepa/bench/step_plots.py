@@ -36,9 +36,8 @@ def plot(results: Results, path: Path) -> None:
     for pair, rows in zip(axes, panels.values(), strict=False):
         (_lines if sweep else _bars)(pair, rows)
         c = rows[0].case
-        pair[0].set_title(
-            f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}, {rows[0].launch}"
-        )
+        graph = ", CUDA graph" if rows[0].launch == "graph" else ""
+        pair[0].set_title(f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}{graph}")
     e = results.environment
     where = e.get("gpu") or f"{e.get('processor')}, {e.get('threads')} thread(s)"
     figure.suptitle(f"training step · {where} · torch {e.get('torch')} · {e.get('commit')}", fontsize="medium")
