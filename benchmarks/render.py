@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orepa.bench.results import SCHEMA, Results, Row, load
+from orepa.bench.step_tables import base_of
 from orepa.bench.tables import BASELINE, describe
 from orepa.training.errors import UserError
 
@@ -88,6 +89,23 @@ def _squeeze(results: Results) -> str:
     return _markdown(header, [[block, *(_cell(cells, name) for name in names)] for block, cells in lines.items()])
 
 
+def _step(results: Results) -> str:
+    """Time and peak memory of a whole training step, and their ratios to the plain model."""
+    lines = []
+    for row in results.timed:
+        base = base_of(results.timed, row)
+        cells = [f"{row.median_us / 1e3:,.1f} ±{100 * row.spread:.0f}%", f"{row.facts['peak_bytes'] / 1e6:,.0f}"]
+        ratios = ["", ""]
+        if base is not None:
+            memory = row.facts["peak_bytes"] / base.facts["peak_bytes"]
+            ratios = [f"{row.median_us / base.median_us:.2f}", f"{memory:.2f}"]
+        case = row.case
+        what = f"{case['model']}, batch {case['batch']}, {case['size']} px"
+        parameters = f"{row.facts['parameter_count'] / 1e6:.2f} M"
+        lines.append([what, f"`{row.provider}`", cells[0], ratios[0], cells[1], ratios[1], parameters])
+    return _markdown(["step", "", "ms", "× plain", "peak MB", "× plain", "parameters"], lines)
+
+
 def _cell(cells: dict[str, Row], name: str) -> str:
     row, base = cells.get(name), cells.get(BASELINE)
     if row is None:
@@ -134,7 +152,7 @@ def _training(metrics: dict[str, Any]) -> str:
     return f"{_markdown(header, lines)}\n\n{where}."
 
 
-TABLES: dict[str, Callable[[Results], str]] = {"squeeze": _squeeze, "eval_cache": _eval_cache}
+TABLES: dict[str, Callable[[Results], str]] = {"squeeze": _squeeze, "step": _step, "eval_cache": _eval_cache}
 
 
 def _conditions(e: dict[str, Any]) -> str:

@@ -187,6 +187,8 @@ def test_the_command_prints_the_papers_table_and_draws(
     for text in ("orepa-reference", "images/s", "temporary", "Table 4", "0.086", "1.40", "not measured"):
         assert text in printed
     assert png.read_bytes()[:4] == b"\x89PNG"
+    assert main(["bench", "show", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
     assert main(["bench", "compare", str(out), str(out)]) == 0
     assert "no difference in any of 2" in capsys.readouterr().out
 

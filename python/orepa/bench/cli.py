@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.errors import UserError
+from .options import check_folders, count, names, require, seconds
 from .step_cli import add_command as add_step
 
 if TYPE_CHECKING:
     from .results import Results
-
-_INSTALL = 'pip install "orepa-kernels[bench]"'
 
 
 def add_commands(commands: Any) -> None:
@@ -68,16 +65,16 @@ def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
-    how.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
     how.add_argument(
         "--precision",
         choices=("highest", "high", "medium"),
         default="highest",
         help="of float32 products (default: highest)",
     )
-    how.add_argument("--rounds", type=_count, default=50, metavar="N", help="samples of each at most (default: 50)")
+    how.add_argument("--rounds", type=count, default=50, metavar="N", help="samples of each at most (default: 50)")
     how.add_argument(
-        "--seconds", type=_seconds, default=60.0, metavar="X", help="of measuring; checks come on top (default: 60)"
+        "--seconds", type=seconds, default=60.0, metavar="X", help="of measuring; checks come on top (default: 60)"
     )
 
     files = parser.add_argument_group("files")
@@ -86,7 +83,7 @@ def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _squeeze(args: argparse.Namespace) -> int:
-    _require("rich", *(("matplotlib",) if args.plot else ()))
+    require("rich", *(("matplotlib",) if args.plot else ()))
     import torch
 
     from . import squeeze, tables
@@ -100,13 +97,12 @@ def _squeeze(args: argparse.Namespace) -> int:
 
         providers = {"eager": providers.pop("eager"), "authors": Authors(args.against), **providers}
     if args.providers is not None:
-        names = _list(args.providers)
-        unknown = [name for name in names if name not in providers]
-        if unknown or not names:
+        asked = names(args.providers)
+        if not asked or any(name not in providers for name in asked):
             raise UserError(f"--providers must be among {', '.join(providers)}, got {args.providers!r}")
-        providers = {name: provider for name, provider in providers.items() if name in names}
-    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(_list(args.models)) if args.models else DEFAULT
-    _check_folders(args.out, args.plot)
+        providers = {name: provider for name, provider in providers.items() if name in asked}
+    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
+    check_folders(args.out, args.plot)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.precision)
@@ -114,7 +110,7 @@ def _squeeze(args: argparse.Namespace) -> int:
     request = squeeze.Request(
         shapes=shapes,
         topology=args.topology,
-        dtypes=_list(args.dtypes),
+        dtypes=names(args.dtypes),
         device=device,
         modes=MODES if args.mode == "all" else (args.mode,),
         rounds=args.rounds,
@@ -131,7 +127,7 @@ def _squeeze(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    _require("rich")
+    require("rich")
     from .compare import compare
     from .results import load
     from .tables import show_comparison
@@ -141,53 +137,20 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    _require("rich", *(("matplotlib",) if args.plot else ()))
+    require("rich", *(("matplotlib",) if args.plot else ()))
+    from . import step_tables, tables
     from .results import load
-    from .tables import show
 
-    _check_folders(args.plot)
+    check_folders(args.plot)
     results = load(args.results)
-    show(results)
+    (step_tables if results.benchmark == "step" else tables).show(results)
     _plot(results, args.plot)
     return 0
 
 
 def _plot(results: Results, path: Path | None) -> None:
     if path:
-        from .plots import plot
+        from . import plots, step_plots
 
-        plot(results, path)
+        (step_plots if results.benchmark == "step" else plots).plot(results, path)
         print(f"written to {path}")
-
-
-def _check_folders(*paths: Path | None) -> None:
-    for path in paths:
-        if path and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-
-
-def _require(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"this command needs {', '.join(missing)}, not installed here: {_INSTALL}")
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value

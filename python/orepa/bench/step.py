@@ -19,7 +19,7 @@ from ..training.model import create_plain, model_arguments
 from . import cuda, memory, step_check
 from .contestants import Contestant, perturb
 from .machine import environment
-from .providers import Task
+from .providers import Task, configure_inductor
 from .results import Results, Row
 from .squeeze import Listener, Silent
 from .timing import CpuStopwatch, Stopwatch, function, interleaved
@@ -123,6 +123,7 @@ def run(
     left = request.seconds
     for index, (case, contestants) in enumerate(request.cases):
         torch._dynamo.reset()  # one model after the other would hit the limit of recompilations, and run uncompiled
+        configure_inductor()
         bench = _Bench(case, compiler or functools.partial(torch.compile, dynamic=False))
         for contestant in contestants:
             listener.step(f"{case}: {contestant.name}: building, checking, measuring memory")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
 from pathlib import Path
 from typing import Any
 
 from ..training.errors import UserError
+from .options import check_folders, count, names, require, seconds
 
 
 def add_command(commands: Any) -> None:
@@ -25,7 +24,7 @@ def add_command(commands: Any) -> None:
     what = parser.add_argument_group("what")
     what.add_argument("--models", default="resnet18", metavar="NAMES", help="timm's names (default: resnet18)")
     what.add_argument("--batch-sizes", metavar="LIST", help="default: 8 on the CPU, 64,256 on CUDA")
-    what.add_argument("--img-size", type=_count, metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
+    what.add_argument("--img-size", type=count, metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
     what.add_argument("--contestants", metavar="LIST", help="default: all; a list of nothing shows them")
     what.add_argument("--sweep", choices=("components",), help="branches one by one, online against offline")
 
@@ -36,10 +35,10 @@ def add_command(commands: Any) -> None:
         "--cuda-graph", choices=("off", "on", "both"), help="the step as a CUDA graph (default: both, on CUDA)"
     )
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
-    how.add_argument("--threads", type=_count, metavar="N", help="of the CPU (default: PyTorch's choice)")
-    how.add_argument("--rounds", type=_count, default=20, metavar="N", help="samples of each at most (default: 20)")
+    how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    how.add_argument("--rounds", type=count, default=20, metavar="N", help="samples of each at most (default: 20)")
     how.add_argument(
-        "--seconds", type=_seconds, default=60.0, metavar="X", help="of timing; all else comes on top (default: 60)"
+        "--seconds", type=seconds, default=60.0, metavar="X", help="of timing; all else comes on top (default: 60)"
     )
 
     files = parser.add_argument_group("files")
@@ -48,43 +47,36 @@ def add_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    needed = ("rich", "timm", *(("matplotlib",) if args.plot else ()))
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f'this command needs {", ".join(missing)}, not installed here: pip install "orepa-kernels[bench,models]"'
-        )
+    require("rich", "timm", *(("matplotlib",) if args.plot else ()), extras="bench,models")
     import torch
 
     from . import step, step_tables, tables
     from .contestants import choose, everyone
     from .step_sweep import sweep
 
-    for path in (args.out, args.plot):
-        if path and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    check_folders(args.out, args.plot)
     everybody = everyone()
-    names = list(everybody) if args.contestants is None else _list(args.contestants)
-    if not names or any(name not in everybody for name in names):
+    asked = list(everybody) if args.contestants is None else names(args.contestants)
+    if not asked or any(name not in everybody for name in asked):
         raise UserError(f"--contestants must be among {', '.join(everybody)}, got {args.contestants!r}")
     if args.sweep and args.contestants is not None:
         raise UserError("--sweep has contestants of its own; leave out --contestants")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    batches = _list(args.batch_sizes or {"cpu": "8", "cuda": "64,256"}[device])
+    batches = names(args.batch_sizes or {"cpu": "8", "cuda": "64,256"}[device])
     if not all(b.isdecimal() and int(b) > 1 for b in batches):
         raise UserError(f"--batch-sizes must be whole numbers from 2 on, got {args.batch_sizes!r}")
     size = args.img_size or {"cpu": 64, "cuda": 224}[device]
     layout = "channels_last" if args.channels_last else "contiguous"
     cases = [
         step.Case(model, int(batch), size, args.autocast, layout, device)
-        for model in _list(args.models)
+        for model in names(args.models)
         for batch in batches
     ]
     if not cases:
         raise UserError("--models and --batch-sizes must name at least one of each")
-    chosen = choose(names, everybody)
+    chosen = choose(asked, everybody)
     planned = [p for c in cases for p in (sweep(c) if args.sweep else [(c, chosen)])]
     graphs = args.cuda_graph or ("both" if device == "cuda" else "off")
     launches = {"on": ("graph",), "off": ("plain",), "both": ("graph", "plain")}[graphs]
@@ -100,24 +92,3 @@ def _run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.out, args.plot)):
         print(f"written to {path}")
     return 1 if any(row.status == "wrong" for row in results.rows) else 0
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value

@@ -1,0 +1,51 @@
+"""The GPU script, dry: everything but the timings, on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def run(*arguments, **environment):
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    variables = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_dry_run_of_the_benchmarks(tmp_path):
+    pytest.importorskip("rich", reason="rich is not installed (the [bench] extra)")
+    pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
+    result = run("--dry-run", "--only", "bench", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("squeeze-fp32", "step-r18"):
+        content = json.loads((tmp_path / f"{name}.json").read_text())
+        assert content["complete"] and {row["status"] for row in content["rows"]} <= {"ok", "skipped"}
+    table = result.stdout.split("\n\n")[-1].splitlines()
+    assert len(table) <= 40 and any("reference" in line for line in table)
+    assert table[-1].startswith("after ")
+
+
+def test_a_failed_step_is_named_and_the_others_still_run(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text(
+        f'#!/bin/sh\ncase "$*" in *sanitize*) exit 3;; *pytest*) exit 0;; esac\nexec {sys.executable} "$@"\n'
+    )
+    broken.chmod(0o755)
+    result = run("--dry-run", "--only", "tests", tmp_path / "out", PYTHON=str(broken))
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "FAILED: sanitizer-shapes (exit 3)"
+    assert "--- tests: exit 0" in result.stdout
+
+
+def test_unknown_options_are_refused(tmp_path):
+    result = run("--wet-run", tmp_path)
+    assert result.returncode == 2 and "unknown option --wet-run" in result.stderr
