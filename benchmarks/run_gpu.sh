@@ -56,22 +56,33 @@ if [[ $only != bench ]]; then
     fi
 fi
 
+# measure NAME SECONDS COMMAND...: a step within what is left of the eight minutes
+measure() {
+    local left=$((bench_end - SECONDS))
+    if ((left < 15)); then
+        failed+=("$1 (no time left)")
+        return
+    fi
+    step "$1" $(($2 < left ? $2 : left)) "${@:3}"
+}
+
 if [[ $only != tests ]]; then
     bench=("$python" -m orepa bench)
+    bench_end=$((SECONDS + 480))
     if [[ $dry ]]; then
         tiny=(--device cpu --threads 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
-        step squeeze-fp32 120 "${bench[@]}" squeeze --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
-        step step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
+        measure squeeze-fp32 120 "${bench[@]}" squeeze --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
+        measure step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
             --contestants plain,orepa-reference --rounds 2 --seconds 1 --out "$out/step-r18.json"
     else
-        step squeeze-fp32 150 "${bench[@]}" squeeze --device cuda --seconds 60 --out "$out/squeeze-fp32.json"
-        step step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
+        measure squeeze-fp32 150 "${bench[@]}" squeeze --device cuda --seconds 60 --out "$out/squeeze-fp32.json"
+        measure step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda,orepa-compile,dbb-offline --out "$out/step-r18.json"
-        step squeeze-bf16 100 "${bench[@]}" squeeze --device cuda --dtypes bf16 --precision high --seconds 40 \
+        measure squeeze-bf16 100 "${bench[@]}" squeeze --device cuda --dtypes bf16 --precision high --seconds 40 \
             --out "$out/squeeze-bf16.json"
-        step step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
+        measure step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda --out "$out/step-r50.json"
-        step squeeze-models 150 "${bench[@]}" squeeze --device cuda --models all --mode both --seconds 60 \
+        measure squeeze-models 150 "${bench[@]}" squeeze --device cuda --models all --mode both --seconds 60 \
             --providers eager,triton,cuda,reference,gemms,copy --out "$out/squeeze-models.json"
     fi
 fi

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import geometries, image
 from torch.autograd import gradcheck
 
 import orepa
@@ -27,31 +28,8 @@ def randomize(conv):
     return conv
 
 
-@st.composite
-def geometries(draw):
-    groups = draw(st.sampled_from([1, 2, 3, 6]))
-    size = st.sampled_from([1, 3, 5, 7])
-    return {
-        "in_channels": groups * draw(st.integers(1, 3)),
-        "out_channels": groups * draw(st.integers(1, 3)),
-        "kernel_size": (draw(size), draw(size)),
-        "stride": (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
-        "padding": (draw(st.integers(0, 4)), draw(st.integers(0, 4))),
-        "dilation": (draw(st.integers(1, 2)), draw(st.integers(1, 2))),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
-    }
-
-
 def fits(topology, geometry):
     return topology != "ecb" or min(geometry["kernel_size"]) >= 3
-
-
-def image(conv, height, width):
-    """Random input, large enough for the kernel and for the padding mode."""
-    extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    return torch.randn(2, conv.in_channels, max(extents[0], 5) + height, max(extents[1], 5) + width, dtype=F64)
 
 
 @pytest.mark.parametrize("topology", NAMES)
