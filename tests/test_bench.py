@@ -345,10 +345,10 @@ def test_a_lazy_compiler_is_never_timed() -> None:
 
 def test_inductors_cache_tells_numbers_of_threads_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("torch._inductor.config")
-    monkeypatch.setattr(config.cpp, "threads", -1)
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
-    configure_inductor()
-    assert config.cpp.threads == 7
+    with config.patch({"cpp.threads": -1}):
+        configure_inductor()
+        assert config.cpp.threads == 7
 
 
 def test_saved_bytes_counts_storages_once_and_no_operand() -> None:

@@ -168,7 +168,10 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     console = console or terminal()
     for note in comparison.notes:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    table = Table(title="B against A: ratio of median times", caption="noise: from p20 to p80 of both runs")
+    table = Table(
+        title="B against A: ratio of median times",
+        caption="noise: from p20 to p80 of both runs, and 6% between any two",
+    )
     for name in ("block", "mode", "launch", "provider"):
         table.add_column(name)
     for name in ("A µs", "B µs", "B/A", "noise"):
