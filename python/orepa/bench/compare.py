@@ -10,8 +10,8 @@ from .results import Results, Row
 
 _WATCHED = ("processor", "gpu", "device", "threads", "torch", "python", "float32_matmul_precision")
 
-#: two processes on the same machine differ by so much through memory layout and clocks alone; measured on copies of 3 to 25
-#: microseconds, whose samples within a run spread less than that
+#: what no single run can see: two processes differ through memory layout and clocks. Chosen after one pair of runs on a loaded
+#: CPU, in which 4 of 24 medians differed by 3% to 7%; what it does on other runs is in benchmarks/NOTES.md
 BETWEEN_RUNS = 0.06
 
 
