@@ -142,7 +142,6 @@ def average(pointwise: Tensor, kernel_size: Size) -> Tensor:
 
 def identity(out_channels: int, in_per_group: int, like: Tensor | None = None) -> Tensor:
     """``id[o, o mod I/g] = 1``: the 1x1 identity, stacked where there are more output channels. ``[O, I/g, 1, 1]``."""
-    eye = torch.eye(in_per_group)
-    if like is not None:
-        eye = torch.eye(in_per_group, dtype=like.dtype, device=like.device)
+    dtype, device = (None, None) if like is None else (like.dtype, like.device)
+    eye = torch.eye(in_per_group, dtype=dtype, device=device)
     return eye.repeat(out_channels // in_per_group, 1)[:, :, None, None]

@@ -38,14 +38,6 @@ class ConvSpec:
     stride: Size = (1, 1)
 
     @property
-    def in_per_group(self) -> int:
-        return self.in_channels // self.groups
-
-    @property
-    def out_per_group(self) -> int:
-        return self.out_channels // self.groups
-
-    @property
     def keeps_shape(self) -> bool:
         """Whether an identity branch fits: as many channels out as in, no stride."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)

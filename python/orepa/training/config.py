@@ -99,11 +99,6 @@ class Config:
                     "(leave the option away, or start a new run in another --out)"
                 )
 
-    @property
-    def default_out(self) -> Path:
-        """``runs/<model>-<orepa|plain>``."""
-        return default_out(self.model, self.orepa)
-
 
 def default_out(model: str, orepa: bool) -> Path:
     """Where a run goes without ``--out``."""
