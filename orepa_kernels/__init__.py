@@ -9,6 +9,7 @@ Squeezing turns a linear block of many branches and layers into one convolution 
     (weight,) = squeeze([block], [[origin, avg, scales]])
 """
 
+from . import operators as operators  # registers them
 from .autocast import autocast_dtype
 from .backends import BackendError, Verdict, backends
 from .plan import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, Term

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from .plan_text import encode
+
 Size: TypeAlias = tuple[int, int]
 
 
@@ -138,6 +140,8 @@ class Block:
     scales: Operand | None = None
     #: every tensor that the block needs, nested blocks included, in the order in which `squeeze` takes them
     operands: tuple[Operand, ...] = field(init=False, compare=False, repr=False)
+    #: the plan as text, see `orepa_kernels.plan_text`
+    text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_geometry(self)
@@ -149,6 +153,7 @@ class Block:
                 shapes = f"{list(unique[operand.name].shape)} and {list(operand.shape)}"
                 raise ValueError(f"operand {operand.name!r} is used with two shapes, {shapes}")
         object.__setattr__(self, "operands", tuple(unique.values()))
+        object.__setattr__(self, "text", encode(self))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from .backends import Backend, Request, resolve, select
 from .plan import Block
 
+_ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 #: dtypes that operands and kernels can have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,6 +22,7 @@ def squeeze(
     *,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    folds: Sequence[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Squeeze linear blocks into one convolution kernel each (paper section 3.3, Eq. 3 and 4), differentiably.
@@ -31,6 +34,8 @@ def squeeze(
         dtype: of the returned kernels; by default that of each block's first operand. Half-precision operands are
             composed in float32 and rounded once.
         memory_format: of the returned kernels, ``torch.contiguous_format`` or ``torch.channels_last``.
+        folds: per block None, or a factor ``[O]`` of each output channel's kernel, applied before rounding: the scale
+            ``gamma / sqrt(var + eps)`` of a batch norm that is folded into the convolution.
         backend: ``"auto"`` (or what ``OREPA_BACKEND`` says), or one of ``"cuda"``, ``"triton"``, ``"cpu"``,
             ``"reference"``.
 
@@ -49,24 +54,52 @@ def squeeze(
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
 
+    if folds is None:
+        folds = [None] * len(blocks)
+    elif len(folds) != len(blocks):
+        raise ValueError(f"folds must have one entry per block: got {len(folds)} for {len(blocks)} blocks")
+
     name = resolve(backend)
     kernels: list[Tensor | None] = [None] * len(blocks)
-    # Blocks that share a backend go to it in one call, so that a fused backend can take them in one launch.
-    work: dict[str, tuple[Backend, list[int]]] = {}
-    out_dtypes = []
+    # Blocks that share a backend and a dtype go to it in one call, so that a fused backend can take them in one launch.
+    work: dict[tuple[str, torch.dtype], tuple[Backend, list[int]]] = {}
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
         _check_operands(block, operands, f"blocks[{index}]")
         first = operands[0]
-        out_dtypes.append(first.dtype if dtype is None else dtype)
-        chosen = select(name, Request(block, first.device, first.dtype, out_dtypes[-1]))
-        work.setdefault(chosen.name, (chosen, []))[1].append(index)
-    for chosen, indices in work.values():
+        _check_fold(block, folds[index], first.device, f"folds[{index}]")
+        out_dtype = first.dtype if dtype is None else dtype
+        chosen = select(name, Request(block, first.device, first.dtype, out_dtype, _are_plain(operands)))
+        work.setdefault((chosen.name, out_dtype), (chosen, []))[1].append(index)
+    for (_, out_dtype), (chosen, indices) in work.items():
         results = chosen.squeeze(
-            [blocks[i] for i in indices], [tensors[i] for i in indices], [out_dtypes[i] for i in indices], memory_format
+            [blocks[i] for i in indices],
+            [tensors[i] for i in indices],
+            out_dtype,
+            memory_format,
+            [folds[i] for i in indices],
         )
         for index, kernel in zip(indices, results, strict=True):
             kernels[index] = kernel
     return [kernel for kernel in kernels if kernel is not None]
+
+
+def _check_fold(block: Block, factor: Tensor | None, device: torch.device, where: str) -> None:
+    if factor is None:
+        return
+    if tuple(factor.shape) != (block.out_channels,):
+        raise ValueError(f"{where} must be [{block.out_channels}], got {list(factor.shape)}")
+    if factor.dtype not in DTYPES:
+        raise TypeError(f"{where} must be one of {_names(DTYPES)}, got {factor.dtype}")
+    if factor.device != device:
+        raise ValueError(f"{where} is on {factor.device}, the operands are on {device}")
+
+
+def _are_plain(operands: Sequence[Tensor]) -> bool:
+    """Whether raw memory may be read: not of tensor subclasses, nor inside ``torch.func`` transforms."""
+    if torch.compiler.is_compiling():
+        return True  # the registered operators are traced, and run on what the tensors then are
+    ordinary = all(type(tensor) in _ORDINARY for tensor in operands)
+    return ordinary and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> None:

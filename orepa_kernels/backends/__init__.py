@@ -55,6 +55,8 @@ class Request:
     dtype: torch.dtype
     #: dtype of the kernel to return
     out_dtype: torch.dtype
+    #: whether the operands are ordinary tensors with memory of their own: no subclass, no functional transform
+    plain: bool = True
 
 
 class Backend(ABC):
@@ -75,16 +77,18 @@ class Backend(ABC):
         self,
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
-        dtypes: Sequence[torch.dtype],
+        dtype: torch.dtype,
         memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """Squeeze validated blocks, differentiably.
 
         Args:
             blocks: the plans.
             tensors: per block, one tensor per operand, in ``block.operands`` order.
-            dtypes: per block, the dtype of the kernel to return.
+            dtype: of the returned kernels.
             memory_format: of the returned kernels.
+            folds: per block None, or ``[O]``: a factor of each output channel's kernel, multiplied before rounding.
 
         Returns:
             One ``[O, I/g, kh, kw]`` per block.
@@ -103,6 +107,15 @@ def register(backend: Backend) -> Backend:
     _REGISTRY[backend.name] = backend
     _AVAILABLE.pop(backend.name, None)
     return backend
+
+
+def get(name: str) -> Backend:
+    """A registered backend by name.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return _REGISTRY[name]
 
 
 def _available(name: str) -> Verdict:

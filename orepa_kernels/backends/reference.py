@@ -29,16 +29,17 @@ class ReferenceBackend(Backend):
         self,
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
-        dtypes: Sequence[torch.dtype],
+        dtype: torch.dtype,
         memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
     ) -> list[Tensor]:
         kernels = []
-        for block, operands, dtype in zip(blocks, tensors, dtypes, strict=True):
+        for block, operands, factor in zip(blocks, tensors, folds, strict=True):
             # Half-precision operands are composed in float32: rounding every product of a sequence would add up.
             compute = torch.promote_types(operands[0].dtype, torch.float32)
             values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
             with _no_autocast(operands[0].device):
-                kernel = reference.squeeze_block(block, values)
+                kernel = reference.fold(reference.squeeze_block(block, values), factor)
             kernels.append(kernel.to(dtype=dtype, memory_format=memory_format))
         return kernels
 

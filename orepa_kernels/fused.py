@@ -1,0 +1,233 @@
+"""What all fused backends share: nested blocks, autograd, and operators that torch.compile can see.
+
+A backend computes flat blocks forward and backward on plain tensors; everything between those two raw calls and
+`orepa_kernels.squeeze` is here and in `orepa_kernels.operators`. Nothing is saved for the backward pass but the operands.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import Backend
+from .plan import Block
+from .stages import Key, Program, Step, program
+
+#: gradients of one block, in the order of its operands; None where none was asked for
+Gradients = list[Tensor | None]
+
+
+class FusedBackend(Backend):
+    """A backend that computes flat blocks (see `orepa_kernels.stages`), any number of them in one call."""
+
+    @abstractmethod
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """Squeeze flat blocks into new memory. Not differentiable; called without autograd.
+
+        Args:
+            blocks: the plans; they do not depend on each other.
+            tensors: per block, one per operand, all of one device. Dtypes may differ within a block: filters and results
+                of earlier steps can be wider than parameters. Any strides.
+            dtype: of the kernels.
+            memory_format: of the kernels.
+            folds: per block None, or a contiguous ``[O]`` in `compute_dtype`: a factor of each output channel's kernel.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        upstream: Sequence[Tensor],
+        needed: Sequence[Sequence[bool]],
+    ) -> list[Gradients]:
+        """Gradients of `forward` without a fold, the same bits every time.
+
+        Args:
+            blocks: as for `forward`.
+            tensors: as for `forward`.
+            upstream: per block, the gradient of its kernel, ``[O, I/g, kh, kw]`` of any dtype and any strides.
+            needed: per block and operand, whether its gradient is asked for.
+
+        Returns:
+            Per block and operand the gradient, with the shape, dtype and strides of ``torch.empty_like(operand)``.
+        """
+
+    def squeeze(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        operands = [tensor for own in tensors for tensor in own]
+        compiling = torch.compiler.is_compiling()
+        differentiable = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (*operands, *folds)
+        )
+        if not (compiling or differentiable):
+            return run_forward(self, tuple(blocks), operands, dtype, memory_format, folds)
+        # A fold is for deployment. Where it has to be seen by autograd or the compiler, it is a product like any other.
+        folded = any(fold is not None for fold in folds)
+        emitted = compute_dtype(operands) if folded else dtype
+        if compiling:
+            texts, channels_last = [block.text for block in blocks], memory_format == torch.channels_last
+            kernels = torch.ops.orepa_kernels.squeeze(operands, texts, self.name, emitted, channels_last)
+        else:
+            kernels = list(_Squeeze.apply(self, tuple(blocks), emitted, memory_format, *operands))
+        if folded:
+            kernels = [reference.fold(k, f).to(dtype) for k, f in zip(kernels, folds, strict=True)]
+        return kernels
+
+
+class _Squeeze(torch.autograd.Function):
+    """The eager path, for half the price of a registered operator: a small kernel takes no longer than its call."""
+
+    @staticmethod
+    def forward(
+        backend: FusedBackend,
+        blocks: tuple[Block, ...],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return tuple(run_forward(backend, blocks, tensors, dtype, memory_format, [None] * len(blocks)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, ctx.blocks, _, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = differentiable_gradients(ctx.blocks, tensors, upstream, needed)
+        else:
+            gradients = run_backward(ctx.backend, ctx.blocks, tensors, upstream, needed)
+        return (None, None, None, None, *gradients)
+
+
+def differentiable_gradients(
+    blocks: tuple[Block, ...], tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]
+) -> Gradients:
+    """Gradients that can be differentiated again, through the reference: double backward is rare."""
+    kernels = []
+    for block, operands in zip(blocks, _cut(blocks, tensors), strict=True):
+        compute = compute_dtype(operands)
+        values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
+        kernels.append(reference.squeeze_block(block, values))
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    outputs = [gradient.to(kernel.dtype) for kernel, gradient in zip(kernels, upstream, strict=True)]
+    found = iter(torch.autograd.grad(kernels, wanted, outputs, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What a block is composed in: float32 at least, because roundings of every product of a sequence would add up."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def _cut(blocks: Sequence[Block], values: Sequence[Any]) -> list[Sequence[Any]]:
+    """A flat list cut into the parts of each block."""
+    if len(blocks) == 1:
+        return [values]
+    ends = [0]
+    for block in blocks:
+        ends.append(ends[-1] + len(block.operands))
+    return [values[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+# --- programs: one raw call per level of nesting ------------------------------------------------------------------------
+
+
+def run_forward(
+    backend: FusedBackend,
+    blocks: tuple[Block, ...],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    folds: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The kernels of blocks, nested or not; ``tensors`` are the operands of all of them."""
+    plan = program(blocks)
+    if any(fold is not None for fold in folds):
+        dtypes = (compute_dtype(operands) for operands in _cut(blocks, tensors))
+        folds = [f if f is None else f.to(d).contiguous() for f, d in zip(folds, dtypes, strict=True)]
+    if plan.is_flat:
+        flat = [step.block for step in plan.last]
+        return backend.forward(flat, _cut(flat, tensors), dtype, memory_format, folds)
+    return _launch(backend, plan.last, _inner_kernels(backend, plan, tensors), dtype, memory_format, folds)
+
+
+def run_backward(
+    backend: FusedBackend,
+    blocks: tuple[Block, ...],
+    tensors: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> Gradients:
+    """Gradients of `run_forward`. The kernels of nested blocks are computed again, not saved."""
+    plan = program(blocks)
+    if plan.is_flat:
+        flat = [step.block for step in plan.last]
+        found = backend.backward(flat, _cut(flat, tensors), upstream, _cut(flat, needed))
+        return [gradient for gradients in found for gradient in gradients]
+
+    values = _inner_kernels(backend, plan, tensors)
+    wanted = {key for key, need in zip(plan.inputs, needed, strict=True) if need}
+    for level in plan.inner:
+        wanted |= {step.output for step in level if not wanted.isdisjoint(step.inputs)}
+    sums: dict[Key, Tensor] = dict(zip((step.output for step in plan.last), upstream, strict=True))
+    for level in (plan.last, *reversed(plan.inner)):
+        steps = [step for step in level if step.output in sums]
+        found = backend.backward(
+            [step.block for step in steps],
+            [[values[key] for key in step.inputs] for step in steps],
+            [sums[step.output] for step in steps],
+            [[key in wanted for key in step.inputs] for step in steps],
+        )
+        for step, gradients in zip(steps, found, strict=True):
+            for key, gradient in zip(step.inputs, gradients, strict=True):
+                if gradient is not None:
+                    sums[key] = sums[key] + gradient if key in sums else gradient
+    return [sums.get(key) if need else None for key, need in zip(plan.inputs, needed, strict=True)]
+
+
+def _inner_kernels(backend: FusedBackend, plan: Program, tensors: Sequence[Tensor]) -> dict[Key, Tensor]:
+    """All values that the last steps read: operands, and kernels of nested blocks in the precision of composing."""
+    values: dict[Key, Tensor] = dict(zip(plan.inputs, tensors, strict=True))
+    dtype, device = compute_dtype(tensors), tensors[0].device
+    for step in plan.constants:
+        values[step.output] = reference.squeeze_block(step.block, {}).to(device, dtype)
+    for level in plan.inner:
+        kernels = _launch(backend, level, values, dtype, torch.channels_last, [None] * len(level))
+        values.update(zip((step.output for step in level), kernels, strict=True))
+    return values
+
+
+def _launch(
+    backend: FusedBackend,
+    steps: Sequence[Step],
+    values: dict[Key, Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    folds: Sequence[Tensor | None],
+) -> list[Tensor]:
+    operands = [[values[key] for key in step.inputs] for step in steps]
+    return backend.forward([step.block for step in steps], operands, dtype, memory_format, folds)

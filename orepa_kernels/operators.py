@@ -1,0 +1,89 @@
+"""The squeeze as operators registered with PyTorch: what torch.compile sees of a fused backend.
+
+Python owns the schemas. Plans travel as text (see `orepa_kernels.plan_text`), backends by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, fused
+from .plan import Block
+from .plan_text import decode
+
+_LIBRARY = torch.library.Library("orepa_kernels", "DEF")
+_LIBRARY.define(
+    "squeeze(Tensor[] tensors, str[] plans, str backend, ScalarType dtype, bool channels_last) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "squeeze_backward(Tensor[] upstream, Tensor[] tensors, str[] plans, str backend, bool[] needed) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _backend(name: str) -> fused.FusedBackend:
+    backend = backends.get(name)
+    assert isinstance(backend, fused.FusedBackend)
+    return backend
+
+
+def _blocks(plans: Sequence[str]) -> tuple[Block, ...]:
+    return tuple(decode(text) for text in plans)
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _squeeze(
+    tensors: Sequence[Tensor], plans: Sequence[str], backend: str, dtype: torch.dtype, channels_last: bool
+) -> list[Tensor]:
+    unfolded = [None] * len(plans)
+    return fused.run_forward(_backend(backend), _blocks(plans), tensors, dtype, _memory_format(channels_last), unfolded)
+
+
+def _squeeze_fake(
+    tensors: Sequence[Tensor], plans: Sequence[str], backend: str, dtype: torch.dtype, channels_last: bool
+) -> list[Tensor]:
+    memory_format = _memory_format(channels_last)
+    return [tensors[0].new_empty(b.shape, dtype=dtype).to(memory_format=memory_format) for b in _blocks(plans)]
+
+
+def _backward(
+    upstream: Sequence[Tensor], tensors: Sequence[Tensor], plans: Sequence[str], backend: str, needed: Sequence[bool]
+) -> list[Tensor]:
+    found = fused.run_backward(_backend(backend), _blocks(plans), tensors, upstream, needed)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _backward_fake(
+    upstream: Sequence[Tensor], tensors: Sequence[Tensor], plans: Sequence[str], backend: str, needed: Sequence[bool]
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor, need in zip(tensors, needed, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, ctx.plans, ctx.backend, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, upstream: Sequence[Tensor]) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    needed = [bool(need) for need in ctx.needs_input_grad[0]]
+    found = iter(
+        torch.ops.orepa_kernels.squeeze_backward(list(upstream), list(tensors), ctx.plans, ctx.backend, needed)
+    )
+    return [next(found) if need else None for need in needed], None, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("squeeze", _squeeze, _key)
+    _LIBRARY.impl("squeeze_backward", _backward, _key)
+torch.library.register_fake("orepa_kernels::squeeze", _squeeze_fake, lib=_LIBRARY)
+torch.library.register_fake("orepa_kernels::squeeze_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("orepa_kernels::squeeze", _gradients, setup_context=_setup_context, lib=_LIBRARY)
