@@ -98,20 +98,19 @@ class FusedBackend(Backend):
 class _Squeeze(torch.autograd.Function):
     """The eager path, for half the price of a registered operator: a small kernel takes no longer than its call."""
 
+    # In the older style, without `setup_context`: that one inspects the signature at every call, for 30 microseconds.
     @staticmethod
     def forward(
+        ctx: Any,
         backend: FusedBackend,
         blocks: tuple[Block, ...],
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(run_forward(backend, blocks, tensors, dtype, memory_format, [None] * len(blocks)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.blocks, _, _, *tensors = inputs
+        ctx.backend, ctx.blocks = backend, blocks
         ctx.save_for_backward(*tensors)
+        return tuple(run_forward(backend, blocks, tensors, dtype, memory_format, [None] * len(blocks)))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:

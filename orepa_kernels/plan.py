@@ -116,7 +116,7 @@ class Separable:
 Term: TypeAlias = Dense | PointwiseFilter | Composed | Separable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A linear block: the sum of its terms, each scaled and centred in ``kernel_size``.
 
@@ -140,6 +140,8 @@ class Block:
     scales: Operand | None = None
     #: every tensor that the block needs, nested blocks included, in the order in which `squeeze` takes them
     operands: tuple[Operand, ...] = field(init=False, compare=False, repr=False)
+    #: the most terms that this block or one nested in it has
+    most_terms: int = field(init=False, compare=False, repr=False)
     #: the plan as text, see `orepa_kernels.plan_text`
     text: str = field(init=False, compare=False, repr=False)
 
@@ -153,7 +155,16 @@ class Block:
                 shapes = f"{list(unique[operand.name].shape)} and {list(operand.shape)}"
                 raise ValueError(f"operand {operand.name!r} is used with two shapes, {shapes}")
         object.__setattr__(self, "operands", tuple(unique.values()))
+        nested = [s.most_terms for term in self.terms for s in sources(term) if isinstance(s, Block)]
+        object.__setattr__(self, "most_terms", max(len(self.terms), *nested, 0))
         object.__setattr__(self, "text", encode(self))
+
+    # Blocks are keys of caches that every call asks: comparing texts is much cheaper than comparing trees.
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Block) and self.text == other.text)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -220,6 +231,9 @@ def _check_geometry(block: Block) -> None:
             raise ValueError(
                 f"scales must be [branches, {block.out_channels}] (vector) or [branches, 1] (scalar), got {list(shape)}"
             )
+        rows = sorted(term.scale for term in block.terms if term.scale is not None and term.scale < shape[0])
+        if rows != list(range(shape[0])):
+            raise ValueError(f"scales has {shape[0]} rows, of which each must scale one term; the terms name {rows}")
 
 
 def _check_term(block: Block, term: Term, where: str) -> None:

@@ -178,6 +178,8 @@ def _note_pass(name: str, reason: str) -> None:
         log.debug("backend %s passes: %s", name, reason)
 
 
+from . import cpu as _cpu  # noqa: E402
 from . import reference as _reference  # noqa: E402
 
+register(_cpu.CpuBackend())
 register(_reference.ReferenceBackend())

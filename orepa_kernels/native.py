@@ -1,0 +1,131 @@
+"""The compiled module `orepa_kernels._C`: whether it is here, and how plans and tensors reach it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
+
+try:
+    from . import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C, _import_error = None, error
+else:
+    _import_error = None
+
+#: numbers of the element types, as in csrc/squeeze.h
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+#: five numbers per tensor: address, type, strides of rows, columns and taps
+Views = list[int]
+
+_ABSENT = (0, 1, 0, 0, 0)
+
+
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not here; see `why_missing`.
+    """
+    if _C is None:
+        raise RuntimeError(why_missing())
+    return _C
+
+
+def why_missing() -> str:
+    """Why there is no compiled module, or an empty string where there is one."""
+    if _C is not None:
+        return ""
+    report = Path(__file__).with_name("_build.json")
+    missing = json.loads(report.read_text())["missing"] if report.is_file() else ""
+    if missing:
+        return f"the compiled kernels were left out when this package was built: {missing}"
+    if _import_error is not None and "_C" not in str(_import_error):
+        return f"the compiled kernels cannot be loaded: {_import_error}"
+    return 'the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder'
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(block: Block) -> Any:
+    """A flat block (see `orepa_kernels.stages`) as the compiled module's ``Plan``."""
+    places = {operand.name: index for index, operand in enumerate(block.operands)}
+
+    def place(factor: Operand | Block | Average | None) -> int:
+        return places[factor.name] if isinstance(factor, Operand) else -1
+
+    terms = []
+    for term in block.terms:
+        kind, a, b, first_size, inner = _parts(block, term)
+        identity = isinstance(term, Composed) and term.identity
+        scale = -1 if term.scale is None else term.scale
+        terms.append((kind, scale, term_kernel_size(term), first_size, inner, identity, place(a), place(b)))
+    return module().Plan(
+        block.out_channels,
+        block.in_channels // block.groups,
+        block.groups,
+        block.kernel_size,
+        terms,
+        place(block.scales),
+        len(block.operands),
+    )
+
+
+_Factor: TypeAlias = "Operand | Block | Average | None"
+
+
+def _parts(block: Block, term: Term) -> tuple[int, _Factor, _Factor, tuple[int, int], int]:
+    """Kind, factors a and b, size of the first, and inner channels, as csrc/squeeze.h has them."""
+    if isinstance(term, Dense):
+        return 0, term.weight, None, (1, 1), 0
+    if isinstance(term, PointwiseFilter):
+        return 1, term.pointwise, term.filter, (1, 1), 0
+    if isinstance(term, Composed):
+        return 2, term.first, term.second, kernel_size_of(term.first), term.first.shape[0] // block.groups
+    return 3, term.depthwise, term.pointwise, (1, 1), term.depthwise.shape[0] // block.in_channels
+
+
+def collapsed(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where its taps are not evenly spaced in memory, which no `view` can say."""
+    strides = tensor.stride()
+    if len(strides) > 2:
+        height, width = tensor.shape[-2:]
+        if height > 1 and width > 1 and strides[-2] != width * strides[-1]:
+            return tensor.contiguous()
+    return tensor
+
+
+def view(tensor: Tensor | None) -> Sequence[int]:
+    """A collapsed tensor as five numbers: a kernel, a filter ``[1|O, kh, kw]``, scales ``[B, 1|O]`` or a vector ``[O]``.
+
+    A dimension of one that stands for all has the stride 0.
+    """
+    if tensor is None:
+        return _ABSENT
+    strides = tensor.stride()
+    rank = len(strides)
+    row, column, tap = strides[0], 0, 0
+    if rank == 4:
+        column, tap = strides[1], strides[2] if tensor.shape[3] == 1 else strides[3]
+    elif rank == 3:
+        rows, _, width = tensor.shape
+        row, tap = row if rows > 1 else 0, strides[1] if width == 1 else strides[2]
+    elif rank == 2:
+        column = strides[1] if tensor.shape[1] > 1 else 0
+    return tensor.data_ptr(), TYPES[tensor.dtype], row, column, tap
+
+
+def views(tensors: Iterable[Tensor | None]) -> Views:
+    """All of them, one after the other."""
+    numbers: Views = []
+    for tensor in tensors:
+        numbers += view(tensor)
+    return numbers
