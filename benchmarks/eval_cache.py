@@ -44,7 +44,7 @@ def measure(shape: tuple[int, ...], rounds: int) -> list[Row]:
     with torch.inference_mode():
         samples = interleaved(tasks, rounds)
     case = {"out": o, "in": i, "k": k, "stride": stride, "groups": groups, "size": size}
-    return [Row(case, name, "eval", seconds=values) for name, values in samples.items()]
+    return [Row(case, name, "eval", processes=[values]) for name, values in samples.items()]
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def table(path: Path) -> str:
         results = load(path)
         if results.benchmark not in TABLES:
             raise UserError(f"{path}: no table for the benchmark {results.benchmark!r}")
-        return f"{TABLES[results.benchmark](results)}\n\n{_conditions(results.environment)}"
+        return f"{TABLES[results.benchmark](results)}\n\n{_conditions(results)}"
     if isinstance(content, dict) and "outcome" in content:
         return _training(content)
     raise UserError(f"{path} is neither a result of `orepa bench` nor a metrics.json of `orepa train`")
@@ -155,12 +155,19 @@ def _training(metrics: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {"squeeze": _squeeze, "step": _step, "eval_cache": _eval_cache}
 
 
-def _conditions(e: dict[str, Any]) -> str:
+def _conditions(results: Results) -> str:
+    e = results.environment
     device = e.get("gpu") or f"{e['processor']}, {e['threads']} thread(s)"
     words = [device, f"torch {e['torch']}", f"commit {e['commit']}", str(e["date"])[:10]]
     if e.get("busy_cores_of_others"):
         words.append(f"{e['busy_cores_of_others']} cores busy with other programs")
-    return f"{', '.join(words)}. Medians, ± half the distance from the 20th to the 80th percentile."
+    spread = "half the distance from the 20th to the 80th percentile"
+    if results.processes > 1:
+        spread = (
+            "half of what the 20th to 80th percentile and a 95% confidence interval from the medians of "
+            f"{results.processes} processes span"
+        )
+    return f"{', '.join(words)}. Medians, ± {spread}."
 
 
 def _number(value: float) -> str:

@@ -70,7 +70,7 @@ if [[ $only != tests ]]; then
     bench=("$python" -m orepa bench)
     bench_end=$((SECONDS + 480))
     if [[ $dry ]]; then
-        tiny=(--device cpu --threads 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
+        tiny=(--device cpu --threads 1 --processes 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
         measure squeeze-fp32 120 "${bench[@]}" squeeze --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
         measure step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
             --contestants plain,orepa-reference --rounds 2 --seconds 1 --out "$out/step-r18.json"

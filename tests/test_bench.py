@@ -36,7 +36,7 @@ SMALL = Shape(6, 4, 3)
 
 @pytest.fixture(autouse=True)
 def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "ceilings", lambda device: {})
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {})
 
 
 def work(shape: Shape = SMALL, topology: str | None = None, dtype: str = "fp32") -> Workload:
@@ -287,12 +287,15 @@ def test_time_box() -> None:
 
 
 def test_summary() -> None:
-    assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {
+    one = summary([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    assert one == {
         "median_us": pytest.approx(3.5e6),
         "p20_us": pytest.approx(2e6),
         "p80_us": pytest.approx(5e6),
+        "low_us": one["p20_us"],
+        "high_us": one["p80_us"],
     }
-    assert summary([2.0])["p20_us"] == 2e6
+    assert summary([[2.0]])["p20_us"] == 2e6
 
 
 def test_compilation_is_never_timed() -> None:

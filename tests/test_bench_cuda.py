@@ -135,7 +135,7 @@ def test_launches_are_counted() -> None:
 
 @pytest.mark.gpu
 def test_everything_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "ceilings", lambda device: {})
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {})
     shapes = [Shape(32, 16, 3), Shape(16, 16, 1), Shape(16, 3, 7), Shape(16, 16, 3, 4)]
     request = bench.Request(shapes=shapes, dtypes=("fp32", "bf16"), device="cuda", rounds=5, seconds=5)
     providers = {name: p for name, p in everything().items() if "max-autotune" not in name}

@@ -28,14 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        bench, "ceilings", lambda device: {"copy_bytes_per_second": 1e10, "gemm_flops_per_second": 1e11}
-    )
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {"copy_bytes_per_second": 1e10, "gemm_flops_per_second": 1e11})
 
 
 def row(provider: str = "eager", seconds: tuple[float, ...] = (1.0, 1.1, 1.2), **changes: Any) -> Row:
     case = {"out": 6, "in": 4, "k": 3, "groups": 1, "topology": "orepa", "dtype": "fp32", "device": "cpu"}
-    return Row(**{"case": case, "provider": provider, "seconds": list(seconds), **changes})
+    return Row(**{"case": case, "provider": provider, "processes": [list(seconds)] if seconds else [], **changes})
 
 
 def results(*rows: Row, complete: bool = True) -> Results:
@@ -48,15 +46,27 @@ def results(*rows: Row, complete: bool = True) -> Results:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     wrong = row("planted", (), status="wrong", reason="the kernel is off", facts={"weight_error": 0.5})
-    before = results(row(), wrong, row("copy", floor=True))
+    before = results(row(processes=[[1.0, 1.1, 1.2], [1.0]]), wrong, row("copy", floor=True))
+    before.lost = ["process 2 of 3 was killed by SIGKILL"]
     before.save(tmp_path / "a.json")
     assert load(tmp_path / "a.json") == before
     content = json.loads((tmp_path / "a.json").read_text())
-    assert (content["schema"], content["version"]) == ("orepa.bench", 1)
+    assert (content["schema"], content["version"]) == ("orepa.bench", 2)
     assert {"commit", "torch", "threads", "processor", "date"} <= content["environment"].keys()
-    assert content["rows"][0]["summary"]["median_us"] == pytest.approx(1.1e6)
+    assert content["rows"][0]["summary"]["median_us"] == pytest.approx(1.05e6)
     assert "[1.0, 1.1, 1.2]" in (tmp_path / "a.json").read_text()  # samples on one line
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_files_of_version_1_are_those_of_one_process(tmp_path: Path) -> None:
+    after = results(row(), row("planted", (), status="failed"))
+    after.save(tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    for entry in content["rows"]:
+        entry["seconds"] = [s for samples in entry.pop("processes") for s in samples]
+    del content["lost"]
+    (tmp_path / "a.json").write_text(json.dumps({**content, "version": 1}))
+    assert load(tmp_path / "a.json") == after
 
 
 def test_other_work_is_noticed() -> None:
@@ -98,9 +108,12 @@ DAMAGES = {
     "no environment": (_changed(lambda c: c.pop("environment")), "it has no 'environment'"),
     "no provider": (_changed(lambda c: c["rows"][0].pop("provider")), "it has no 'provider'"),
     "rows no list": (_changed(lambda c: c.update(rows=3)), "damaged"),
-    "no samples": (_changed(lambda c: c["rows"][0].update(seconds=[])), "has 0 samples"),
-    "samples no numbers": (_changed(lambda c: c["rows"][0].update(seconds=["1"])), "must be positive numbers"),
-    "negative": (_changed(lambda c: c["rows"][0].update(seconds=[-1.0])), "must be positive numbers"),
+    "no samples": (_changed(lambda c: c["rows"][0].update(processes=[])), "has samples of 0 processes"),
+    "a process without": (_changed(lambda c: c["rows"][0].update(processes=[[1.0], []])), "must be positive numbers"),
+    "samples of none": (_changed(lambda c: c["rows"][0].update(processes=[1.0])), "must be positive numbers"),
+    "samples no numbers": (_changed(lambda c: c["rows"][0].update(processes=[["1"]])), "must be positive numbers"),
+    "negative": (_changed(lambda c: c["rows"][0].update(processes=[[-1.0]])), "must be positive numbers"),
+    "lost": (_changed(lambda c: c.update(lost=3)), "lost is no list"),
     "status": (_changed(lambda c: c["rows"][0].update(status="fine")), "status 'fine'"),
     "twice": (_changed(lambda c: c["rows"].append(c["rows"][0])), "two rows are the same"),
 }
@@ -138,7 +151,9 @@ def test_a_run_against_itself_is_no_difference() -> None:
     run = bench.run(request(rounds=5), {"eager": Eager(), "copy": everything()["copy"]})
     comparison = compare(run, run)
     assert [pair.verdict for pair in comparison.pairs] == ["no difference"] * 6
-    assert comparison.notes == [] and comparison.conclusion == "no difference in any of 6 measurements"
+    one = "was measured in one process: what differs between processes is not in its spread"
+    assert comparison.notes == [f"A {one}", f"B {one}"]
+    assert comparison.conclusion == "no difference in any of 6 measurements"
 
 
 def test_a_planted_slow_down_is_caught() -> None:
@@ -195,16 +210,29 @@ def test_squeeze_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     for package in ("rich", "matplotlib"):
         pytest.importorskip(package)
     out, picture = tmp_path / "a.json", tmp_path / "a.png"
-    options = "--shapes 6,4,3;8,4,1 --dtypes fp32,bf16 --providers eager,gemms,copy,cpu --rounds 2 --seconds 1"
+    options = (
+        "--shapes 6,4,3;8,4,1 --dtypes fp32,bf16 --providers eager,gemms,copy,cuda --rounds 2 --seconds 1 --processes 2"
+    )
     assert (
         main(["bench", "squeeze", *options.split(), "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
     )
     text = capsys.readouterr().out
-    for word in ("4->6 3x3", "4->8 1x1", "eager", "gemms (floor)", "copy (floor)", "±", "fp32", "bf16", "cpu: skipped"):
+    for word in (
+        "4->6 3x3",
+        "4->8 1x1",
+        "eager",
+        "gemms (floor)",
+        "copy (floor)",
+        "±",
+        "fp32",
+        "bf16",
+        "cuda: skipped",
+    ):
         assert word in text
     found = load(out)
     assert found.complete and len(found.rows) == 2 * 2 * 4 * 3
-    assert all(len(r.seconds) == 2 for r in found.timed)
+    assert all([len(samples) for samples in r.processes] == [2, 2] for r in found.timed)
+    assert found.settings["processes"] == 2 and "the medians of 2 processes" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
     assert main(["bench", "show", str(out), "--plot", str(picture)]) == 0
@@ -218,6 +246,7 @@ def test_a_wrong_provider_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     providers = {"eager": Eager(), "planted": Planted(lambda kernel: kernel * 1.01)}
     monkeypatch.setattr("orepa.bench.providers.everything", lambda: providers)
     options = ["--shapes", "6,4,3", "--rounds", "1", "--seconds", "0.1", "--mode", "forward", "--device", "cpu"]
+    options += ["--processes", "1"]  # the planted provider is known to this one only
     assert main(["bench", "squeeze", *options]) == 1
     text = capsys.readouterr().out
     assert "WRONG" in text and "planted: wrong: the kernel is off by 1.0e-02" in text
@@ -238,6 +267,7 @@ def test_a_wrong_provider_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("--against nowhere", "no blocks.py"),
         ("--rounds 0", "whole number"),
         ("--seconds nan", "above 0"),
+        ("--processes 0", "whole number"),
         ("--shapes 8,8,3 --models all", "not allowed with"),
     ],
 )
@@ -301,7 +331,7 @@ def test_render_writes_what_was_measured(render: ModuleType, tmp_path: Path) -> 
 
 def test_render_eval_cache_and_training(render: ModuleType, tmp_path: Path) -> None:
     case = {"out": 8, "in": 8, "k": 3, "stride": 2, "groups": 1, "size": 8}
-    rows = [Row(case, name, "eval", seconds=[s, s]) for name, s in (("OREPAConv", 1.1e-5), ("Conv2d", 1e-5))]
+    rows = [Row(case, name, "eval", processes=[[s, s]]) for name, s in (("OREPAConv", 1.1e-5), ("Conv2d", 1e-5))]
     Results("eval_cache", machine.environment(), rows=rows).save(tmp_path / "eval.json")
     column = {"accuracy": 0.975, "changed": 0, "max_difference": 1e-6, "parameters": 1234, "inference_ms": 1.25}
     metrics = {

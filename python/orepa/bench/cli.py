@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,9 @@ from .options import check_folders, count, names, require, seconds
 from .step_cli import add_command as add_step
 
 if TYPE_CHECKING:
+    from .providers import Provider
     from .results import Results
+    from .squeeze import Listener, Request
 
 
 def add_commands(commands: Any) -> None:
@@ -24,7 +28,8 @@ def add_commands(commands: Any) -> None:
         help="forward and backward of one squeeze, against everything a user could pick instead",
         description="Time the squeeze of single blocks: the plain einsum formulation, torch.compile of it, every backend "
         "that runs here, and two floors (the bare matrix products; a copy of the bytes that must move). Each is first held "
-        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed.",
+        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed. All of it is "
+        "done in several fresh processes, one after the other, so that the reported spread knows how far processes differ.",
     )
     squeeze.set_defaults(run=_squeeze)
     _add_squeeze_options(squeeze)
@@ -72,9 +77,22 @@ def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
         default="highest",
         help="of float32 products (default: highest)",
     )
-    how.add_argument("--rounds", type=count, default=50, metavar="N", help="samples of each at most (default: 50)")
     how.add_argument(
-        "--seconds", type=seconds, default=60.0, metavar="X", help="of measuring; checks come on top (default: 60)"
+        "--processes",
+        type=count,
+        metavar="N",
+        help="to measure in, one after the other (default: 3 on the CPU, 1 on CUDA): the more, the narrower the spread; one "
+        "cannot tell how far processes differ",
+    )
+    how.add_argument(
+        "--rounds", type=count, default=50, metavar="N", help="samples of each at most, in each process (default: 50)"
+    )
+    how.add_argument(
+        "--seconds",
+        type=seconds,
+        default=45.0,
+        metavar="X",
+        help="of measuring, split over the processes; starting, compiling and checking come on top (default: 45)",
     )
 
     files = parser.add_argument_group("files")
@@ -84,9 +102,39 @@ def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
 
 def _squeeze(args: argparse.Namespace) -> int:
     require("rich", *(("matplotlib",) if args.plot else ()))
+    from . import processes, squeeze, tables
+
+    request, providers = _asked(args)
+    check_folders(args.out, args.plot)
+    with tables.progress(len(request.cases) * request.processes) as bar:
+        if request.processes == 1:
+            results = squeeze.run(request, providers, bar)
+        else:
+            results = processes.run([partial(_job, args)] * request.processes, bar, request.save)
+    tables.show(results)
+    _plot(results, args.plot)
+    if args.out:
+        print(f"written to {args.out}")
+    return 1 if results.lost or any(row.status == "wrong" for row in results.rows) else 0
+
+
+def _job(args: argparse.Namespace, listener: Listener, keep: Callable[[Results], None]) -> Results:
+    """What each of several processes does."""
+    from . import squeeze
+
+    request, providers = _asked(args)
+    return squeeze.run(request, providers, listener, keep=keep)
+
+
+def _asked(args: argparse.Namespace) -> tuple[Request, dict[str, Provider]]:
+    """What to measure and who; sets up torch in this process for it.
+
+    Raises:
+        UserError: an option that cannot be met.
+    """
     import torch
 
-    from . import squeeze, tables
+    from . import squeeze
     from .providers import everything
     from .shapes import DEFAULT, model_shapes, parse_shapes
     from .work import MODES
@@ -102,7 +150,6 @@ def _squeeze(args: argparse.Namespace) -> int:
             raise UserError(f"--providers must be among {', '.join(providers)}, got {args.providers!r}")
         providers = {name: provider for name, provider in providers.items() if name in asked}
     shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
-    check_folders(args.out, args.plot)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.precision)
@@ -115,15 +162,11 @@ def _squeeze(args: argparse.Namespace) -> int:
         modes=MODES if args.mode == "all" else (args.mode,),
         rounds=args.rounds,
         seconds=args.seconds,
+        # What differs between processes has been measured on CPUs only, and starting on CUDA takes longer.
+        processes=args.processes or {"cpu": 3, "cuda": 1}[device],
         out=args.out,
     )
-    with tables.progress(len(request.cases)) as bar:
-        results = squeeze.run(request, providers, bar)
-    tables.show(results)
-    _plot(results, args.plot)
-    if args.out:
-        print(f"written to {args.out}")
-    return 1 if any(row.status == "wrong" for row in results.rows) else 0
+    return request, providers
 
 
 def _compare(args: argparse.Namespace) -> int:

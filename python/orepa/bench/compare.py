@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..training.errors import UserError
 from .results import Results, Row
 
 _WATCHED = ("processor", "gpu", "device", "threads", "torch", "python", "float32_matmul_precision")
-
-#: what no single run can see: two processes differ through memory layout and clocks. Chosen after one pair of runs on a loaded
-#: CPU, in which 4 of 24 medians differed by 3% to 7%; what it does on other runs is in benchmarks/NOTES.md
-BETWEEN_RUNS = 0.06
 
 
 @dataclass(frozen=True)
@@ -28,20 +23,18 @@ class Pair:
         return self.after.median_us / self.before.median_us
 
     @property
-    def noise(self) -> float:
-        """How far the ratio may be from 1 by chance: the spreads of both runs, from p20 to p80, added as errors are.
-
-        To them comes what no single run can see (`BETWEEN_RUNS`). Single samples spread wider than their median does, but
-        samples of one run share its conditions, so the tighter interval that they would allow is not to be had from one run.
-        """
-        return math.hypot(self.before.spread, self.after.spread, BETWEEN_RUNS)
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest ratio within the spreads that both runs report."""
+        a, b = self.before.summary, self.after.summary
+        return b["low_us"] / a["high_us"], b["high_us"] / a["low_us"]
 
     @property
     def verdict(self) -> str:
-        """``"slower"``, ``"faster"`` or ``"no difference"``."""
-        if abs(math.log(self.ratio)) <= math.log1p(self.noise):
+        """``"slower"`` or ``"faster"`` where the spreads of the two have nothing in common, else ``"no difference"``."""
+        low, high = self.bounds
+        if low <= 1 <= high:
             return "no difference"
-        return "slower" if self.ratio > 1 else "faster"
+        return "slower" if low > 1 else "faster"
 
 
 @dataclass(frozen=True)
@@ -82,5 +75,9 @@ def compare(before: Results, after: Results) -> Comparison:
             row = new.get(key) or old[key]
             notes.append(f"{row.provider}, {row.mode}: {states[0]} in A, {states[1]} in B")
     runs = (("A", before), ("B", after))
-    notes += [f"{name} is partial: its run did not end" for name, run in runs if not run.complete]
+    for name, run in runs:
+        if run.processes == 1:
+            notes.append(f"{name} was measured in one process: what differs between processes is not in its spread")
+        if not run.complete:
+            notes += [f"{name} is partial: {why}" for why in run.lost or ["its run did not end"]]
     return Comparison(pairs, list(dict.fromkeys(notes)))

@@ -38,7 +38,7 @@ def plot(results: Results, path: Path) -> None:
                     _line(axes, sorted(chosen, key=_size), number)
             axes.set(xscale="log", yscale="log", title=", ".join(part for part in (mode, *kind) if part != "plain"))
             axes.grid(True, which="both", alpha=0.2)
-        line[0].set_ylabel("µs per call, p20 to p80 shaded")
+        line[0].set_ylabel("µs per call, spread shaded")
     for axes in panels[-1]:
         axes.set_xlabel("elements of the kernel")
     panels[0][0].legend(fontsize="small", title="grey: floors")
@@ -52,7 +52,7 @@ def plot(results: Results, path: Path) -> None:
 
 def _line(axes: Any, rows: list[Row], number: int) -> None:
     x, summaries = [_size(row) for row in rows], [row.summary for row in rows]
-    median, low, high = ([s[key] for s in summaries] for key in ("median_us", "p20_us", "p80_us"))
+    median, low, high = ([s[key] for s in summaries] for key in ("median_us", "low_us", "high_us"))
     style = {"linestyle": ["--", ":"][number % 2], "color": "0.4"} if rows[0].floor else {"color": f"C{number % 10}"}
     axes.plot(x, median, label=rows[0].provider, marker="o", markersize=3, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)

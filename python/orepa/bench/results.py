@@ -13,7 +13,7 @@ from ..training.errors import UserError
 from ..training.files import write_atomically
 from .timing import summary
 
-SCHEMA, VERSION = "orepa.bench", 1
+SCHEMA, VERSION = "orepa.bench", 2
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
 
@@ -28,7 +28,7 @@ class Row:
         launch: ``"plain"``, or ``"graph"`` for the replay of a CUDA graph.
         status: one of `STATUSES`; only ``"ok"`` has samples.
         reason: why it has none.
-        seconds: raw samples, seconds per call.
+        processes: raw samples of each process, seconds per call.
         floor: whether it is a lower bound rather than a way to do the work.
         facts: further measurements: ``flops``, ``bytes``, ``saved_bytes``, ``launches``, errors.
     """
@@ -39,7 +39,7 @@ class Row:
     launch: str = "plain"
     status: str = "ok"
     reason: str = ""
-    seconds: list[float] = field(default_factory=list)
+    processes: list[list[float]] = field(default_factory=list)
     floor: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -54,9 +54,14 @@ class Row:
         return (tuple(sorted(self.case.items())), self.mode, self.launch)
 
     @property
+    def seconds(self) -> list[float]:
+        """The samples of all processes."""
+        return [s for process in self.processes for s in process]
+
+    @property
     def summary(self) -> dict[str, float]:
-        """Median and percentiles in microseconds."""
-        return summary(self.seconds)
+        """Median and spread in microseconds: see `orepa.bench.timing.summary`."""
+        return summary(self.processes)
 
     @property
     def median_us(self) -> float:
@@ -64,9 +69,9 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Half the distance from the 20th to the 80th percentile, relative to the median."""
+        """Half the distance from ``low_us`` to ``high_us``, relative to the median."""
         s = self.summary
-        return (s["p80_us"] - s["p20_us"]) / 2 / s["median_us"]
+        return (s["high_us"] - s["low_us"]) / 2 / s["median_us"]
 
 
 @dataclass
@@ -79,7 +84,8 @@ class Results:
         settings: what the user asked for.
         ceilings: see `orepa.bench.machine.ceilings`.
         rows: the measurements.
-        complete: False in a file written while the benchmark still ran.
+        complete: False in a file written while the benchmark still ran, or where a process was lost.
+        lost: which processes died before their end, and how; what they had measured counts.
     """
 
     benchmark: str
@@ -88,6 +94,12 @@ class Results:
     ceilings: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     complete: bool = False
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def processes(self) -> int:
+        """In how many a measurement was made, at most."""
+        return max((len(row.processes) for row in self.rows), default=0)
 
     @property
     def timed(self) -> list[Row]:
@@ -100,7 +112,7 @@ class Results:
         Raises:
             UserError: the file system refuses.
         """
-        rows = [{**asdict(row), **({"summary": row.summary} if row.seconds else {})} for row in self.rows]
+        rows = [{**asdict(row), **({"summary": row.summary} if row.processes else {})} for row in self.rows]
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self), "rows": rows}
         text = json.dumps(_plain(content), indent=1, allow_nan=False)
         write_atomically(path, lambda file: file.write(_compact(text).encode()))
@@ -120,13 +132,16 @@ def load(path: Path) -> Results:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UserError(f"{path} is JSON, but not a result of `orepa bench`")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path} has result version {content.get('version')}, this orepa reads {VERSION}")
+    if content.get("version") not in (1, VERSION):
+        raise UserError(f"{path} has result version {content.get('version')}, this orepa reads 1 and {VERSION}")
     try:
+        if content["version"] == 1:
+            content = _upgrade(content)
         rows = [_row(entry) for entry in content["rows"]]
         names = {f.name for f in fields(Results)} - {"rows"}
         results = Results(rows=rows, **{name: content[name] for name in names})
         _expect(isinstance(results.environment, dict), "environment is no object")
+        _expect(isinstance(results.lost, list), "lost is no list")
         _expect(len({row.key for row in rows}) == len(rows), "two rows are the same measurement")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -134,18 +149,30 @@ def load(path: Path) -> Results:
     return results
 
 
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew but one process."""
+    rows = [{**entry, "processes": [entry["seconds"]] if entry["seconds"] else []} for entry in content["rows"]]
+    return {**content, "rows": rows, "lost": []}
+
+
 def _row(entry: Mapping[str, Any]) -> Row:
     row = Row(**{f.name: entry[f.name] for f in fields(Row)})
     _expect(row.status in STATUSES, f"status {row.status!r} is none of {', '.join(STATUSES)}")
     _expect(isinstance(row.case, dict), "case is no object")
-    numbers = isinstance(row.seconds, list) and all(
-        isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in row.seconds
-    )
-    _expect(numbers, "seconds must be positive numbers")
     _expect(
-        bool(row.seconds) == (row.status == "ok"), f"a row with status {row.status!r} has {len(row.seconds)} samples"
+        isinstance(row.processes, list) and all(_numbers(p) for p in row.processes), "samples must be positive numbers"
+    )
+    _expect(
+        bool(row.processes) == (row.status == "ok"),
+        f"a row with status {row.status!r} has samples of {len(row.processes)} processes",
     )
     return row
+
+
+def _numbers(samples: Any) -> bool:
+    if not isinstance(samples, list) or not samples:
+        return False
+    return all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in samples)
 
 
 def _expect(condition: bool, otherwise: str) -> None:
@@ -175,5 +202,5 @@ def _compact(text: str) -> str:
             lines[-1] = lines[-1] if gathering else lines[-1].replace(" ]", "]")
         else:
             lines.append(line)
-            gathering = line.rstrip().endswith('"seconds": [')
+            gathering = line.strip() == "["  # a list in a list: the samples of a process
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +33,9 @@ class Request:
         dtypes: of the kernels, keys of `DTYPES`.
         device: ``"cpu"`` or ``"cuda"``.
         modes: of `MODES`.
-        rounds: at most so many samples each.
-        seconds: of measuring, over all cases; compiling and checking come on top.
+        rounds: at most so many samples each, in each process.
+        seconds: of measuring, over all cases and processes; compiling and checking come on top.
+        processes: in how many the whole is measured: see `orepa.bench.processes`. `run` is one of them.
         out: JSON file, written anew after every case.
 
     Raises:
@@ -48,6 +49,7 @@ class Request:
     modes: Sequence[str] = MODES
     rounds: int = 50
     seconds: float = 60.0
+    processes: int = 1
     out: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,15 @@ class Request:
         """Plain data, for JSON."""
         return {**asdict(self), "shapes": [str(s) for s in self.shapes], "out": None}
 
+    def save(self, results: Results) -> None:
+        """Write results where ``out`` says, if it does.
+
+        Raises:
+            UserError: the file system refuses.
+        """
+        if self.out:
+            results.save(self.out)
+
 
 class Listener(Protocol):
     """Who is told how far it is."""
@@ -102,26 +113,28 @@ def run(
     providers: Mapping[str, Provider],
     listener: Listener | None = None,
     stopwatch: Stopwatch | None = None,
+    keep: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Check and time every provider on every case.
+    """Check and time every provider on every case, in this process; of several processes, each one's share of the time.
 
     Args:
         request: what to measure.
         providers: by name, in the order of the tables.
         listener: of the progress.
         stopwatch: for plain launches; by default that of the device.
+        keep: is given all there is, every time that there is more; by default it writes ``request.out``.
 
     Raises:
         UserError: no CUDA device, or a file that cannot be written.
     """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
-    listener = listener or Silent()
+    listener, keep = listener or Silent(), keep or request.save
     listener.step("measuring what this machine can do")
     settings = {**request.as_dict(), "providers": list(providers)}
-    results = Results("squeeze", environment(request.device), settings, ceilings(request.device))
+    results = Results("squeeze", environment(request.device), settings, ceilings(request.device, 1 / request.processes))
     watches = _stopwatches(request.device, stopwatch)
-    left, cases, others = request.seconds, request.cases, OtherWork()
+    left, cases, others = request.seconds / request.processes, request.cases, OtherWork()
     for index, case in enumerate(cases):
         torch._dynamo.reset()  # one shape after the other would hit the limit of recompilations, and run uncompiled
         work = Workload(case)
@@ -141,13 +154,11 @@ def run(
                 with others:
                     _measure(results, work, ready, mode, launch, watch, request.rounds, share / len(watches))
                 results.environment["busy_cores_of_others"] = others.cores
-                if request.out:
-                    results.save(request.out)
+                keep(results)
             left = max(0.0, left - (time.perf_counter() - spent))
         listener.done()
     results.complete = True
-    if request.out:
-        results.save(request.out)
+    keep(results)
     return results
 
 
@@ -224,7 +235,7 @@ def _measure(
             row.status, row.reason = "failed", _first_line(error)
     if tasks:
         for name, samples in interleaved(tasks, rounds, seconds, watch).items():
-            rows[name].seconds = samples
+            rows[name].processes = [samples]
     results.rows += rows.values()
 
 

@@ -227,7 +227,7 @@ class _Bench:
                 rows[name].status, rows[name].reason = "failed", _first_line(error)
         if tasks:
             for name, samples in interleaved(tasks, rounds, seconds, watch).items():
-                rows[name].seconds = samples
+                rows[name].processes = [samples]
         for step, _ in self._ready.values():
             step.clear()
         return list(rows.values())

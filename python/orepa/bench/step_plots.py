@@ -70,11 +70,11 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     summaries = [row.summary for row in rows]
     median = [s["median_us"] / 1e3 for s in summaries]
     spread = [
-        [(s["median_us"] - s["p20_us"]) / 1e3 for s in summaries],
-        [(s["p80_us"] - s["median_us"]) / 1e3 for s in summaries],
+        [(s["median_us"] - s["low_us"]) / 1e3 for s in summaries],
+        [(s["high_us"] - s["median_us"]) / 1e3 for s in summaries],
     ]
     axes[0].barh(names, median, xerr=spread, color="C0")
-    axes[0].set_xlabel("ms per step, p20 to p80")
+    axes[0].set_xlabel("ms per step and its spread")
     left = [0.0] * len(rows)
     for number, part in enumerate(PARTS):
         widths = [row.facts["split"][part] / 1e6 for row in rows]

@@ -10,7 +10,7 @@ from rich.table import Table
 from .contestants import PLAIN
 from .paper import TABLE_4
 from .results import Results, Row
-from .tables import problems, terminal
+from .tables import problems, spread_of, terminal
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "squeeze", "buffers", "temporary", "rounding")
 _GROUPS = ("model", "size", "autocast", "layout", "device")
@@ -48,7 +48,7 @@ def _times(results: Results, rows: list[Row], launch: str) -> Table:
     kind = {"plain": "", "graph": ", replayed from a CUDA graph"}[launch]
     table = Table(
         title=f"training step: {_title(rows[0])}{kind}",
-        caption=f"median ± half of p20 to p80; × times the plain model's. {where}, torch {e.get('torch')}, "
+        caption=f"median ± {spread_of(results)}; × times the plain model's. {where}, torch {e.get('torch')}, "
         f"commit {e.get('commit')}",
     )
     for name in ("batch", "contestant"):

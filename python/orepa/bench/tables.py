@@ -62,7 +62,8 @@ def show(results: Results, console: Console | None = None) -> None:
         note = f"note: other programs kept {busy} of {results.environment['cores']} cores busy: times on the CPU are too long"
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     for line in problems(results):
-        console.print(line, style="bold red" if ": wrong: " in line else "yellow", markup=False, soft_wrap=True)
+        loud = line.startswith("lost: ") or ": wrong: " in line
+        console.print(line, style="bold red" if loud else "yellow", markup=False, soft_wrap=True)
 
 
 def _medians(results: Results, launch: str) -> Table:
@@ -74,8 +75,8 @@ def _medians(results: Results, launch: str) -> Table:
     providers = [p for p in order if p in timed | wrong]
     kind = {"plain": "", "graph": ", replayed from a CUDA graph"}[launch]
     table = Table(
-        title=f"{results.benchmark}{_words(common)}: median µs per call ± half of p20 to p80{kind}",
-        caption=f"×: times {BASELINE}'s speed. {_machine(results)}",
+        title=f"{results.benchmark}{_words(common)}: median µs per call{kind}",
+        caption=f"±: {spread_of(results)}; ×: times {BASELINE}'s speed. {_machine(results)}",
     )
     table.add_column("block", no_wrap=True)
     table.add_column("mode", no_wrap=True)
@@ -151,14 +152,21 @@ def _rate(amount: float | None, seconds: float, ceiling: float | None) -> str:
     return f"{rate / 1e9:,.1f}" + (f" ({100 * rate / ceiling:.0f}%)" if ceiling else "")
 
 
+def spread_of(results: Results) -> str:
+    """What stands after ± in a table of these results."""
+    if results.processes < 2:
+        return "half of p20 to p80, within one process"
+    return f"half of what p20 to p80 and a 95% interval from the medians of {results.processes} processes span"
+
+
 def problems(results: Results) -> list[str]:
-    """One line per provider and reason that kept it from being timed."""
+    """One line per process that was lost, and per provider and reason that kept it from being timed."""
     everywhere = len({describe(row.case) for row in results.rows})
     found: dict[str, set[str]] = {}
     for row in results.rows:
         if row.status != "ok":
             found.setdefault(f"{row.provider}: {row.status}: {row.reason}", set()).add(describe(row.case))
-    return [
+    return [f"lost: {line}" for line in results.lost] + [
         what if len(cases) == everywhere else f"{what} [{', '.join(sorted(cases))}]" for what, cases in found.items()
     ]
 
@@ -170,11 +178,11 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     table = Table(
         title="B against A: ratio of median times",
-        caption="noise: from p20 to p80 of both runs, and 6% between any two",
+        caption="spread: the least and the largest ratio within the spreads of both runs",
     )
     for name in ("block", "mode", "launch", "provider"):
         table.add_column(name)
-    for name in ("A µs", "B µs", "B/A", "noise"):
+    for name in ("A µs", "B µs", "B/A", "spread"):
         table.add_column(name, justify="right")
     table.add_column("")
     styles = {"slower": "red", "faster": "green", "no difference": "dim"}
@@ -188,7 +196,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
             f"{a.median_us:,.1f}",
             f"{b.median_us:,.1f}",
             f"{pair.ratio:.3f}",
-            f"±{100 * pair.noise:.0f}%",
+            "{:.3f} to {:.3f}".format(*pair.bounds),
             f"[{styles[pair.verdict]}]{pair.verdict}[/]",
         )
     console.print(table)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,9 @@ from .providers import Task, nothing
 LEAST_SAMPLE = 1e-3
 MOST_CALLS = 100
 LEAST_ROUNDS = 5
+
+#: Student's t for 95%, two-sided, from one degree of freedom on; the last one, beyond which it hardly falls, stands for more
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 Samples = dict[str, list[float]]
 
@@ -46,9 +50,11 @@ class CpuStopwatch:
         return (self._clock() - begin) / calls
 
     def calls(self, task: Task) -> int:
-        for _ in range(2):
-            self.sample(task, 1)
-        seconds = min(self.sample(task, 1) for _ in range(3))
+        self.sample(task, 1)
+        seconds = self.sample(task, 1)
+        if seconds > 10 * LEAST_SAMPLE:
+            return 1  # known well enough, and repeating long calls would take more time than measuring them
+        seconds = min(seconds, *(self.sample(task, 1) for _ in range(3)))
         return max(1, min(MOST_CALLS, round(LEAST_SAMPLE / max(seconds, 1e-9))))
 
 
@@ -90,14 +96,26 @@ def function(call: Callable[[], Any]) -> Task:
     return Task(nothing, lambda _: call())
 
 
-def summary(samples: list[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentile, in microseconds."""
+def summary(processes: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Median and spread of the samples of one or more processes, in microseconds.
+
+    ``median_us`` is the median of the processes' medians. ``low_us`` to ``high_us`` spans the 20th to 80th percentile of all
+    samples and the interval that holds the mean over all processes with 95% confidence, by Student's t from the logarithms
+    of the processes' medians. Of one process, percentiles are all there is.
+    """
+    samples = [s for process in processes for s in process]
+    medians = [statistics.median(process) for process in processes]
     deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
-    return {
-        "median_us": statistics.median(samples) * 1e6,
-        "p20_us": deciles[1] * 1e6,
-        "p80_us": deciles[7] * 1e6,
-    }
+    median, p20, p80 = statistics.median(medians), deciles[1], deciles[7]
+    low, high = min(p20, median), max(p80, median)
+    if len(medians) > 1:
+        logs = [math.log(m) for m in medians]
+        t = STUDENT_T[min(len(logs) - 2, len(STUDENT_T) - 1)]
+        factor = math.exp(t * statistics.stdev(logs) / math.sqrt(len(logs)))
+        mean = math.exp(statistics.fmean(logs))
+        low, high = min(low, mean / factor), max(high, mean * factor)
+    values = {"median": median, "p20": p20, "p80": p80, "low": low, "high": high}
+    return {f"{name}_us": value * 1e6 for name, value in values.items()}
 
 
 def saved_bytes(squeeze: Callable[[], torch.Tensor], operands: list[torch.Tensor]) -> int:
