@@ -1,4 +1,5 @@
-// The Python module `orepa_kernels._C`: the one file that knows Python. Memory is Python's; addresses travel as integers.
+// The Python module `orepa_kernels._C`: the one file that knows Python. Memory is Python's; addresses travel as
+// integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,86 +11,92 @@ using namespace orepa;
 
 namespace {
 
-void* at(std::int64_t address) { return reinterpret_cast<void*>(address); }
+void* at(std::int64_t address) {
+  return reinterpret_cast<void*>(address);
+}
 
-cpu::Context context(int compute, int threads) { return {static_cast<Type>(compute), threads}; }
+cpu::Context context(int compute, int threads) {
+  return {static_cast<Type>(compute), threads};
+}
 
-View optional_view(const Views& views) { return views.empty() ? View{} : view_at(views, 0); }
+View optional_view(const Views& views) {
+  return views.empty() ? View{} : view_at(views, 0);
+}
 
 void bind_cpu(py::module_& module) {
-    module.def("cpu_instruction_set", &cpu::instruction_set);
-    module.def("cpu_knows", [](int type) { return cpu::knows(static_cast<Type>(type)); });
-    module.def(
-        "cpu_pack",
-        [](const Views& view, const Views& factor, std::int64_t begin, std::int64_t end, std::int64_t columns,
-           std::int64_t taps, std::int64_t out, int compute, int threads) {
-            cpu::pack(view_at(view, 0), optional_view(factor), begin, end, columns, taps, at(out),
-                      context(compute, threads));
-        },
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_unpack",
-        [](std::int64_t panels, std::int64_t rows, std::int64_t columns, std::int64_t taps, const Views& view, int compute,
-           int threads) { cpu::unpack(at(panels), rows, columns, taps, view_at(view, 0), context(compute, threads)); },
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_forward",
-        [](const Plan& plan, const Views& operands, const Views& kernel, const Views& fold,
-           const std::vector<std::int64_t>& products, std::int64_t begin, std::int64_t end, int compute, int threads) {
-            Block block = plan.bind(operands);
-            block.kernel = view_at(kernel, 0);
-            block.fold = optional_view(fold);
-            const void* addresses[max_terms] = {};
-            for (std::size_t index = 0; index < products.size(); ++index) addresses[index] = at(products[index]);
-            cpu::forward(block, addresses, begin, end, context(compute, threads));
-        },
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_backward",
-        [](const Plan& plan, const Views& operands, const Views& gradients, const Views& upstream, std::int64_t panels,
-           std::int64_t begin, std::int64_t end, int compute, int threads) {
-            Block block = plan.bind(operands, gradients);
-            block.kernel = view_at(upstream, 0);
-            cpu::backward(block, at(panels), begin, end, context(compute, threads));
-        },
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_composed_backward",
-        [](const Plan& plan, const Views& operands, const Views& gradients, int term, std::int64_t panels,
-           std::int64_t product, std::int64_t begin, std::int64_t end, int compute, int threads) {
-            cpu::composed_backward(plan.bind(operands, gradients), term, at(panels), at(product), begin, end,
-                                   context(compute, threads));
-        },
-        py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_gather",
-        [](const Plan& plan, int term, std::int64_t panels, std::int64_t out, std::int64_t begin, std::int64_t end,
-           int compute, int threads) {
-            cpu::gather(plan.shape(), term, at(panels), at(out), begin, end, context(compute, threads));
-        },
-        py::call_guard<py::gil_scoped_release>());
+  module.def("cpu_instruction_set", &cpu::instruction_set);
+  module.def("cpu_knows", [](int type) { return cpu::knows(static_cast<Type>(type)); });
+  module.def(
+      "cpu_pack",
+      [](const Views& view, const Views& factor, std::int64_t begin, std::int64_t end, std::int64_t columns,
+         std::int64_t taps, std::int64_t out, int compute, int threads) {
+        cpu::pack(view_at(view, 0), optional_view(factor), begin, end, columns, taps, at(out),
+                  context(compute, threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cpu_unpack",
+      [](std::int64_t panels, std::int64_t rows, std::int64_t columns, std::int64_t taps, const Views& view,
+         int compute,
+         int threads) { cpu::unpack(at(panels), rows, columns, taps, view_at(view, 0), context(compute, threads)); },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cpu_forward",
+      [](const Plan& plan, const Views& operands, const Views& kernel, const Views& fold,
+         const std::vector<std::int64_t>& products, std::int64_t begin, std::int64_t end, int compute, int threads) {
+        Block block = plan.bind(operands);
+        block.kernel = view_at(kernel, 0);
+        block.fold = optional_view(fold);
+        const void* addresses[max_terms] = {};
+        for (std::size_t index = 0; index < products.size(); ++index) addresses[index] = at(products[index]);
+        cpu::forward(block, addresses, begin, end, context(compute, threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cpu_backward",
+      [](const Plan& plan, const Views& operands, const Views& gradients, const Views& upstream, std::int64_t panels,
+         std::int64_t begin, std::int64_t end, int compute, int threads) {
+        Block block = plan.bind(operands, gradients);
+        block.kernel = view_at(upstream, 0);
+        cpu::backward(block, at(panels), begin, end, context(compute, threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cpu_composed_backward",
+      [](const Plan& plan, const Views& operands, const Views& gradients, int term, std::int64_t panels,
+         std::int64_t product, std::int64_t begin, std::int64_t end, int compute, int threads) {
+        cpu::composed_backward(plan.bind(operands, gradients), term, at(panels), at(product), begin, end,
+                               context(compute, threads));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cpu_gather",
+      [](const Plan& plan, int term, std::int64_t panels, std::int64_t out, std::int64_t begin, std::int64_t end,
+         int compute,
+         int threads) { cpu::gather(plan.shape(), term, at(panels), at(out), begin, end, context(compute, threads)); },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 // How this module was built.
 py::dict build() {
-    py::dict facts;
-    facts["compiler"] = OREPA_COMPILER;
-    facts["openmp"] = static_cast<bool>(OREPA_OPENMP);
-    facts["cuda_compiler"] = OREPA_CUDA_COMPILER;
-    facts["why_no_cuda"] = OREPA_WHY_NO_CUDA;
-    return facts;
+  py::dict facts;
+  facts["compiler"] = OREPA_COMPILER;
+  facts["openmp"] = static_cast<bool>(OREPA_OPENMP);
+  facts["cuda_compiler"] = OREPA_CUDA_COMPILER;
+  facts["why_no_cuda"] = OREPA_WHY_NO_CUDA;
+  return facts;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "The compiled kernels of orepa_kernels: see csrc/squeeze.h.";
-    module.attr("max_terms") = max_terms;
-    py::class_<Plan>(module, "Plan")
-        .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::pair<int, int>, const std::vector<Plan::TermFields>&,
-                      int, int>())
-        .def("cpu_pieces", [](const Plan& plan) { return cpu::pieces(plan.shape()); })
-        .def("cpu_needs_gather", [](const Plan& plan, int term) { return cpu::needs_gather(plan.shape(), term); });
-    module.def("build", &build);
-    bind_cpu(module);
+  module.doc() = "The compiled kernels of orepa_kernels: see csrc/squeeze.h.";
+  module.attr("max_terms") = max_terms;
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::pair<int, int>, const std::vector<Plan::TermFields>&,
+                    int, int>())
+      .def("cpu_pieces", [](const Plan& plan) { return cpu::pieces(plan.shape()); })
+      .def("cpu_needs_gather", [](const Plan& plan, int term) { return cpu::needs_gather(plan.shape(), term); });
+  module.def("build", &build);
+  bind_cpu(module);
 }

@@ -212,8 +212,9 @@ def _inner_kernels(backend: FusedBackend, plan: Program, tensors: Sequence[Tenso
     """All values that the last steps read: operands, and kernels of nested blocks in the precision of composing."""
     values: dict[Key, Tensor] = dict(zip(plan.inputs, tensors, strict=True))
     dtype, device = compute_dtype(tensors), tensors[0].device
+    like = {"": torch.empty(0, dtype=dtype, device=device)}  # a constant has no operand that would tell
     for step in plan.constants:
-        values[step.output] = reference.squeeze_block(step.block, {}).to(device, dtype)
+        values[step.output] = reference.squeeze_block(step.block, like)
     for level in plan.inner:
         kernels = _launch(backend, level, values, dtype, torch.channels_last, [None] * len(level))
         values.update(zip((step.output for step in level), kernels, strict=True))

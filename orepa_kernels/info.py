@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, native
 from .backends import ENVIRONMENT_VARIABLE, backends
 
 
@@ -27,6 +27,7 @@ def collect() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+        "compiled": native.build(),
         "backends": {name: {"runs": v.ok, "reason": v.reason} for name, v in backends().items()},
     }
 
@@ -39,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     if parser.parse_args(argv).json:
         print(json.dumps(facts, indent=2))
         return
-    table = facts.pop("backends")
-    for key, value in facts.items():
-        print(f"{key:26} {value if value not in (None, []) else '-'}")
+    table, compiled = facts.pop("backends"), facts.pop("compiled")
+    for key, value in (*facts.items(), *((f"compiled: {key}", value) for key, value in compiled.items())):
+        print(f"{key:34} {value if value not in (None, '', []) else '-'}")
     print("\nbackend      runs here   why not")
     for name, entry in table.items():
         print(f"{name:12} {'yes' if entry['runs'] else 'no':11} {entry['reason']}".rstrip())

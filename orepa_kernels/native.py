@@ -14,12 +14,11 @@ from torch import Tensor
 
 from .plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
 
+_import_error = ""
 try:
     from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
-    _C, _import_error = None, error
-else:
-    _import_error = None
+    _C, _import_error = None, str(error)
 
 #: numbers of the element types, as in csrc/squeeze.h
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -49,9 +48,16 @@ def why_missing() -> str:
     missing = json.loads(report.read_text())["missing"] if report.is_file() else ""
     if missing:
         return f"the compiled kernels were left out when this package was built: {missing}"
-    if _import_error is not None and "_C" not in str(_import_error):
+    if _import_error and "_C" not in _import_error:  # not "cannot import name '_C'", which is to be expected
         return f"the compiled kernels cannot be loaded: {_import_error}"
-    return 'the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder'
+    return "the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder"
+
+
+def build() -> dict[str, Any]:
+    """How the compiled module was built and what it uses here; or, under ``missing``, why it is not here."""
+    if _C is None:
+        return {"missing": why_missing()}
+    return {**_C.build(), "cpu_instruction_set": _C.cpu_instruction_set()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,14 +99,25 @@ def _parts(block: Block, term: Term) -> tuple[int, _Factor, _Factor, tuple[int, 
     return 3, term.depthwise, term.pointwise, (1, 1), term.depthwise.shape[0] // block.in_channels
 
 
-def collapsed(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where its taps are not evenly spaced in memory, which no `view` can say."""
+def is_collapsed(tensor: Tensor) -> bool:
+    """Whether the taps are evenly spaced in memory, which a `view` needs."""
     strides = tensor.stride()
-    if len(strides) > 2:
-        height, width = tensor.shape[-2:]
-        if height > 1 and width > 1 and strides[-2] != width * strides[-1]:
-            return tensor.contiguous()
-    return tensor
+    if len(strides) < 3 or strides[-1] == strides[-2] == 1:
+        return True
+    height, width = tensor.shape[-2:]
+    return height == 1 or width == 1 or strides[-2] == width * strides[-1]
+
+
+def collapsed(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where no `view` could describe it."""
+    return tensor if is_collapsed(tensor) else tensor.contiguous()
+
+
+def writable(gradient: Tensor) -> Tensor:
+    """The tensor itself, or new contiguous memory to be copied from where no `view` could describe it."""
+    if is_collapsed(gradient):
+        return gradient
+    return torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
 def view(tensor: Tensor | None) -> Sequence[int]:

@@ -149,6 +149,7 @@ class Block:
         _check_geometry(self)
         for index, term in enumerate(self.terms):
             _check_term(self, term, f"terms[{index}] ({type(term).__name__})")
+        _check_scale_rows(self)
         unique: dict[str, Operand] = {}
         for operand in _walk(self):
             if unique.setdefault(operand.name, operand).shape != operand.shape:
@@ -231,9 +232,13 @@ def _check_geometry(block: Block) -> None:
             raise ValueError(
                 f"scales must be [branches, {block.out_channels}] (vector) or [branches, 1] (scalar), got {list(shape)}"
             )
-        rows = sorted(term.scale for term in block.terms if term.scale is not None and term.scale < shape[0])
-        if rows != list(range(shape[0])):
-            raise ValueError(f"scales has {shape[0]} rows, of which each must scale one term; the terms name {rows}")
+
+
+def _check_scale_rows(block: Block) -> None:
+    rows = sorted(term.scale for term in block.terms if term.scale is not None)
+    if block.scales is not None and rows != list(range(block.scales.shape[0])):
+        has = block.scales.shape[0]
+        raise ValueError(f"scales has {has} rows, each of which must scale exactly one term; the terms name {rows}")
 
 
 def _check_term(block: Block, term: Term, where: str) -> None:

@@ -108,7 +108,10 @@ def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> Non
     if not operands:
         raise ValueError(f"{where} has no operands, so its device and dtype are unknown")
     first = operands[0]
+    device, dtype = first.device, first.dtype
     for operand, tensor in zip(block.operands, operands, strict=True):
+        if tensor.shape == operand.shape and tensor.dtype is dtype and tensor.device == device and dtype in DTYPES:
+            continue
         if tensor.shape != operand.shape:
             raise ValueError(
                 f"{where}: operand {operand.name!r} must be {list(operand.shape)}, got {list(tensor.shape)}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import email
 import importlib.metadata
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,8 +29,9 @@ PACKAGES = {"orepa_kernels": ROOT / "orepa_kernels", "orepa": ROOT / "python" / 
 BUILD_NEEDS = Version("77")  # pyproject.toml, build-system.requires
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    variables = {**os.environ, **environment}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -64,25 +68,31 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if Version(found) < BUILD_NEEDS:
         pytest.skip(f"building needs setuptools >= {BUILD_NEEDS} in this environment, found {found}")
     base = tmp_path_factory.mktemp("built")
-    # A build leaves egg-info and build/ beside the sources: give it a copy of what git knows.
-    for path in git_files():
-        target = base / "tree" / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
-
-    def build(tree: Path, name: str) -> tuple[Path, Path]:
-        folders = [base / f"{name}-{kind}" for kind in ("wheel", "sdist")]
-        for folder in folders:
-            folder.mkdir()
-        run(sys.executable, "-c", BUILD, *folders, cwd=tree)
-        (wheel,), (sdist,) = (list(folder.iterdir()) for folder in folders)
-        return wheel, sdist
-
-    wheel, sdist = build(base / "tree", "tree")
+    # Nvcc has a stage of its own in `.ci/run`; what is tested here does not depend on it.
+    wheel, sdist = build(copy_of_tree(base / "tree"), base / "tree-out", OREPA_CUDA="OFF")
     with tarfile.open(sdist) as archive:
         archive.extractall(base / "unpacked")
     (unpacked,) = (base / "unpacked").iterdir()
-    return {"wheel": wheel, "sdist": sdist, "wheel of sdist": build(unpacked, "unpacked")[0]}
+    again, _ = build(unpacked, base / "unpacked-out", OREPA_CUDA="OFF")
+    return {"wheel": wheel, "sdist": sdist, "wheel of sdist": again}
+
+
+def copy_of_tree(folder: Path) -> Path:
+    """What git knows: a build leaves egg-info and build/ beside the sources."""
+    for path in git_files():
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    return folder
+
+
+def build(tree: Path, out: Path, **environment: str) -> tuple[Path, Path]:
+    folders = [out / kind for kind in ("wheel", "sdist")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    run(sys.executable, "-c", BUILD, *folders, cwd=tree, **environment)
+    (wheel,), (sdist,) = (list(folder.iterdir()) for folder in folders)
+    return wheel, sdist
 
 
 def members(archive: Path) -> set[str]:
@@ -114,7 +124,65 @@ def test_wheel_holds_both_packages_and_nothing_else(built, kind):
     } <= expected
     found = {name for name in members(built[kind]) if ".dist-info/" not in name}
     compiled = {name for name in found if name.startswith("orepa_kernels/_C.")}
-    assert found - compiled == expected
+    assert len(compiled) == (not missing_tools())
+    assert found - compiled == expected | {"orepa_kernels/_build.json"}
+
+
+def missing_tools() -> list[str]:
+    """What this environment lacks for compiled kernels."""
+    tools = [] if any(map(shutil.which, ("c++", "g++", "clang++"))) else ["a C++ compiler"]
+    tools += [] if shutil.which("cmake") else ["cmake"]
+    return tools + ([] if importlib.util.find_spec("pybind11") else ["pybind11"])
+
+
+def test_without_a_compiler_it_installs_and_says_what_is_missing(built, tmp_path):
+    if missing_tools():
+        pytest.skip(f"the fixture already built without {', '.join(missing_tools())}")
+    bare = tmp_path / "bin"  # a machine with Python and nothing else
+    bare.mkdir()
+    wheel, _ = build(copy_of_tree(tmp_path / "tree"), tmp_path / "out", PATH=str(bare), CXX="")
+    assert not [name for name in members(wheel) if "_C." in name]
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import json, orepa_kernels.info as i; print(json.dumps(i.collect()['backends']['cpu']))"
+    cpu = json.loads(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")))
+    assert cpu["runs"] is False and "no C++ compiler was found" in cpu["reason"]
+
+
+def test_a_compiler_that_fails_is_an_error_and_no_silent_fallback(built, tmp_path):
+    if missing_tools():
+        pytest.skip(f"this environment has no {', '.join(missing_tools())}")
+    tree = copy_of_tree(tmp_path / "tree")
+    (tree / "csrc" / "bindings.cpp").write_text("#error planted\n")
+    with pytest.raises(AssertionError, match="planted"):
+        build(tree, tmp_path / "out", OREPA_CUDA="OFF")
+
+
+def test_cuda_that_is_asked_for_and_cannot_be_had_is_an_error(tmp_path):
+    if missing_tools():
+        pytest.skip(f"this environment has no {', '.join(missing_tools())}")
+    tree = copy_of_tree(tmp_path / "tree")
+    with pytest.raises(AssertionError, match=r"OREPA_CUDA=ON, but no working nvcc|CMAKE_CUDA_COMPILER"):
+        build(tree, tmp_path / "out", OREPA_CUDA="ON", CUDACXX=shutil.which("false") or "/bin/false")
+    with pytest.raises(AssertionError, match="OREPA_CUDA must be AUTO, ON or OFF, got 'MAYBE'"):
+        build(tree, tmp_path / "out2", OREPA_CUDA="maybe")
+
+
+def test_compiled_module_needs_neither_torch_nor_cuda(built, tmp_path):
+    names = [name for name in members(built["wheel"]) if name.startswith("orepa_kernels/_C.")]
+    if not names:
+        pytest.skip(f"built without {', '.join(missing_tools())}")
+    zipfile.ZipFile(built["wheel"]).extract(names[0], tmp_path)
+    code = f"""
+import importlib.machinery, importlib.util
+loader = importlib.machinery.ExtensionFileLoader("_C", {str(tmp_path / names[0])!r})
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+print(module.cpu_instruction_set())
+maps = open("/proc/self/maps").read()
+assert not [name for name in ("libcuda", "libcudart", "libtorch", "libc10") if name in maps]
+"""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc to look at")
+    assert run(sys.executable, "-c", code).strip() in ("avx512", "avx2", "baseline")
 
 
 def test_sdist_holds_the_sources_and_no_tests(built):

@@ -148,7 +148,8 @@ def test_strided_operands_and_memory_format(memory_format):
     strided = [torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in tensors]
     assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
     (got,) = squeeze([block], [strided], memory_format=memory_format)
-    assert torch.equal(got, expected) and got.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert got.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,24 +1,25 @@
 // Between tensors of any strides and type, and panels. Included by rows.cpp only, inside its namespace.
 
-// --- element types ----------------------------------------------------------------------------------------------------
+// --- element types
+// ----------------------------------------------------------------------------------------------------
 
 struct BFloat16 {
-    std::uint16_t bits;
+  std::uint16_t bits;
 
-    operator float() const {
-        const std::uint32_t wide = std::uint32_t{bits} << 16;
-        float value;
-        std::memcpy(&value, &wide, sizeof value);
-        return value;
-    }
-    BFloat16() = default;
-    explicit BFloat16(float value) {
-        std::uint32_t wide;
-        std::memcpy(&wide, &value, sizeof wide);
-        const std::uint32_t rounded = wide + 0x7fffu + ((wide >> 16) & 1u);  // to nearest, ties to even
-        const bool is_nan = (wide & 0x7fffffffu) > 0x7f800000u;
-        bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : rounded >> 16);
-    }
+  operator float() const {
+    const std::uint32_t wide = std::uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  BFloat16() = default;
+  explicit BFloat16(float value) {
+    std::uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    const std::uint32_t rounded = wide + 0x7fffu + ((wide >> 16) & 1u);  // to nearest, ties to even
+    const bool is_nan = (wide & 0x7fffffffu) > 0x7f800000u;
+    bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : rounded >> 16);
+  }
 };
 
 #ifdef __FLT16_MANT_DIG__
@@ -28,189 +29,201 @@ using Float16 = _Float16;
 // Calls f with a pointer to the element type of `type`.
 template <class F>
 static void with_type(Type type, F f) {
-    switch (type) {
-        case Type::float64: return f(static_cast<double*>(nullptr));
-        case Type::float32: return f(static_cast<float*>(nullptr));
-        case Type::bfloat16: return f(static_cast<BFloat16*>(nullptr));
+  switch (type) {
+    case Type::float64:
+      return f(static_cast<double*>(nullptr));
+    case Type::float32:
+      return f(static_cast<float*>(nullptr));
+    case Type::bfloat16:
+      return f(static_cast<BFloat16*>(nullptr));
 #ifdef __FLT16_MANT_DIG__
-        case Type::float16: return f(static_cast<Float16*>(nullptr));
+    case Type::float16:
+      return f(static_cast<Float16*>(nullptr));
 #else
-        case Type::float16: return;  // refused by the driver
+    case Type::float16:
+      return;  // refused by the driver
 #endif
-    }
+  }
 }
 
 template <class T>
 constexpr Type type_of = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
 
-// Rounding from double to a half type goes through float: twice rounded, which no half-precision kernel can tell from once
-// except on a tie, and float64 operands with half-precision kernels are no training set-up.
+// Rounding from double to a half type goes through float: twice rounded, which no half-precision kernel can tell from
+// once except on a tie, and float64 operands with half-precision kernels are no training set-up.
 template <class S, class T>
 static inline S narrow(T value) {
-    if constexpr (sizeof(S) == 2)
-        return static_cast<S>(static_cast<float>(value));
-    else
-        return static_cast<S>(value);
+  if constexpr (sizeof(S) == 2)
+    return static_cast<S>(static_cast<float>(value));
+  else
+    return static_cast<S>(value);
 }
 
 template <class T>
 static inline T scalar(const View& view, std::int64_t row, std::int64_t column, T otherwise) {
-    if (view.data == nullptr) return otherwise;
-    T value{};
-    with_type(view.type, [&](auto* type) {
-        using S = std::remove_pointer_t<decltype(type)>;
-        value = static_cast<T>(static_cast<const S*>(view.data)[row * view.row + column * view.column]);
-    });
-    return value;
+  if (view.data == nullptr) return otherwise;
+  T value{};
+  with_type(view.type, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    value = static_cast<T>(static_cast<const S*>(view.data)[row * view.row + column * view.column]);
+  });
+  return value;
 }
 
 template <class T>
 static inline void set_scalar(const View& view, std::int64_t row, std::int64_t column, T value) {
-    with_type(view.type, [&](auto* type) {
-        using S = std::remove_pointer_t<decltype(type)>;
-        static_cast<S*>(view.data)[row * view.row + column * view.column] = narrow<S>(value);
-    });
+  with_type(view.type, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    static_cast<S*>(view.data)[row * view.row + column * view.column] = narrow<S>(value);
+  });
 }
 
-// --- vectors ----------------------------------------------------------------------------------------------------------
+// --- vectors
+// ----------------------------------------------------------------------------------------------------------
 
-// As many elements as fill 64 bytes: one register of AVX-512, two of AVX2, four of SSE or NEON. The compiler splits them.
+// As many elements as fill a register. A vector of several registers would be legal, but GCC keeps those in memory.
+#ifdef __AVX512F__
+constexpr std::int64_t vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr std::int64_t vector_bytes = 32;
+#else
+constexpr std::int64_t vector_bytes = 16;
+#endif
+
 template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-    typedef float type __attribute__((vector_size(64)));
-};
-template <>
-struct VectorOf<double> {
-    typedef double type __attribute__((vector_size(64)));
+struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class T>
-constexpr std::int64_t lanes = 64 / sizeof(T);
+constexpr std::int64_t lanes = vector_bytes / sizeof(T);
 
 template <class T>
 static inline Vector<T> load_vector(const T* from) {
-    Vector<T> value;
-    __builtin_memcpy(&value, from, sizeof value);
-    return value;
+  Vector<T> value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
 }
 
 template <class T>
 static inline void store_vector(T* to, Vector<T> value) {
-    __builtin_memcpy(to, &value, sizeof value);
+  __builtin_memcpy(to, &value, sizeof value);
 }
 
-// --- transposition ------------------------------------------------------------------------------------------------------
+// --- transposition
+// ------------------------------------------------------------------------------------------------------
 
-// A 3x3 kernel is stored with its nine taps innermost. Nine-way (de)interleaving does not vectorise, three-way twice does.
+// A 3x3 kernel is stored with its nine taps innermost. Nine-way (de)interleaving does not vectorise, three-way twice
+// does.
 constexpr int nine_block = 64;
 
 template <class S, class T>
 static void split_nine(const S* __restrict from, T* __restrict to, std::int64_t step, std::int64_t columns) {
-    T part[3][3 * nine_block];
-    for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
-        const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
-        const S* __restrict source = from + 9 * begin;
-        for (int j = 0; j < 3 * n; ++j)
-            for (int b = 0; b < 3; ++b) part[b][j] = static_cast<T>(source[3 * j + b]);
-        for (int b = 0; b < 3; ++b) {
-            T* __restrict rows[3] = {to + b * step + begin, to + (3 + b) * step + begin, to + (6 + b) * step + begin};
-            for (int i = 0; i < n; ++i)
-                for (int a = 0; a < 3; ++a) rows[a][i] = part[b][3 * i + a];
-        }
+  T part[3][3 * nine_block];
+  for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
+    const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
+    const S* __restrict source = from + 9 * begin;
+    for (int j = 0; j < 3 * n; ++j)
+      for (int b = 0; b < 3; ++b) part[b][j] = static_cast<T>(source[3 * j + b]);
+    for (int b = 0; b < 3; ++b) {
+      T* __restrict rows[3] = {to + b * step + begin, to + (3 + b) * step + begin, to + (6 + b) * step + begin};
+      for (int i = 0; i < n; ++i)
+        for (int a = 0; a < 3; ++a) rows[a][i] = part[b][3 * i + a];
     }
+  }
 }
 
 template <class S, class T>
 static void join_nine(const T* __restrict from, std::int64_t step, S* __restrict to, std::int64_t columns) {
-    T part[3][3 * nine_block];
-    for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
-        const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
-        for (int b = 0; b < 3; ++b) {
-            const T* rows[3] = {from + b * step + begin, from + (3 + b) * step + begin, from + (6 + b) * step + begin};
-            for (int i = 0; i < n; ++i)
-                for (int a = 0; a < 3; ++a) part[b][3 * i + a] = rows[a][i];
-        }
-        S* __restrict target = to + 9 * begin;
-        for (int j = 0; j < 3 * n; ++j)
-            for (int b = 0; b < 3; ++b) target[3 * j + b] = narrow<S>(part[b][j]);
+  T part[3][3 * nine_block];
+  for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
+    const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
+    for (int b = 0; b < 3; ++b) {
+      const T* rows[3] = {from + b * step + begin, from + (3 + b) * step + begin, from + (6 + b) * step + begin};
+      for (int i = 0; i < n; ++i)
+        for (int a = 0; a < 3; ++a) part[b][3 * i + a] = rows[a][i];
     }
+    S* __restrict target = to + 9 * begin;
+    for (int j = 0; j < 3 * n; ++j)
+      for (int b = 0; b < 3; ++b) target[3 * j + b] = narrow<S>(part[b][j]);
+  }
 }
 
 // to[tap * step + column] = view(row, column, tap)
 template <class T>
-static void load(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps, T* to, std::int64_t step) {
-    with_type(view.type, [&](auto* type) {
-        using S = std::remove_pointer_t<decltype(type)>;
-        const S* from = static_cast<const S*>(view.data) + row * view.row;
-        if (taps == 9 && view.tap == 1 && view.column == 9) return split_nine(from, to, step, columns);
-        for (std::int64_t t = 0; t < taps; ++t) {
-            const S* __restrict source = from + t * view.tap;
-            T* __restrict target = to + t * step;
-            if (view.column == 1)
-                for (std::int64_t i = 0; i < columns; ++i) target[i] = static_cast<T>(source[i]);
-            else
-                for (std::int64_t i = 0; i < columns; ++i) target[i] = static_cast<T>(source[i * view.column]);
-        }
-    });
+static void load(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps, T* to,
+                 std::int64_t step) {
+  with_type(view.type, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const S* from = static_cast<const S*>(view.data) + row * view.row;
+    if (taps == 9 && view.tap == 1 && view.column == 9) return split_nine(from, to, step, columns);
+    for (std::int64_t t = 0; t < taps; ++t) {
+      const S* __restrict source = from + t * view.tap;
+      T* __restrict target = to + t * step;
+      if (view.column == 1)
+        for (std::int64_t i = 0; i < columns; ++i) target[i] = static_cast<T>(source[i]);
+      else
+        for (std::int64_t i = 0; i < columns; ++i) target[i] = static_cast<T>(source[i * view.column]);
+    }
+  });
 }
 
 // view(row, column, tap) = from[tap * step + column]
 template <class T>
 static void store(const T* from, std::int64_t step, std::int64_t columns, std::int64_t taps, const View& view,
                   std::int64_t row) {
-    with_type(view.type, [&](auto* type) {
-        using S = std::remove_pointer_t<decltype(type)>;
-        S* to = static_cast<S*>(view.data) + row * view.row;
-        if (taps == 9 && view.tap == 1 && view.column == 9) return join_nine(from, step, to, columns);
-        for (std::int64_t t = 0; t < taps; ++t) {
-            const T* __restrict source = from + t * step;
-            S* __restrict target = to + t * view.tap;
-            if (view.column == 1)
-                for (std::int64_t i = 0; i < columns; ++i) target[i] = narrow<S>(source[i]);
-            else
-                for (std::int64_t i = 0; i < columns; ++i) target[i * view.column] = narrow<S>(source[i]);
-        }
-    });
+  with_type(view.type, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    S* to = static_cast<S*>(view.data) + row * view.row;
+    if (taps == 9 && view.tap == 1 && view.column == 9) return join_nine(from, step, to, columns);
+    for (std::int64_t t = 0; t < taps; ++t) {
+      const T* __restrict source = from + t * step;
+      S* __restrict target = to + t * view.tap;
+      if (view.column == 1)
+        for (std::int64_t i = 0; i < columns; ++i) target[i] = narrow<S>(source[i]);
+      else
+        for (std::int64_t i = 0; i < columns; ++i) target[i * view.column] = narrow<S>(source[i]);
+    }
+  });
 }
 
 // A row as a panel that may lie in the tensor itself: element (tap, column) at data[tap * step + column].
 template <class T>
 struct Panel {
-    T* data;
-    std::int64_t step;
+  T* data;
+  std::int64_t step;
 
-    T* operator[](std::int64_t tap) const { return data + tap * step; }
+  T* operator[](std::int64_t tap) const { return data + tap * step; }
 };
 
 template <class T>
 static bool is_panel(const View& view, std::int64_t columns) {
-    return view.type == type_of<T> && (view.column == 1 || columns == 1);
+  return view.type == type_of<T> && (view.column == 1 || columns == 1);
 }
 
 template <class T>
 static Panel<T> in_place(const View& view, std::int64_t row) {
-    return {static_cast<T*>(view.data) + row * view.row, view.tap};
+  return {static_cast<T*>(view.data) + row * view.row, view.tap};
 }
 
 // For reading: the tensor's own memory where its layout allows, else a copy in `scratch`.
 template <class T>
 static Panel<const T> panel(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps, T* scratch) {
-    if (is_panel<T>(view, columns)) {
-        const Panel<T> own = in_place<T>(view, row);
-        return {own.data, own.step};
-    }
-    load(view, row, columns, taps, scratch, columns);
-    return {scratch, columns};
+  if (is_panel<T>(view, columns)) {
+    const Panel<T> own = in_place<T>(view, row);
+    return {own.data, own.step};
+  }
+  load(view, row, columns, taps, scratch, columns);
+  return {scratch, columns};
 }
 
-// Whether rows of both views are runs of T in the same order, so that one can be worked on against the other as they lie.
+// Whether rows of both views are runs of T in the same order, so that one can be worked on against the other as they
+// lie.
 template <class T>
 static bool same_runs(const View& one, const View& other, std::int64_t columns, std::int64_t taps) {
-    const bool taps_inside = one.tap == 1 && one.column == taps, columns_inside = one.column == 1 && one.tap == columns;
-    return one.type == type_of<T> && other.type == type_of<T> && one.column == other.column && one.tap == other.tap &&
-           (taps_inside || columns_inside);
+  const bool taps_inside = one.tap == 1 && one.column == taps, columns_inside = one.column == 1 && one.tap == columns;
+  return one.type == type_of<T> && other.type == type_of<T> && one.column == other.column && one.tap == other.tap &&
+         (taps_inside || columns_inside);
 }

@@ -1,9 +1,10 @@
 // The squeeze on a CPU: everything but the matrix products, which are the business of the caller's BLAS.
 //
-// A block is worked on in pieces, [begin, end) of its output channels, small enough that the matrix products of a piece stay
-// near the processor; see `pieces`. Per piece,
+// A block is worked on in pieces, [begin, end) of its output channels, small enough that the matrix products of a piece
+// stay near the processor; see `pieces`. Per piece,
 //   forward:   `pack` the second factor of each composed term, multiply with the first, call `forward`;
-//   backward:  `backward` for all terms but the composed ones, then per composed term `gather` (where `needs_gather`), two
+//   backward:  `backward` for all terms but the composed ones, then per composed term `gather` (where `needs_gather`),
+//   two
 //              products, and `composed_backward`.
 // Buffers of a piece begin with its first output channel. Results depend neither on the number of threads nor on which
 // thread does what: pieces, and the runs that sums are taken in, are fixed by the block alone.
@@ -18,8 +19,8 @@ namespace orepa::cpu {
 
 // How to compute: in float32 or float64, on at most so many threads.
 struct Context {
-    Type compute = Type::float32;
-    int threads = 1;
+  Type compute = Type::float32;
+  int threads = 1;
 };
 
 // Whether this build can read and write elements of a type (float16 needs a recent compiler).

@@ -147,7 +147,7 @@ class _Squeeze:
 
     def __init__(self, block: Block, tensors: Sequence[Tensor]) -> None:
         self.module, self.recipe = native.module(), _recipe(block)
-        self.operands = [native.collapsed(tensor) for tensor in tensors]
+        self.tensors, self.operands = tensors, [native.collapsed(tensor) for tensor in tensors]
         self.columns, self.groups = block.shape[1], block.groups
         self.group_rows = block.out_channels // block.groups
         self.compute = compute_dtype(tensors)
@@ -162,10 +162,10 @@ class _Squeeze:
         results = [0] * recipe.terms
         for begin, end in recipe.pieces:
             for product, first in zip(recipe.products, firsts, strict=True):
-                groups = self._groups(begin, end)
                 second = self._second(product, begin, end)
-                shape = (second.shape[0], second.shape[1], first.shape[2])
-                result = multiply(second, first[groups], scratch(f"product {product.index}", shape, self.compute))
+                shape = (*second.shape[:-1], first.shape[-1])
+                result = scratch(f"product {product.index}", shape, self.compute)
+                multiply(second, self._of_groups(first, begin, end), result)
                 results[product.index] = result.data_ptr()
                 if product.identity:  # b is read once more: as panels it needs no second transposition
                     row = product.b_taps * product.inner
@@ -177,8 +177,8 @@ class _Squeeze:
     def backward(self, upstream: Tensor, needed: Sequence[bool]) -> Gradients:
         """The gradients of the operands, given that of the kernel."""
         recipe = self.recipe
-        gradients = [torch.empty_like(t) if need else None for t, need in zip(self.operands, needed, strict=True)]
-        written = list(gradients)
+        gradients = [torch.empty_like(t) if need else None for t, need in zip(self.tensors, needed, strict=True)]
+        written = [None if g is None else native.writable(g) for g in gradients]
         by_scale = recipe.scales is not None and needed[recipe.scales]
         if recipe.scales is not None and by_scale:
             scales = self.operands[recipe.scales]
@@ -196,47 +196,57 @@ class _Squeeze:
             at = rows.data_ptr()
             self.module.cpu_backward(recipe.plan, views, targets, source, at, begin, end, *self.how)
             for product, total in zip(recipe.products, sums, strict=True):
-                groups = self._groups(begin, end)
                 flow = self._flow(product, rows, begin, end)
                 if written[product.second] is not None or (by_scale and product.scale is not None):
-                    first = self._first(product)[groups].transpose(1, 2)
-                    result = scratch("result", (flow.shape[0], flow.shape[1], product.inner), self.compute)
-                    multiply(flow, first, result)
+                    first = self._of_groups(self._first(product), begin, end)
+                    result = scratch("result", (*flow.shape[:-1], product.inner), self.compute)
+                    multiply(flow, first.mT, result)
                     where = product.index, at, result.data_ptr(), begin, end
                     self.module.cpu_composed_backward(recipe.plan, views, targets, *where, *self.how)
                 if total is not None:
-                    scaled = self._second(product, begin, end, scaled=True).transpose(1, 2)
-                    multiply(scaled, flow, total[groups], add=begin % self.group_rows != 0)
+                    scaled = self._second(product, begin, end, scaled=True).mT
+                    total = self._of_groups(total, begin, end)
+                    multiply(scaled, flow, total, add=begin % self.group_rows != 0)
 
         for product, total in zip(recipe.products, sums, strict=True):
             gradient = written[product.first]
             if gradient is not None and total is not None and total.data_ptr() != gradient.data_ptr():
                 size = gradient.shape[0], self.columns, product.a_taps
                 self.module.cpu_unpack(total.data_ptr(), *size, native.view(gradient), *self.how)
-        return [
-            gradient if gradient is None or gradient is buffer else gradient.copy_(buffer.sum(1, keepdim=True))
-            for gradient, buffer in zip(gradients, written, strict=True)
-        ]
+        for gradient, buffer in zip(gradients, written, strict=True):
+            if gradient is not None and buffer is not None and gradient is not buffer:
+                gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
+        return gradients
 
-    def _groups(self, begin: int, end: int) -> slice:
-        return slice(begin // self.group_rows, (end - 1) // self.group_rows + 1)
+    # One group is one matrix, several are a batch of them: with a batch of one, small blocks would wait for views.
+
+    def _of_groups(self, matrices: Tensor, begin: int, end: int) -> Tensor:
+        """Those of the groups that a piece has a part in."""
+        if self.groups == 1:
+            return matrices
+        return matrices[begin // self.group_rows : (end - 1) // self.group_rows + 1]
 
     def _matrices(self, panels: Tensor, begin: int, end: int, width: int) -> Tensor:
-        """Panels of a piece as one matrix per group, ``[groups of the piece, rows, width]``."""
-        groups = self._groups(begin, end)
-        return panels.view(groups.stop - groups.start, -1, width)
+        """Panels of a piece as ``[rows, width]``, or one such matrix per group."""
+        if self.groups == 1:
+            return panels.view(-1, width)
+        return panels.view((end - 1) // self.group_rows + 1 - begin // self.group_rows, -1, width)
+
+    def _by_group(self, panels: Tensor, rows: int) -> Tensor:
+        """Panels of all groups as ``[rows, width]``, or one such matrix per group."""
+        return panels.view(rows, -1) if self.groups == 1 else panels.view(self.groups, rows, -1)
 
     def _first(self, product: _Product) -> Tensor:
-        """``a`` as ``[g, inner, taps of a * I/g]``."""
+        """``a`` as ``[inner, taps of a * I/g]``, per group."""
         tensor = self.operands[product.first]
         panels = tensor.permute(0, 2, 3, 1)
         if not (panels.dtype == self.compute and panels.is_contiguous()):
             shape = tuple(panels.shape)
             panels = self._pack(tensor, 0, shape[0], None, scratch(f"first {product.index}", shape, self.compute))
-        return panels.view(self.groups, product.inner, -1)
+        return self._by_group(panels, product.inner)
 
     def _second(self, product: _Product, begin: int, end: int, scaled: bool = False) -> Tensor:
-        """``b`` of a piece as ``[groups, rows * taps of b, inner]``, scaled or not."""
+        """``b`` of a piece as ``[rows * taps of b, inner]``, per group, scaled or not."""
         tensor = self.operands[product.second]
         panels = tensor.permute(0, 2, 3, 1)
         factor = None
@@ -248,7 +258,7 @@ class _Squeeze:
         return self._matrices(self._pack(tensor, begin, end, factor, out), begin, end, product.inner)
 
     def _flow(self, product: _Product, rows: Tensor, begin: int, end: int) -> Tensor:
-        """dW of a piece as the gradient of a product, ``[groups, rows * taps of b, taps of a * I/g]``."""
+        """dW of a piece as the gradient of a product, ``[rows * taps of b, taps of a * I/g]``, per group."""
         width = product.a_taps * self.columns
         if product.gathers:
             gathered = scratch("gathered", (end - begin, product.b_taps, width), self.compute)
@@ -258,13 +268,13 @@ class _Squeeze:
         return self._matrices(rows, begin, end, width)
 
     def _sum_for_first(self, product: _Product, gradient: Tensor | None) -> Tensor | None:
-        """Where the gradient of ``a`` is added up, ``[g, inner, taps of a * I/g]``: itself where its layout allows."""
+        """Where the gradient of ``a`` is added up, ``[inner, taps of a * I/g]`` per group: itself where its layout allows."""
         if gradient is None:
             return None
         panels = gradient.permute(0, 2, 3, 1)
         if not (panels.dtype == self.compute and panels.is_contiguous()):
             panels = scratch(f"sum {product.index}", tuple(panels.shape), self.compute)
-        return panels.view(self.groups, product.inner, -1)
+        return self._by_group(panels, product.inner)
 
     def _pack(self, tensor: Tensor, begin: int, end: int, factor: Tensor | None, out: Tensor) -> Tensor:
         columns, taps = tensor.shape[1], tensor.shape[2] * tensor.shape[3]
@@ -273,24 +283,23 @@ class _Squeeze:
         return out
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """``left @ right`` per group into (or onto) ``out``, by BLAS. Autocast leaves products into given memory alone."""
-    if left.shape[0] == 1:
-        left, right, target = left[0], right[0], out[0]
+def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
+    """``left @ right`` into (or onto) ``out``, by BLAS. Autocast leaves products into given memory alone."""
+    if left.dim() == 2:
         if add:
-            torch.addmm(target, left, right, out=target)
+            torch.addmm(out, left, right, out=out)
         else:
-            torch.mm(left, right, out=target)
+            torch.mm(left, right, out=out)
     elif add:
         torch.baddbmm(out, left, right, out=out)
     else:
         torch.bmm(left, right, out=out)
-    return out
 
 
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.shaped: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
 
 _kept = _Kept()
@@ -301,8 +310,12 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     On a CPU, pages fresh from the operating system cost more than what is computed in them.
     """
-    size = math.prod(shape)
-    buffer = _kept.buffers.get((name, dtype))
-    if buffer is None or buffer.numel() < size:
-        buffer = _kept.buffers[name, dtype] = torch.empty(size, dtype=dtype)
-    return buffer[:size].view(shape)
+    tensor = _kept.shaped.get((name, shape, dtype))
+    if tensor is None:
+        size = math.prod(shape)
+        buffer = _kept.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = _kept.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            _kept.shaped.clear()  # some of those lie in the smaller buffer, which can go
+        tensor = _kept.shaped[name, shape, dtype] = buffer[:size].view(shape)
+    return tensor
