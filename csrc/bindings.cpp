@@ -4,6 +4,10 @@
 #include <pybind11/stl.h>
 
 #include "cpu/squeeze.h"
+#ifdef OREPA_WITH_CUDA
+#include "cuda/launch.h"
+#include "cuda/tile_shape.h"
+#endif
 #include "plan.h"
 
 namespace py = pybind11;
@@ -77,6 +81,60 @@ void bind_cpu(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+#ifdef OREPA_WITH_CUDA
+
+std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
+                            const std::vector<Views>& gradients, const Views& kernels, const Views& folds) {
+  if (operands.size() != plans.size() || (!gradients.empty() && gradients.size() != plans.size()) ||
+      (!kernels.empty() && kernels.size() != 5 * plans.size()) || (!folds.empty() && folds.size() != 5 * plans.size()))
+    throw std::invalid_argument("as many operands, gradients, kernels and folds are needed as there are plans");
+  std::vector<Block> blocks;
+  blocks.reserve(plans.size());
+  for (std::size_t index = 0; index < plans.size(); ++index) {
+    blocks.push_back(gradients.empty() ? plans[index]->bind(operands[index])
+                                       : plans[index]->bind(operands[index], gradients[index]));
+    if (!kernels.empty()) blocks.back().kernel = view_at(kernels, index);
+    if (!folds.empty()) blocks.back().fold = view_at(folds, index);
+  }
+  return blocks;
+}
+
+void bind_cuda(py::module_& module) {
+  module.attr("cuda_max_taps") = cuda::max_taps;
+  module.def("cuda_architectures", &cuda::architectures);
+  module.def("cuda_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
+    const std::vector<Block> blocks = bind_all(plans, operands, {}, {}, {});
+    const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
+    return std::pair(needs.workspace_bytes, needs.counter_bytes);
+  });
+  module.def(
+      "cuda_forward",
+      [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels,
+         const Views& folds, int device, std::uintptr_t stream, int precision) {
+        const std::vector<Block> blocks = bind_all(plans, operands, {}, kernels, folds);
+        cuda::Context context;
+        context.device = device;
+        context.stream = stream;
+        context.precision = static_cast<cuda::Precision>(precision);
+        cuda::forward(blocks.data(), static_cast<int>(blocks.size()), context);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cuda_backward",
+      [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& upstream,
+         const std::vector<Views>& gradients, int device, std::uintptr_t stream, int precision, std::int64_t workspace,
+         std::int64_t workspace_bytes, std::int64_t counters, std::int64_t counter_bytes) {
+        const std::vector<Block> blocks = bind_all(plans, operands, gradients, upstream, {});
+        const cuda::Context context{device,        stream,          static_cast<cuda::Precision>(precision),
+                                    at(workspace), workspace_bytes, at(counters),
+                                    counter_bytes};
+        cuda::backward(blocks.data(), static_cast<int>(blocks.size()), context);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+#endif
+
 // How this module was built.
 py::dict build() {
   py::dict facts;
@@ -99,4 +157,7 @@ PYBIND11_MODULE(_C, module) {
       .def("cpu_needs_gather", [](const Plan& plan, int term) { return cpu::needs_gather(plan.shape(), term); });
   module.def("build", &build);
   bind_cpu(module);
+#ifdef OREPA_WITH_CUDA
+  bind_cuda(module);
+#endif
 }

@@ -57,7 +57,10 @@ def build() -> dict[str, Any]:
     """How the compiled module was built and what it uses here; or, under ``missing``, why it is not here."""
     if _C is None:
         return {"missing": why_missing()}
-    return {**_C.build(), "cpu_instruction_set": _C.cpu_instruction_set()}
+    facts = {**_C.build(), "cpu_instruction_set": _C.cpu_instruction_set()}
+    if hasattr(_C, "cuda_architectures"):
+        facts["cuda_architectures"] = sorted(_C.cuda_architectures())
+    return facts
 
 
 @functools.lru_cache(maxsize=4096)

@@ -157,7 +157,7 @@ def test_a_compiler_that_fails_is_an_error_and_no_silent_fallback(built, tmp_pat
         build(tree, tmp_path / "out", OREPA_CUDA="OFF")
 
 
-def test_cuda_that_is_asked_for_and_cannot_be_had_is_an_error(tmp_path):
+def test_cuda_that_is_asked_for_and_cannot_be_had_is_an_error(built, tmp_path):
     if missing_tools():
         pytest.skip(f"this environment has no {', '.join(missing_tools())}")
     tree = copy_of_tree(tmp_path / "tree")
@@ -176,6 +176,7 @@ def test_compiled_module_needs_neither_torch_nor_cuda(built, tmp_path):
 import importlib.machinery, importlib.util
 loader = importlib.machinery.ExtensionFileLoader("_C", {str(tmp_path / names[0])!r})
 module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+loader.exec_module(module)
 print(module.cpu_instruction_set())
 maps = open("/proc/self/maps").read()
 assert not [name for name in ("libcuda", "libcudart", "libtorch", "libc10") if name in maps]

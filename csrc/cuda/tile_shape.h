@@ -1,0 +1,27 @@
+// Sizes of the tiles, shared by the kernels and by the host code that counts thread blocks.
+#pragma once
+
+namespace orepa::cuda {
+
+// Rows x columns of results, and the depth of one step of products.
+struct TileShape {
+    int rows, cols, depth;
+};
+
+constexpr TileShape large_shape{128, 64, 32}, small_shape{64, 32, 32};
+
+// A tile holds all taps of at least one output channel in the backward pass.
+constexpr int max_taps = large_shape.rows;
+
+// Tiles of output channels that one thread block walks over to sum up depthwise filter gradients.
+constexpr int separable_span = 4;
+// Expanded channels e of one separable pass.
+constexpr int separable_expand = 8;
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    constexpr int
+    ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+}  // namespace orepa::cuda

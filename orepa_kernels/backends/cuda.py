@@ -1,0 +1,184 @@
+"""The CUDA backend: compiled kernels for NVIDIA GPUs, one launch each way for any number of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..fused import FusedBackend, Gradients
+from ..plan import Block, sources
+from . import YES, Request, Verdict
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+
+
+class CudaBackend(FusedBackend):
+    """Every kind of term, in float32, bfloat16 and float16; products of composed terms on tensor cores from sm_80 on.
+
+    Launches go to the current stream, wait for nothing, and may be captured in CUDA graphs.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._architectures: tuple[int, ...] = ()
+        self._max_taps = 0
+        self._max_terms = 0
+        self._needs: dict[tuple[Block, ...], tuple[int, int]] = {}
+        self._counters: dict[tuple[int, int], Tensor] = {}
+
+    def available(self) -> Verdict:
+        missing = native.why_missing()
+        if missing:
+            return Verdict(False, missing)
+        module = native.module()
+        if not hasattr(module, "cuda_forward"):
+            return Verdict(False, f"built without CUDA: {module.build()['why_no_cuda']}")
+        self._architectures = tuple(sorted(module.cuda_architectures()))
+        self._max_taps, self._max_terms = module.cuda_max_taps, module.max_terms
+        if torch.version.cuda is None:
+            return Verdict(False, f"torch {torch.__version__} is built without CUDA")
+        if not torch.cuda.is_available():
+            return Verdict(False, "torch finds no CUDA device")
+        verdicts = [self._covers(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        return next((verdict for verdict in verdicts if verdict), verdicts[0])
+
+    def can_run(self, request: Request) -> Verdict:
+        if request.device.type != "cuda":
+            return Verdict(False, f"the tensors are on {request.device.type}")
+        if not request.plain:
+            return Verdict(False, "the operands are tensor subclasses, or inside a torch.func transform")
+        for dtype in (request.dtype, request.out_dtype):
+            if dtype not in _DTYPES:
+                return Verdict(False, f"{dtype} is not one of float32, bfloat16, float16")
+        if request.block.most_terms > self._max_terms:
+            return Verdict(False, f"the block has {request.block.most_terms} terms, more than {self._max_terms}")
+        taps = _most_taps(request.block)
+        if taps > self._max_taps:
+            return Verdict(False, f"the block has a kernel of {taps} taps, more than {self._max_taps}")
+        return self._covers(request.device)
+
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        device = tensors[0][0].device
+        operands = [[native.collapsed(tensor) for tensor in own] for own in tensors]
+        kernels = [
+            torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks
+        ]
+        native.module().cuda_forward(
+            [native.plan(block) for block in blocks],
+            [native.views(own) for own in operands],
+            native.views(kernels),
+            native.views(folds),
+            *_where(device),
+        )
+        return kernels
+
+    def backward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        upstream: Sequence[Tensor],
+        needed: Sequence[Sequence[bool]],
+    ) -> list[Gradients]:
+        device = tensors[0][0].device
+        operands = [[native.collapsed(tensor) for tensor in own] for own in tensors]
+        upstream = [native.collapsed(gradient) for gradient in upstream]
+        gradients = [
+            [torch.empty_like(tensor) if need else None for tensor, need in zip(own, needs, strict=True)]
+            for own, needs in zip(tensors, needed, strict=True)
+        ]
+        written = [[None if gradient is None else native.writable(gradient) for gradient in own] for own in gradients]
+        for block, own in zip(blocks, written, strict=True):
+            _make_vector_of_scalar_scales(block, own)
+
+        plans, views = [native.plan(block) for block in blocks], [native.views(own) for own in operands]
+        key = tuple(blocks)
+        if key not in self._needs:
+            self._needs[key] = native.module().cuda_needs(plans, views, True)
+        workspace_bytes, counter_bytes = self._needs[key]
+        where = _where(device)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        counters = self._zeros(device, where[1], counter_bytes)
+        native.module().cuda_backward(
+            plans,
+            views,
+            native.views(upstream),
+            [native.views(own) for own in written],
+            *where,
+            workspace.data_ptr(),
+            workspace_bytes,
+            counters.data_ptr(),
+            counters.nbytes,
+        )
+        for own, buffers in zip(gradients, written, strict=True):
+            for gradient, buffer in zip(own, buffers, strict=True):
+                if gradient is not None and buffer is not None and gradient is not buffer:
+                    gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
+        return gradients
+
+    def _covers(self, device: torch.device) -> Verdict:
+        """Whether this build has code for a device: machine code of its generation, or PTX of an earlier one."""
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+        if any(built // 10 == major and built <= capability for built in self._architectures):
+            return YES
+        newest = max(self._architectures, default=1000)
+        if newest < capability:  # the newest architecture comes with PTX
+            return YES
+        built = ", ".join(f"sm_{architecture}" for architecture in self._architectures)
+        return Verdict(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
+
+    def _zeros(self, device: torch.device, stream: int, size: int) -> Tensor:
+        """Counters, which kernels leave zero: kept per stream, because launches on one do not overlap."""
+        if torch.cuda.is_current_stream_capturing():
+            # The graph's own: what is kept here could be in use by another stream when the graph is replayed.
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        key = _index(device), stream
+        kept = self._counters.get(key)
+        if kept is None or kept.nbytes < size:
+            kept = self._counters[key] = torch.zeros(max(size, 4096), dtype=torch.uint8, device=device)
+        return kept
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _where(device: torch.device) -> tuple[int, int, int]:
+    """Device, its current stream, and the precision of products."""
+    index = _index(device)
+    return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _make_vector_of_scalar_scales(block: Block, gradients: list[Tensor | None]) -> None:
+    """The kernels give a gradient per output channel, which scalar scaling adds up afterwards."""
+    if block.scales is None or block.scales.shape[1] == block.out_channels:
+        return
+    for index, operand in enumerate(block.operands):
+        gradient = gradients[index]
+        if operand.name == block.scales.name and gradient is not None:
+            shape = block.scales.shape[0], block.out_channels
+            gradients[index] = torch.empty(shape, dtype=torch.float32, device=gradient.device)
+
+
+def _most_taps(block: Block) -> int:
+    """Of its kernel and of those of nested blocks. In plain loops, which torch.compile can trace."""
+    most = block.kernel_size[0] * block.kernel_size[1]
+    for term in block.terms:
+        for source in sources(term):
+            if isinstance(source, Block):
+                most = max(most, _most_taps(source))
+    return most
