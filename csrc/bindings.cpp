@@ -102,11 +102,12 @@ std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::ve
 void bind_cuda(py::module_& module) {
   module.attr("cuda_max_taps") = cuda::max_taps;
   module.def("cuda_architectures", &cuda::architectures);
-  module.def("cuda_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
-    const std::vector<Block> blocks = bind_all(plans, operands, {}, {}, {});
-    const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
-    return std::pair(needs.workspace_bytes, needs.counter_bytes);
-  });
+  module.def("cuda_needs",
+             [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
+               const std::vector<Block> blocks = bind_all(plans, operands, {}, {}, {});
+               const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
+               return std::pair(needs.workspace_bytes, needs.counter_bytes);
+             });
   module.def(
       "cuda_forward",
       [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels,
