@@ -181,7 +181,9 @@ def _note_pass(name: str, reason: str) -> None:
 from . import cpu as _cpu  # noqa: E402
 from . import cuda as _cuda  # noqa: E402
 from . import reference as _reference  # noqa: E402
+from . import triton as _triton  # noqa: E402
 
 register(_cuda.CudaBackend())
 register(_cpu.CpuBackend())
+register(_triton.TritonBackend())
 register(_reference.ReferenceBackend())

@@ -1,0 +1,103 @@
+"""Who may use the Triton kernels: the backend as `orepa_kernels.backends` sees it. Does not import Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...fused import FusedBackend, Gradients
+from ...plan import Block, Separable, kernel_size_of, sources
+from .. import YES, Request, Verdict
+from .device import INTERPRET, INTERPRETING, OLDEST
+
+# Asked once, at import: torch.compile cannot trace the question.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+#: taps of a separable term beyond which its gradients would no longer fit into registers
+_MOST_SEPARABLE_TAPS = 49
+
+#: by index of a CUDA or ROCm device (a plain dict: torch.compile cannot trace functools.cache)
+_SUPPORTED: dict[int | None, bool] = {}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonBackend(FusedBackend):
+    """Every kind of term, in float32, bfloat16 and float16."""
+
+    name = "triton"
+
+    def available(self) -> Verdict:
+        if not _INSTALLED:
+            return Verdict(False, "triton is not installed")
+        if INTERPRETING or torch.cuda.is_available() or torch.xpu.is_available():
+            return YES
+        return Verdict(False, f"no CUDA, ROCm or XPU device, and {INTERPRET}=1 is not set")
+
+    def can_run(self, request: Request) -> Verdict:
+        verdict = _runs_on(request.device)
+        if not verdict:
+            return verdict
+        if not request.plain:
+            return Verdict(False, "operands are tensor subclasses, or inside a torch.func transform")
+        for dtype in (request.dtype, request.out_dtype):
+            if dtype not in _DTYPES:
+                return Verdict(False, f"{dtype} is not one of float32, bfloat16, float16")
+        height, width = request.block.kernel_size
+        if height * width > _MOST_SEPARABLE_TAPS and _largest_separable(request.block) > _MOST_SEPARABLE_TAPS:
+            return Verdict(False, f"a separable term has more than {_MOST_SEPARABLE_TAPS} taps")
+        return YES
+
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        folds: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        from . import launch
+
+        return launch.forward(blocks, tensors, dtype, memory_format, folds)
+
+    def backward(
+        self,
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        upstream: Sequence[Tensor],
+        needed: Sequence[Sequence[bool]],
+    ) -> list[Gradients]:
+        from . import launch
+
+        return launch.backward(blocks, tensors, upstream, needed)
+
+
+def _runs_on(device: torch.device) -> Verdict:
+    """Whether the kernels run on a device; asked before every call, so the driver is asked once."""
+    if INTERPRETING:
+        return YES if device.type == "cpu" else Verdict(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
+    if device.type == "xpu":
+        return YES
+    if device.type != "cuda":
+        return Verdict(False, f"{device} is no CUDA, ROCm or XPU device")
+    if device.index not in _SUPPORTED:
+        _SUPPORTED[device.index] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+    if _SUPPORTED[device.index]:
+        return YES
+    return Verdict(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
+
+
+def _largest_separable(block: Block) -> int:
+    """The most taps of any separable term, nested blocks included. In plain loops, which torch.compile can trace."""
+    most = 0
+    for term in block.terms:
+        if isinstance(term, Separable) and term.pointwise is not None:
+            height, width = kernel_size_of(term.depthwise)
+            most = max(most, height * width)
+        for source in sources(term):
+            if isinstance(source, Block):
+                most = max(most, _largest_separable(source))
+    return most

@@ -1,0 +1,113 @@
+"""Tile sizes per kind of block and GPU. Only what compiles without spilling registers is here (tests compile them all).
+
+The rules look at shapes alone, so the same block gets the same tiles, and the same bits, every time. Large tiles read each
+operand less often; they are for work that fills the GPU with them. The rest takes small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...plan import Block
+from .spec import Spec
+
+#: large tiles that a launch must have before it takes them: one per multiprocessor, roughly
+_FILLED = 96
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Tile of a forward program: BO output x BI input channels x TAPS taps, BM internal channels at a time."""
+
+    BO: int
+    BI: int
+    BM: int
+    TAPS: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Tiles of the roles of a backward program, see `backward.squeeze_backward`."""
+
+    BO: int
+    BM: int
+    BI: int
+    TAPS: int
+    FM: int
+    FI: int
+    FO: int
+    EO: int
+    EI: int
+    SO: int
+    SC: int
+    ROWS: int
+    num_warps: int
+    num_stages: int
+
+
+_HOPPER = 90
+
+#: by whether matrix products are Hopper's asynchronous ones (sm_90), which want 64 rows
+FORWARD_LARGE = {True: Forward(64, 32, 32, 3, 8, 3), False: Forward(32, 64, 32, 3, 8, 3)}
+#: one tap at a time: 1x1 kernels, and two kxk ones in sequence
+FORWARD_TAP = Forward(64, 64, 32, 1, 8, 3)
+FORWARD_SMALL = Forward(16, 32, 32, 3, 4, 3)
+BACKWARD_LARGE = {
+    True: Backward(64, 64, 16, 3, 64, 64, 32, 16, 64, 4, 128, 64, 8, 3),
+    False: Backward(32, 64, 32, 3, 64, 64, 32, 16, 64, 4, 128, 64, 8, 3),
+}
+BACKWARD_SMALL = Backward(16, 32, 32, 3, 32, 32, 32, 8, 64, 4, 64, 32, 4, 2)
+
+#: taps up to which a separable term's gradients are summed with SO rows in flight; then two, one element per thread
+_FEW_TAPS = 9
+
+
+def forward_choices(spec: Spec, arch: int) -> tuple[Forward, Forward]:
+    """The large and the small tile for a structure, on NVIDIA's ``arch``; elsewhere (0) large ones would spill."""
+    taps = 1 if _one_tap(spec) else FORWARD_SMALL.TAPS
+    small = replace(FORWARD_SMALL, TAPS=taps)
+    if arch == 0:
+        return small, small
+    return FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER], small
+
+
+def backward_choices(spec: Spec, arch: int) -> tuple[Backward, Backward]:
+    """The large and the small tiles for a structure, on NVIDIA's ``arch``; elsewhere (0) large ones would spill."""
+    large, small = BACKWARD_LARGE[arch == _HOPPER], BACKWARD_SMALL
+    if max((branch.height2 * branch.width2 for branch in spec.terms), default=1) == 1:
+        large, small = replace(large, TAPS=1), replace(small, TAPS=1)
+    if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
+        large, small = replace(large, SO=2), replace(small, SO=2)
+    return (small, small) if arch == 0 else (large, small)
+
+
+def forward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Forward:
+    """The forward tile for blocks of one structure, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
+    large, small = forward_choices(spec, arch)
+    return large if _programs(blocks, large.BO, large.BI, large.TAPS) >= _FILLED else small
+
+
+def backward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Backward:
+    """The backward tiles for blocks of one structure, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
+    large, small = backward_choices(spec, arch)
+    return large if _programs(blocks, large.BO, large.BM, large.TAPS) >= _FILLED else small
+
+
+def _one_tap(spec: Spec) -> bool:
+    """Whether taps have nothing to share: there is one, or a sequence of two kernels larger than 1x1."""
+    return spec.height * spec.width == 1 or any(
+        branch.height1 * branch.width1 > 1 and branch.height2 * branch.width2 > 1 for branch in spec.terms
+    )
+
+
+def _programs(blocks: Sequence[Block], rows: int, columns: int, taps: int) -> int:
+    """Tiles that cover the kernels of blocks."""
+    total = 0
+    for block in blocks:
+        out, per_group, height, width = block.shape
+        own = -(-(out // block.groups) // rows) * -(-per_group // columns) * -(-height * width // taps)
+        total += block.groups * own
+    return total

@@ -1,0 +1,78 @@
+"""What a device can do, and the few questions whose answers differ between vendors."""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+#: with this variable set before its import, Triton runs kernels in its interpreter, on CPU tensors
+INTERPRET = "TRITON_INTERPRET"
+INTERPRETING = os.environ.get(INTERPRET, "0").lower() in ("1", "true", "yes", "on")
+
+#: oldest NVIDIA generation with the TF32 tensor cores that the tiles are made for
+OLDEST = (8, 0)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Args:
+        kind: ``"cuda"``, ``"hip"``, ``"xpu"`` or ``"interpreter"``.
+        arch: compute capability times ten on NVIDIA, else 0.
+        name: architecture name where the vendor has one (``"gfx942"``), else empty.
+    """
+
+    kind: str
+    arch: int = 0
+    name: str = ""
+
+    def precision(self) -> str:
+        """The precision of matrix products that ``torch.get_float32_matmul_precision()`` asks for.
+
+        ``"highest"`` is three TF32 products on NVIDIA's tensor cores: the error of float32 at several times its speed.
+        """
+        highest = torch.get_float32_matmul_precision() == "highest"
+        if self.kind == "cuda":
+            return "tf32x3" if highest else "tf32"
+        if self.kind == "xpu" or self.name.startswith("gfx94"):
+            return "ieee" if highest else "tf32"
+        return "ieee"
+
+
+@functools.lru_cache(maxsize=64)
+def device_of(device: torch.device) -> Device:
+    """The kind of a torch device, asked once."""
+    if device.type == "cpu":
+        return Device("interpreter")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return Device("hip", name=properties.gcnArchName.partition(":")[0])
+        return Device("cuda", 10 * properties.major + properties.minor)
+    return Device(device.type)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the one that is launched on, where it is not already."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu" and device.index != torch.xpu.current_device():
+        return torch.xpu.device(device)
+    return nullcontext()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the launches of this stream are being recorded in a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream, as a number."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).cuda_stream
+    return torch.xpu.current_stream(device).sycl_queue if device.type == "xpu" else 0

@@ -1,0 +1,65 @@
+# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
+# mypy: ignore-errors
+# ruff: noqa: N803, SIM102, SIM108
+"""The second launch of the backward pass: the parts that programs left in the workspace, added in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from .access import count_slots, of, pointer_type
+
+#: words of a job (see `tables.sum_jobs`)
+JOB_WORDS = tl.constexpr(16)
+
+
+@triton.constexpr_function
+def is_gradient(spec, slot):
+    """Whether a slot is that of a gradient."""
+    return slot > spec.upstream
+
+
+@triton.jit
+def add_parts(addresses, jobs, tiles, workspace, SPEC: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT elements of one gradient: ``sum_n part[n]``, PARTS at a time, stored with the gradient's own strides.
+
+    Args:
+        jobs: rows of (block, slot, first word in the workspace, parts, step from part to part, elements, rows x columns,
+            columns, width, offset in the gradient, its four strides); elements are ordered (y, x, row, column).
+        tiles: rows of (job, tile of elements).
+    """
+    jobs = jobs.to(tl.int64).to(tl.pointer_type(tl.int64))
+    tile = tiles.to(tl.int64).to(tl.pointer_type(tl.int32)) + tl.program_id(0) * 2
+    workspace = workspace.to(tl.int64).to(tl.pointer_type(tl.float32))
+    job = jobs + tl.load(tile) * JOB_WORDS
+    slot = tl.load(job + 1)
+    parts = tl.load(job + 3)
+    step = tl.load(job + 4)
+    elements = tl.load(job + 5).to(tl.int32)
+    plane = tl.load(job + 6).to(tl.int32)
+    columns = tl.load(job + 7).to(tl.int32)
+    width = tl.load(job + 8).to(tl.int32)
+    x = tl.load(tile + 1) * COUNT + tl.arange(0, COUNT)
+    ok = x < elements
+    n = tl.arange(0, PARTS)
+    begin = workspace + tl.load(job + 2)
+    total = tl.zeros((COUNT,), tl.float32)
+    for n0 in range(0, parts, PARTS):
+        place = begin + (n0 + n)[:, None] * step + x[None, :]
+        total += tl.sum(tl.load(place, mask=(n0 + n < parts)[:, None] & ok[None, :], other=0.0), 0)
+
+    p = x // plane
+    row = x % plane // columns
+    column = x % plane % columns
+    offset = tl.load(job + 9) + row * tl.load(job + 10) + column * tl.load(job + 11)
+    offset += p // width * tl.load(job + 12) + p % width * tl.load(job + 13)
+    if of(SPEC, "listed"):
+        table = addresses.to(tl.int64).to(tl.pointer_type(tl.int64))
+    for s in tl.static_range(count_slots(SPEC)):
+        if is_gradient(SPEC, s):
+            if slot == s:
+                if of(SPEC, "listed"):
+                    address = tl.load(table + tl.load(job) * count_slots(SPEC) + s)
+                else:
+                    address = addresses[s]
+                gradient = address.to(tl.int64).to(pointer_type(SPEC, s))
+                tl.store(gradient + offset, total.to(gradient.dtype.element_ty), mask=ok)

@@ -1,0 +1,396 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors. Not collected by itself: ``test_triton.py`` runs it in a child
+process, because Triton decides at its import whether to interpret. To run it alone::
+
+    TRITON_INTERPRET=1 pytest tests/triton_interpreter/cases.py
+"""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import grad
+
+import orepa
+from orepa import OREPAConv
+from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, squeeze
+from orepa_kernels.backends.triton import configs, launch, spec
+
+F32, F64 = torch.float32, torch.float64
+LIMIT = 5e-6
+
+
+def operand(name, *shape):
+    return Operand(name, shape)
+
+
+def relative(got, exact):
+    return ((got.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
+def tensors_of(block):
+    return [torch.randn(x.shape) for x in block.operands]
+
+
+def reference(block, tensors, upstream, fold=None):
+    """Kernel and gradients in float64."""
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    (kernel,) = squeeze([block], [wide], folds=[None if fold is None else fold.double()], backend="reference")
+    return kernel.detach(), grad(kernel, wide, upstream.double(), allow_unused=True)
+
+
+def check(block, tensors, upstream_dtype=F32, limit=LIMIT, **options):
+    """Kernel and every gradient against float64, and the gradients' strides."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    (kernel,) = squeeze([block], [leaves], backend="triton", **options)
+    upstream = torch.randn(block.shape).to(kernel.dtype).to(upstream_dtype if kernel.dtype == F32 else kernel.dtype)
+    exact, gradients = reference(block, tensors, upstream)
+    rounding = 0 if kernel.dtype == F32 else torch.finfo(kernel.dtype).eps
+    assert relative(kernel, exact) <= limit + rounding
+    got = grad(kernel, leaves, upstream.to(kernel.dtype))
+    for name, tensor, mine, true in zip(block.operands, tensors, got, gradients, strict=True):
+        rounding = 0 if mine.dtype == F32 else torch.finfo(mine.dtype).eps
+        assert relative(mine, true) <= limit + rounding, name
+        assert mine.dtype == tensor.dtype and mine.stride() == torch.empty_like(tensor).stride(), name
+    return kernel.detach()
+
+
+def every_term(groups=1, o=5, i=3, t=6, scaling="vector"):
+    """A 3x3 block with every kind of term, several of each that multiplies, on odd sizes."""
+    out, inputs, internal = o * groups, i * groups, t * groups
+    stage = Block(internal, inputs, (1, 3), (Dense(operand("stage", internal, i, 1, 3)),), groups)
+    terms = [
+        Dense(operand("origin", out, i, 3, 3), 0),
+        Dense(operand("narrow", out, i, 1, 3), 1),
+        PointwiseFilter(operand("avg", out, i, 1, 1), Average((3, 3)), 2),
+        PointwiseFilter(operand("prior", out, i, 1, 1), operand("filter", out, 3, 3), 3),
+        PointwiseFilter(operand("sobel", out, i, 1, 1), operand("shared", 1, 3, 1), 4),
+        PointwiseFilter(operand("one", out, i, 1, 1), IMPULSE, 5),
+        Composed(operand("c1", internal, i, 1, 1), operand("c2", out, t, 3, 3), True, 6),
+        Composed(stage, operand("c3", out, t, 3, 1), False, None),
+        Composed(operand("d1", internal, i, 3, 3), operand("d2", out, t, 1, 1), False, 7),
+        Separable(operand("dw", 3 * inputs, 1, 3, 3), operand("pw", out, 3 * i, 1, 1), 8),
+        Separable(operand("dw2", 2 * inputs, 1, 1, 3), operand("pw2", out, 2 * i, 1, 1), 9),
+    ]
+    scales = operand("scales", 10, 1 if scaling == "scalar" else out)
+    return Block(out, inputs, (3, 3), tuple(terms), groups, scales)
+
+
+def one_of_each(groups=1, o=5, i=3, t=6):
+    """A 3x3 block with one term of each kind, less work for the interpreter."""
+    terms = (
+        Dense(operand("origin", groups * o, i, 3, 3), 0),
+        PointwiseFilter(operand("prior", groups * o, i, 1, 1), operand("filter", groups * o, 3, 3), 1),
+        Composed(operand("c1", groups * t, i, 1, 1), operand("c2", groups * o, t, 3, 3), True, 2),
+        Separable(operand("dw", 2 * groups * i, 1, 3, 3), operand("pw", groups * o, 2 * i, 1, 1), 3),
+    )
+    return Block(groups * o, groups * i, (3, 3), terms, groups, operand("scales", 4, groups * o))
+
+
+# --- every term -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+def test_every_term(groups, scaling):
+    block = every_term(groups, scaling=scaling)
+    check(block, tensors_of(block))
+
+
+def test_several_tiles_each_way():
+    block = one_of_each(1, o=18, i=35, t=70)
+    check(block, tensors_of(block))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_large_tiles(arch, monkeypatch):
+    monkeypatch.setattr(configs, "_FILLED", 0)
+    choices = configs.forward_config, configs.backward_config
+    monkeypatch.setattr(configs, "forward_config", lambda blocks, own, _: choices[0](blocks, own, arch))
+    monkeypatch.setattr(configs, "backward_config", lambda blocks, own, _: choices[1](blocks, own, arch))
+    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
+    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    block = one_of_each(1, o=67, i=33, t=66)
+    check(block, tensors_of(block))
+
+
+def identities(groups):
+    """Terms without a pointwise factor, whose filters are learnt too, and an identity that is stacked."""
+    inputs, out = 3 * groups, 6 * groups
+    terms = (
+        PointwiseFilter(None, IMPULSE, 0),
+        PointwiseFilter(None, operand("rows", out, 3, 3), 1),
+        PointwiseFilter(None, operand("shared", 1, 3, 3), 2),
+        Separable(operand("dw", 2 * inputs, 1, 3, 3), None, 3),
+    )
+    return Block(out, inputs, (3, 3), terms, groups, operand("scales", 4, out))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_identities_and_lone_filters(groups):
+    block = identities(groups)
+    check(block, tensors_of(block))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "size"),
+    [
+        ((3, 3), (3, 3), (5, 5)),
+        ((3, 3), (3, 3), (7, 5)),
+        ((1, 3), (3, 1), (3, 3)),
+        ((2, 3), (4, 2), (5, 4)),
+        ((5, 5), (3, 3), (7, 7)),
+        ((1, 1), (1, 1), (1, 1)),
+        ((1, 1), (1, 1), (3, 3)),
+        ((1, 1), (2, 2), (2, 2)),
+        ((1, 1), (1, 5), (1, 5)),
+        ((4, 2), (1, 1), (4, 2)),
+    ],
+)
+def test_sequences_of_any_sizes(first, second, size):
+    groups, (o, t, i) = 2, (5, 7, 3)
+    term = Composed(operand("a", groups * t, i, *first), operand("b", groups * o, t, *second), False, 0)
+    block = Block(groups * o, groups * i, size, (term,), groups, operand("s", 1, groups * o))
+    check(block, tensors_of(block))
+
+
+@pytest.mark.parametrize("size", [(1, 5), (5, 1), (2, 4), (7, 7)])
+def test_rectangular_and_even_kernels(size):
+    o, i = 6, 4
+    small = tuple(n - 2 if n > 2 else n for n in size)
+    terms = (
+        Dense(operand("w", o, i, *size), 0),
+        Dense(operand("small", o, i, *small)),
+        PointwiseFilter(operand("p", o, i, 1, 1), Average(size), 1),
+        PointwiseFilter(operand("q", o, i, 1, 1), operand("f", o, *small), 2),
+        Composed(operand("c1", 2 * i, i, 1, 1), operand("c2", o, 2 * i, *size), True, 3),
+        Separable(operand("dw", 2 * i, 1, *size), operand("pw", o, 2 * i, 1, 1), 4),
+    )
+    block = Block(o, i, size, terms, 1, operand("s", 5, o))
+    check(block, tensors_of(block))
+
+
+@pytest.mark.parametrize("topology", orepa.topologies())
+@pytest.mark.parametrize("groups", [1, 2])
+def test_topologies(topology, groups):
+    size = 1 if topology == "rep1x1" else 5 if topology.endswith("stem") or topology == "expandnet_ck" else 3
+    conv = OREPAConv(3 * groups, 5 * groups, size, groups=groups, topology=topology, bias=False, backend="triton")
+    exact = OREPAConv(3 * groups, 5 * groups, size, groups=groups, topology=topology, bias=False, backend="reference")
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.normal_()
+    exact.load_state_dict(conv.state_dict())
+    exact.double()
+    upstream = torch.randn(conv.plan.shape)
+    kernel, truth = conv.squeeze(), exact.squeeze()
+    assert relative(kernel, truth) <= LIMIT
+    kernel.backward(upstream)
+    truth.backward(upstream.double())
+    for (name, mine), true in zip(conv.named_parameters(), exact.parameters(), strict=True):
+        assert relative(mine.grad, true.grad) <= LIMIT, name
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def channels_last(tensor):
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def strided(tensor):
+    return torch.stack([tensor, torch.full_like(tensor, math.nan)], -1)[..., 0]
+
+
+def transposed(tensor):
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def misaligned(tensor):
+    return torch.cat([tensor.new_full((1,), math.nan), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("layout", "memory_format"),
+    [
+        (channels_last, torch.channels_last),
+        (strided, torch.contiguous_format),
+        (transposed, torch.contiguous_format),
+        (misaligned, torch.channels_last),
+    ],
+)
+def test_strides(layout, memory_format):
+    block = one_of_each()
+    kernel = check(block, [layout(t) for t in tensors_of(block)], memory_format=memory_format)
+    assert kernel.is_contiguous(memory_format=memory_format)
+
+
+def test_upstream_of_any_strides():
+    block = one_of_each()
+    tensors = tensors_of(block)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    for layout in (channels_last, strided, transposed, lambda t: t[:1].expand_as(t)):
+        upstream = layout(torch.randn(block.shape))
+        _, gradients = reference(block, tensors, upstream)
+        (kernel,) = squeeze([block], [leaves], backend="triton")
+        for mine, true in zip(grad(kernel, leaves, upstream), gradients, strict=True):
+            assert relative(mine, true) <= LIMIT
+
+
+def test_offsets_of_64_bits_give_the_same(monkeypatch):
+    block = one_of_each()
+    tensors = tensors_of(block)
+    narrow = check(block, tensors)
+    monkeypatch.setattr(spec, "_INT32", 0)
+    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
+    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    assert torch.equal(check(block, tensors), narrow)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------------
+
+
+def rounded(tensor, dtype):
+    """One rounding, as the interpreter does it: towards zero for bfloat16, where GPUs round to nearest."""
+    return (tensor.view(torch.int32) & -(2**16)).view(F32).to(dtype) if dtype == torch.bfloat16 else tensor.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_one_rounding_of_the_float32_result(dtype):
+    block = one_of_each()
+    tensors = [t.to(dtype) if t.dim() != 3 else t for t in tensors_of(block)]  # filters may stay wide
+    with torch.no_grad():
+        (wide,) = squeeze([block], [[t.float() for t in tensors]], backend="triton")
+        (narrow,) = squeeze([block], [tensors], backend="triton")
+        (emitted,) = squeeze([block], [[t.float() for t in tensors]], dtype=dtype, backend="triton")
+    assert torch.equal(narrow, rounded(wide, dtype)) and torch.equal(emitted, rounded(wide, dtype))
+    check(block, tensors)
+    check(block, [t.float() for t in tensors], dtype=dtype)
+
+
+def test_folds():
+    block = one_of_each(2)
+    tensors, fold = tensors_of(block), torch.randn(block.out_channels)
+    with torch.no_grad():
+        (got,) = squeeze([block], [tensors], folds=[fold], dtype=torch.bfloat16, backend="triton")
+        (wide,) = squeeze([block], [tensors], folds=[fold], backend="triton")
+    exact, _ = reference(block, tensors, torch.randn(block.shape), fold)
+    assert relative(wide, exact) <= LIMIT and torch.equal(got, rounded(wide, torch.bfloat16))
+
+
+# --- many blocks ------------------------------------------------------------------------------------------------------------
+
+
+def run_list(blocks, tensors):
+    leaves = [[t.clone().requires_grad_() for t in own] for own in tensors]
+    kernels = squeeze(blocks, leaves, backend="triton")
+    upstream = [torch.randn(b.shape, generator=torch.Generator().manual_seed(n)) for n, b in enumerate(blocks)]
+    return kernels, grad(kernels, [t for own in leaves for t in own], upstream), upstream
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched."""
+    names = []
+    call = launch._Kernel.__call__
+
+    def counted(self, *arguments):
+        names.append(self._function.__name__)
+        call(self, *arguments)
+
+    monkeypatch.setattr(launch._Kernel, "__call__", counted)
+    return names
+
+
+def test_blocks_of_one_structure_share_launches(launches):
+    sizes = [(5, 3), (9, 7), (17, 3)]
+    plans = [OREPAConv(i, o, 3, topology="orepa", bias=False).plan for o, i in sizes]
+    tensors = [tensors_of(plan) for plan in plans]
+    kernels, gradients, upstream = run_list(plans, tensors)
+    assert launches == ["squeeze_forward", "squeeze_backward", "add_parts"]
+    exact = [reference(b, t, u) for b, t, u in zip(plans, tensors, upstream, strict=True)]
+    for kernel, (true, _) in zip(kernels, exact, strict=True):
+        assert relative(kernel, true) <= LIMIT
+    for mine, true in zip(gradients, [g for _, own in exact for g in own], strict=True):
+        assert relative(mine, true) <= LIMIT
+
+
+def test_blocks_of_different_structures(launches):
+    blocks = [one_of_each(1), one_of_each(2), identities(1), one_of_each(1)]
+    tensors = [tensors_of(block) for block in blocks]
+    kernels, gradients, upstream = run_list(blocks, tensors)
+    exact = [reference(b, t, u) for b, t, u in zip(blocks, tensors, upstream, strict=True)]
+    for kernel, (true, _) in zip(kernels, exact, strict=True):
+        assert relative(kernel, true) <= LIMIT
+    for mine, true in zip(gradients, [g for _, own in exact for g in own], strict=True):
+        assert relative(mine, true) <= LIMIT
+    assert torch.equal(run_list(blocks, tensors)[0][2], kernels[2])
+
+
+def test_the_deep_stem_takes_three_launches_each_way(launches):
+    conv = OREPAConv(2, 2, 7, topology="deep_stem", bias=False, backend="triton")
+    conv.squeeze().sum().backward()
+    assert launches[:3] == ["squeeze_forward"] * 3  # three blocks at once; 5x5; 7x7
+    assert launches[5:] == ["squeeze_backward", "add_parts"] * 3  # after the 5x5 is computed again, and its blocks
+    assert launches[3:5] == ["squeeze_forward"] * 2
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_gradients_asked_for(launches):
+    block = one_of_each()
+    tensors = tensors_of(block)
+    upstream = torch.randn(block.shape)
+    _, gradients = reference(block, tensors, upstream)
+    for index in range(len(tensors)):
+        leaves = [t.clone().requires_grad_(n == index) for n, t in enumerate(tensors)]
+        (kernel,) = squeeze([block], [leaves], backend="triton")
+        (mine,) = grad(kernel, [leaves[index]], upstream)
+        assert relative(mine, gradients[index]) <= LIMIT, block.operands[index]
+
+
+def test_bitwise_repeatable_and_the_comparison_can_fail():
+    block = one_of_each(2)
+    tensors = tensors_of(block)
+    runs = [run_list([block], [tensors]) for _ in range(2)]
+    assert torch.equal(runs[0][0][0], runs[1][0][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    tensors[0] = tensors[0] * (1 + 2**-22)
+    changed = run_list([block], [tensors])
+    assert not torch.equal(runs[0][0][0], changed[0][0])
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0][1], changed[1], strict=True))
+
+
+def test_a_block_larger_than_a_term_keeps_out_what_is_not_its_own():
+    """An infinite factor of a small branch reaches its own taps only."""
+    terms = (Dense(operand("w", 4, 4, 3, 3)), PointwiseFilter(operand("p", 4, 4, 1, 1), IMPULSE))
+    block = Block(4, 4, (3, 3), terms)
+    w, p = torch.randn(4, 4, 3, 3), torch.full((4, 4, 1, 1), math.inf)
+    (kernel,) = squeeze([block], [[w, p]], backend="triton")
+    finite = torch.isfinite(kernel)
+    assert finite.sum() == 4 * 4 * 8 and not finite[:, :, 1, 1].any()
+
+
+def test_operators_under_opcheck_and_compile():
+    block = one_of_each()
+    tensors = [t.requires_grad_() for t in tensors_of(block)]
+    torch.library.opcheck(
+        torch.ops.orepa_kernels.squeeze, (tensors, [block.text], "triton", F32, False), raise_exception=True
+    )
+
+    def total(*own):
+        return squeeze([block], [own], backend="triton")[0].square().sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    expected = grad(total(*tensors), tensors)
+    got = grad(compiled(*tensors), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_double_backward_goes_through_the_reference():
+    block = Block(3, 2, (3, 3), (Composed(operand("a", 4, 2, 1, 1), operand("b", 3, 4, 3, 3), True),))
+    a, b = (t.requires_grad_() for t in tensors_of(block))
+    (kernel,) = squeeze([block], [[a, b]], backend="triton")
+    (first,) = grad(kernel.square().sum(), a, create_graph=True)
+    (second,) = grad(first.sum(), b)
+    assert torch.isfinite(second).all() and second.abs().sum() > 0
