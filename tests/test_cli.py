@@ -102,6 +102,29 @@ def test_ctrl_c_outside_of_training(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "orepa: interrupted\n"
 
 
+# --- models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm", reason="the models need the extra `models`")
+    assert main(["models"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["training", "deployed"] and len(rows) == 9
+    assert rows[0].split() == ["orepa_resnet18", "ResNet-18", "37,756,041", "11,684,712"]
+    assert main(["models", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    wide = {"name": "orepa_wide_resnet18_2", "official": "ResNet-18-2x", "plain": "wide_resnet18_2"}
+    assert {**wide, "training": 149_410_889, "deployed": 45_683_432} in facts
+
+
+@pytest.mark.parametrize("command", [["models"], ["convert", "--official", "--arch", "ResNet-18", "a.pth", "b.pth"]])
+def test_models_without_timm(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert 'needs timm, not installed here: pip install "orepa-kernels[models]"' in refused(capsys, *command)
+
+
 # --- info -----------------------------------------------------------------------------------------------------------------
 
 

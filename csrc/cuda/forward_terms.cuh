@@ -5,53 +5,53 @@
 
 namespace orepa::cuda {
 
-// W[o,i,p] += s[o] * K[o,i + shift,p], by the warp that owns the output channel: dense terms, and the identity part of a
-// composed one, which is an exact sum because it is no product.
+// W[o,i,p] += s[o] * K[o,i + shift,p], by the warp that owns the output channel: dense terms, and the identity part of
+// a composed one, which is an exact sum because it is no product.
 template <class Tile>
 __device__ __forceinline__ void add_dense(float* rows, const DeviceBlock& block, const DeviceView& view, int height,
                                           int width, const Place& place, int channel, int shift, float scale) {
-    const Window window(block, height, width);
-    const std::int64_t start = at(view, channel, place.first_column + shift, 0);
-    walk(place.columns, height * width, taps_first(view), [&](int column, int tap) {
-        const int row = window.row(tap, place);
-        if (row >= 0) rows[row * Tile::pitch + column] += scale * load(view, start + at(view, 0, column, tap));
-    });
+  const Window window(block, height, width);
+  const std::int64_t start = at(view, channel, place.first_column + shift, 0);
+  walk(place.columns, height * width, taps_first(view), [&](int column, int tap) {
+    const int row = window.row(tap, place);
+    if (row >= 0) rows[row * Tile::pitch + column] += scale * load(view, start + at(view, 0, column, tap));
+  });
 }
 
 // W[o,i,p] += s[o] * P[o,i] * F[o,p]; without P the identity, without F an average.
 template <class Tile>
 __device__ __forceinline__ void add_pointwise(float* rows, const DeviceBlock& block, const DeviceTerm& term,
                                               const Place& place, int channel, float scale) {
-    const int taps = term.height * term.width;
-    const float average = 1.0f / static_cast<float>(taps);
-    const Window window(block, term.height, term.width);
-    for (int column = lane_index(); column < place.columns; column += warp_size) {
-        const int in = place.first_column + column;
-        float weight = scale;
-        if (term.a.data != nullptr) {
-            weight *= load(term.a, channel, in, 0);
-        } else if (in != channel % block.in_per_group) {
-            continue;
-        }
-        for (int tap = 0; tap < taps; ++tap) {
-            const int row = window.row(tap, place);
-            if (row < 0) continue;
-            rows[row * Tile::pitch + column] += weight * (term.b.data != nullptr ? load(term.b, channel, 0, tap) : average);
-        }
+  const int taps = term.height * term.width;
+  const float average = 1.0f / static_cast<float>(taps);
+  const Window window(block, term.height, term.width);
+  for (int column = lane_index(); column < place.columns; column += warp_size) {
+    const int in = place.first_column + column;
+    float weight = scale;
+    if (term.a.data != nullptr) {
+      weight *= load(term.a, channel, in, 0);
+    } else if (in != channel % block.in_per_group) {
+      continue;
     }
+    for (int tap = 0; tap < taps; ++tap) {
+      const int row = window.row(tap, place);
+      if (row < 0) continue;
+      rows[row * Tile::pitch + column] += weight * (term.b.data != nullptr ? load(term.b, channel, 0, tap) : average);
+    }
+  }
 }
 
 // W[o,i,p] += s[o] * a[o,p] for the one input channel i = o / E: a depthwise convolution alone.
 template <class Tile>
 __device__ __forceinline__ void add_depthwise(float* rows, const DeviceBlock& block, const DeviceTerm& term,
                                               const Place& place, int channel, float scale) {
-    const int column = channel / term.inner - place.group * block.in_per_group - place.first_column;
-    if (column < 0 || column >= place.columns) return;
-    const Window window(block, term.height, term.width);
-    for (int tap = lane_index(); tap < term.height * term.width; tap += warp_size) {
-        const int row = window.row(tap, place);
-        if (row >= 0) rows[row * Tile::pitch + column] += scale * load(term.a, channel, 0, tap);
-    }
+  const int column = channel / term.inner - place.group * block.in_per_group - place.first_column;
+  if (column < 0 || column >= place.columns) return;
+  const Window window(block, term.height, term.width);
+  for (int tap = lane_index(); tap < term.height * term.width; tap += warp_size) {
+    const int row = window.row(tap, place);
+    if (row >= 0) rows[row * Tile::pitch + column] += scale * load(term.a, channel, 0, tap);
+  }
 }
 
 // W[o,i,p] += s[o] * sum_e pw[o, i*E+e] * dw[i*E+e, p], by all threads: four share a column, each with its own taps and
@@ -59,79 +59,79 @@ __device__ __forceinline__ void add_depthwise(float* rows, const DeviceBlock& bl
 template <class Tile>
 __device__ __forceinline__ void add_separable(float* result, const DeviceBlock& block, const DeviceTerm& term,
                                               const Place& place) {
-    constexpr int expand = 8, filters = 3;  // e and taps at a time
-    const int column = static_cast<int>(threadIdx.x) / 4, part = static_cast<int>(threadIdx.x) % 4;
-    if (column >= place.columns) return;
-    const Window window(block, term.height, term.width);
-    const int taps = term.height * term.width;
-    const int in = (place.first_column + column) * term.inner;                  // in the rows of pw
-    const int in_all = place.group * block.in_per_group * term.inner + in;      // in the rows of dw
-    const bool whole = term.b.column == 1 && term.inner % 4 == 0 && term.b.row % 4 == 0 && term.b.type == Type::float32 &&
-                       (reinterpret_cast<std::uintptr_t>(term.b.data) & 15) == 0;
-    for (int e0 = 0; e0 < term.inner; e0 += expand) {
-        for (int tap0 = 0; tap0 < taps; tap0 += 4 * filters) {
-            float depthwise[expand][filters];
-            int row[filters];
+  constexpr int expand = 8, filters = 3;  // e and taps at a time
+  const int column = static_cast<int>(threadIdx.x) / 4, part = static_cast<int>(threadIdx.x) % 4;
+  if (column >= place.columns) return;
+  const Window window(block, term.height, term.width);
+  const int taps = term.height * term.width;
+  const int in = (place.first_column + column) * term.inner;              // in the rows of pw
+  const int in_all = place.group * block.in_per_group * term.inner + in;  // in the rows of dw
+  const bool whole = term.b.column == 1 && term.inner % 4 == 0 && term.b.row % 4 == 0 && term.b.type == Type::float32 &&
+                     (reinterpret_cast<std::uintptr_t>(term.b.data) & 15) == 0;
+  for (int e0 = 0; e0 < term.inner; e0 += expand) {
+    for (int tap0 = 0; tap0 < taps; tap0 += 4 * filters) {
+      float depthwise[expand][filters];
+      int row[filters];
 #pragma unroll
-            for (int t = 0; t < filters; ++t) {
-                const int tap = tap0 + 4 * t + part;
-                row[t] = tap < taps ? window.row(tap, place) : -1;
+      for (int t = 0; t < filters; ++t) {
+        const int tap = tap0 + 4 * t + part;
+        row[t] = tap < taps ? window.row(tap, place) : -1;
 #pragma unroll
-                for (int e = 0; e < expand; ++e)
-                    depthwise[e][t] = tap < taps && e0 + e < term.inner ? load(term.a, in_all + e0 + e, 0, tap) : 0.0f;
+        for (int e = 0; e < expand; ++e)
+          depthwise[e][t] = tap < taps && e0 + e < term.inner ? load(term.a, in_all + e0 + e, 0, tap) : 0.0f;
+      }
+      for (int c = 0; c < place.channels; ++c) {
+        const int channel = place.first_channel + c;
+        float pointwise[expand];
+        if (whole) {
+#pragma unroll
+          for (int e = 0; e < expand; e += 4) {
+            float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (e0 + e < term.inner) {
+              const std::int64_t offset = at(term.b, channel, in + e0 + e, 0);
+              four = __ldg(reinterpret_cast<const float4*>(reinterpret_cast<const float*>(term.b.data) + offset));
             }
-            for (int c = 0; c < place.channels; ++c) {
-                const int channel = place.first_channel + c;
-                float pointwise[expand];
-                if (whole) {
+            pointwise[e] = four.x;
+            pointwise[e + 1] = four.y;
+            pointwise[e + 2] = four.z;
+            pointwise[e + 3] = four.w;
+          }
+        } else {
 #pragma unroll
-                    for (int e = 0; e < expand; e += 4) {
-                        float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                        if (e0 + e < term.inner) {
-                            const std::int64_t offset = at(term.b, channel, in + e0 + e, 0);
-                            four = __ldg(reinterpret_cast<const float4*>(reinterpret_cast<const float*>(term.b.data) + offset));
-                        }
-                        pointwise[e] = four.x;
-                        pointwise[e + 1] = four.y;
-                        pointwise[e + 2] = four.z;
-                        pointwise[e + 3] = four.w;
-                    }
-                } else {
-#pragma unroll
-                    for (int e = 0; e < expand; ++e)
-                        pointwise[e] = e0 + e < term.inner ? load(term.b, channel, in + e0 + e, 0) : 0.0f;
-                }
-                const float scale = scale_of(block, term, channel);
-#pragma unroll
-                for (int t = 0; t < filters; ++t) {
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int e = 0; e < expand; ++e) sum += pointwise[e] * depthwise[e][t];
-                    if (row[t] >= 0) result[(c * place.taps + row[t]) * Tile::pitch + column] += scale * sum;
-                }
-            }
+          for (int e = 0; e < expand; ++e)
+            pointwise[e] = e0 + e < term.inner ? load(term.b, channel, in + e0 + e, 0) : 0.0f;
         }
+        const float scale = scale_of(block, term, channel);
+#pragma unroll
+        for (int t = 0; t < filters; ++t) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int e = 0; e < expand; ++e) sum += pointwise[e] * depthwise[e][t];
+          if (row[t] >= 0) result[(c * place.taps + row[t]) * Tile::pitch + column] += scale * sum;
+        }
+      }
     }
+  }
 }
 
 // The terms that a warp adds to its own output channel.
 template <class Tile>
 __device__ __forceinline__ void add_term(float* rows, const DeviceBlock& block, const DeviceTerm& term,
                                          const Place& place, int channel) {
-    const float scale = scale_of(block, term, channel);
-    if (term.kind == Kind::dense) {
-        add_dense<Tile>(rows, block, term.a, term.height, term.width, place, channel, 0, scale);
-    } else if (term.kind == Kind::pointwise) {
-        add_pointwise<Tile>(rows, block, term, place, channel, scale);
-    } else if (term.kind == Kind::composed) {
-        // id[m, i] = 1 where i = m mod Ig
-        for (int shift = 0; term.identity && shift < term.inner; shift += block.in_per_group) {
-            add_dense<Tile>(rows, block, term.b, term.height, term.width, place, channel, shift, scale);
-            __syncwarp();
-        }
-    } else if (term.b.data == nullptr) {
-        add_depthwise<Tile>(rows, block, term, place, channel, scale);
+  const float scale = scale_of(block, term, channel);
+  if (term.kind == Kind::dense) {
+    add_dense<Tile>(rows, block, term.a, term.height, term.width, place, channel, 0, scale);
+  } else if (term.kind == Kind::pointwise) {
+    add_pointwise<Tile>(rows, block, term, place, channel, scale);
+  } else if (term.kind == Kind::composed) {
+    // id[m, i] = 1 where i = m mod Ig
+    for (int shift = 0; term.identity && shift < term.inner; shift += block.in_per_group) {
+      add_dense<Tile>(rows, block, term.b, term.height, term.width, place, channel, shift, scale);
+      __syncwarp();
     }
+  } else if (term.b.data == nullptr) {
+    add_depthwise<Tile>(rows, block, term, place, channel, scale);
+  }
 }
 
 }  // namespace orepa::cuda

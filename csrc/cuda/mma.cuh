@@ -2,8 +2,8 @@
 //
 // Fragments, as the emulator of the tests has them too. Lane l holds, with g = l / 4 and c = l % 4,
 //   m16n8k8, TF32:    A (g, c), (g+8, c), (g, c+4), (g+8, c+4)     B (c, g), (c+4, g)
-//   m16n8k16, bf16:   A (g, 2c..), (g+8, 2c..), (g, 2c+8..), (g+8, 2c+8..)     B (2c.., g), (2c+8.., g), two depths each
-//   both:             C (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)
+//   m16n8k16, bf16:   A (g, 2c..), (g+8, 2c..), (g, 2c+8..), (g+8, 2c+8..)     B (2c.., g), (2c+8.., g), two depths
+//   each both:             C (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)
 #pragma once
 
 #include "numeric.cuh"
@@ -23,45 +23,45 @@ namespace orepa::cuda {
 // c += a * b
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef OREPA_EMULATED
-    emulator::mma_m16n8k8_tf32(c, a, b);
+  emulator::mma_m16n8k8_tf32(c, a, b);
 #else
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
 __device__ __forceinline__ void mma_bfloat16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef OREPA_EMULATED
-    emulator::mma_m16n8k16_bfloat16(c, a, b);
+  emulator::mma_m16n8k16_bfloat16(c, a, b);
 #else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
 // Round to nearest, as TF32: 11 bits of mantissa, in a float32 whose others are zero.
 __device__ __forceinline__ unsigned to_tf32(float value) {
 #ifdef OREPA_EMULATED
-    return emulator::to_tf32(value);
+  return emulator::to_tf32(value);
 #else
-    unsigned bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return bits & 0xffffe000u;
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits & 0xffffe000u;
 #endif
 }
 
 // Two bfloat16 in a register, the first in its low half.
 __device__ __forceinline__ unsigned to_bfloat16_pair(float first, float second) {
 #ifdef OREPA_EMULATED
-    return float_to_bfloat16(first) | static_cast<unsigned>(float_to_bfloat16(second)) << 16;
+  return float_to_bfloat16(first) | static_cast<unsigned>(float_to_bfloat16(second)) << 16;
 #else
-    unsigned bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-    return bits;
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
 #endif
 }
 

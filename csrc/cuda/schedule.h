@@ -10,13 +10,13 @@
 namespace orepa::cuda {
 
 struct Schedule {
-    bool large = true;  // which tile
-    std::vector<DeviceBlock> blocks;
-    std::vector<DeviceTerm> terms;
-    std::int64_t items = 0;  // thread blocks
-    std::int64_t workspace_floats = 0, counters = 0;
+  bool large = true;  // which tile
+  std::vector<DeviceBlock> blocks;
+  std::vector<DeviceTerm> terms;
+  std::int64_t items = 0;  // thread blocks
+  std::int64_t workspace_floats = 0, counters = 0;
 
-    std::size_t bytes() const { return blocks.size() * sizeof(DeviceBlock) + terms.size() * sizeof(DeviceTerm); }
+  std::size_t bytes() const { return blocks.size() * sizeof(DeviceBlock) + terms.size() * sizeof(DeviceTerm); }
 };
 
 // As many launches as it takes, usually one; those with most work first in each, so that none of it comes last.

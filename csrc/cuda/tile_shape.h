@@ -5,7 +5,7 @@ namespace orepa::cuda {
 
 // Rows x columns of results, and the depth of one step of products.
 struct TileShape {
-    int rows, cols, depth;
+  int rows, cols, depth;
 };
 
 constexpr TileShape large_shape{128, 64, 32}, small_shape{64, 32, 32};
@@ -21,7 +21,8 @@ constexpr int separable_expand = 8;
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-    constexpr int
-    ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+    constexpr int ceil_div(int value, int divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 }  // namespace orepa::cuda

@@ -1,7 +1,8 @@
 """OREPA: train re-parameterised networks at almost the price of the plain ones (CVPR 2022).
 
 `OREPAConv` is a drop-in for `torch.nn.Conv2d`; `prepare` swaps it into any model, `convert` turns the trained model back
-into plain convolutions, `report` tells what either did.
+into plain convolutions, `report` tells what either did. `orepa.models` registers models with timm; `load_official` loads
+the authors' checkpoints into them.
 """
 
 from orepa_kernels import BackendError, __version__
@@ -10,6 +11,7 @@ from . import catalogue as catalogue
 from .conv import OREPAConv
 from .convert import ConversionError, convert
 from .official import block_from_official
+from .official_models import load_official
 from .offline import OfflineConv
 from .prepare import prepare
 from .report import Report, report
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "block_from_official",
     "convert",
+    "load_official",
     "prepare",
     "register_topology",
     "report",

@@ -1,4 +1,4 @@
-"""The command line: ``orepa train | convert | bench | info``. Imports what a command needs only when it runs."""
+"""The command line: ``orepa train | convert | bench | models | info``. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .training.errors import UserError
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
 _INSTALL = 'pip install "orepa-kernels[train]"'
+_INSTALL_MODELS = 'pip install "orepa-kernels[models]"'
 _SETTINGS = (
     "model",
     "orepa",
@@ -73,11 +74,66 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    _require("timm")
+    if args.official != (args.arch is not None):
+        raise UserError("--official and --arch go together: orepa convert --official CKPT --arch ARCH OUT")
+    _require("timm", install=_INSTALL_MODELS if args.official else _INSTALL)
+    if args.official:
+        return _convert_official(args)
     from .training.export import convert_checkpoint
 
     print(convert_checkpoint(args.checkpoint, args.out, args.force))
     print(f"written to {args.out}")
+    return 0
+
+
+def _convert_official(args: argparse.Namespace) -> int:
+    from . import models
+    from .convert import ConversionError
+    from .official_models import plain_from_official
+    from .report import report
+    from .training.files import save
+
+    _check_target(args.out, args.force)
+    try:
+        _, spec = models.spec_of(args.arch)
+        model = plain_from_official(args.checkpoint, args.arch)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {args.checkpoint}: {error.strerror or error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    except ConversionError as error:
+        raise UserError(f"the conversion failed its check, nothing was written: {error}") from error
+    save(args.out, dict(model.state_dict()))
+    print(report(model))
+    ours = " (after import orepa.models)" if hasattr(models, spec.plain) else ""  # the one that timm lacks
+    print(f"written to {args.out}: a state dict for timm.create_model({spec.plain!r}){ours}")
+    return 0
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name the file to write")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists already (--force replaces it)")
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
+
+
+def _models(args: argparse.Namespace) -> int:
+    _require("timm", install=_INSTALL_MODELS)
+    from .models import MODELS, parameter_counts
+
+    rows = [
+        {"name": name, "official": spec.official, "plain": spec.plain, "training": training, "deployed": deployed}
+        for name, spec in MODELS.items()
+        for training, deployed in [parameter_counts(name)]
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(f"{'timm.create_model':24}{'the authors call it':22}{'parameters: training':>20}{'deployed':>14}")
+    for row in rows:
+        print(f"{row['name']:24}{row['official']:22}{row['training']:>20,}{row['deployed']:>14,}")
     return 0
 
 
@@ -95,11 +151,11 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require(*packages: str) -> None:
+def _require(*packages: str, install: str = _INSTALL) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join("scikit-learn" if name == "sklearn" else name for name in missing)
-        raise UserError(f"this command needs {names}, not installed here: {_INSTALL}")
+        raise UserError(f"this command needs {names}, not installed here: {install}")
 
 
 def _version(package: str) -> str | None:
@@ -136,14 +192,25 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="turn a checkpoint of `orepa train` into plain weights",
-        description="Convert a checkpoint of `orepa train` to plain convolutions, verify, and write weights for timm's model.",
+        description="Convert a checkpoint of `orepa train` to plain convolutions, verify, and write weights for timm's model. "
+        "Or, with --official and --arch, one of the authors' checkpoints: OUT then is a state dict of timm's plain model.",
     )
     convert.set_defaults(run=_convert)
-    convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run")
+    convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run, or the authors' file")
     convert.add_argument("out", type=Path, metavar="OUT", help="file to write")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    convert.add_argument("--official", action="store_true", help="CKPT is one of the authors' checkpoints")
+    convert.add_argument("--arch", metavar="ARCH", help="its model, such as ResNet-18 (see `orepa models`)")
 
     add_bench(commands)
+
+    models = commands.add_parser(
+        "models",
+        help="the models registered with timm, and their sizes",
+        description="The authors' models, registered with timm by `import orepa.models`; deployed: after orepa.convert.",
+    )
+    models.set_defaults(run=_models)
+    models.add_argument("--json", action="store_true", help="print one JSON array")
 
     info = commands.add_parser(
         "info", help="versions, devices, and which backends run here", description="What runs here."

@@ -75,6 +75,10 @@ class Entry:
     spare_rows: int = 0
     optional: bool = False
 
+    def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that theirs may have, where ``ours`` is that of our tensor."""
+        return [tuple(ours), *((ours[0] + spare, *ours[1:]) for spare in range(1, self.spare_rows + 1))]
+
 
 Entries: TypeAlias = dict[str, Entry]
 
@@ -120,7 +124,7 @@ def deep_stem_entries(stages: int) -> Entries:
     """Entries of a deep stem of ``stages`` OREPA blocks without its norm."""
     result: Entries = {}
     for stage in range(stages):
-        result |= _under(f"weight{stage}.", f"stack_block{stage + 1}.", orepa_entries(flipped=stage > 0))
+        result |= under(f"weight{stage}.", f"stack_block{stage + 1}.", orepa_entries(flipped=stage > 0))
     return result
 
 
@@ -138,14 +142,15 @@ def norm_entries(theirs: str, ours: str) -> Entries:
 def repvgg_entries(has_identity: bool) -> Entries:
     """Entries of an OREPA-VGG block, its norms included."""
     vector = Entry("scales", partial(_first_rows, rows=5), spare_rows=1)
-    result = _under("rbr_dense.", "dense.", {**_dense_entries("rbr", 1, False), "vector": vector})
+    result = under("rbr_dense.", "dense.", {**_dense_entries("rbr", 1, False), "vector": vector})
     result |= norm_entries("rbr_dense.bn", "dense_bn")
     result["rbr_1x1.conv.weight"] = Entry("pointwise.weight")
     result |= norm_entries("rbr_1x1.bn", "pointwise_bn")
     return result | norm_entries("rbr_identity", "identity_bn") if has_identity else result
 
 
-def _under(theirs: str, ours: str, entries: Entries) -> Entries:
+def under(theirs: str, ours: str, entries: Entries) -> Entries:
+    """Entries with a prefix before their names and one before ours."""
     return {
         theirs + key: Entry(ours + entry.name, entry.transform, entry.spare_rows, entry.optional)
         for key, entry in entries.items()
@@ -227,8 +232,10 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
             own = rep1x1_entries()
         else:
             own = deep_stem_entries(stages) if topology == "deep_stem" else plain_stem_entries(stages)
-        entries = {**_under("", "conv.", own), **norm_entries("bn", "norm")} if has_norm else own
-    _check_keys(state_dict, entries, f"no complete {topology} block{note}")
+        entries = {**under("", "conv.", own), **norm_entries("bn", "norm")} if has_norm else own
+    problems = key_problems(state_dict, entries)
+    if problems:
+        raise ValueError(f"no complete {topology} block{note}: {'; '.join(problems)}")
 
     if topology in ("orepa", "repvgg_dense") and kernel_size != (3, 3):
         raise ValueError(
@@ -270,15 +277,14 @@ def _recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
     )
 
 
-def _check_keys(state_dict: Mapping[str, Tensor], entries: Entries, what: str) -> None:
+def key_problems(state_dict: Mapping[str, Tensor], entries: Entries) -> list[str]:
+    """What is missing and what is unexpected, in words; nothing where the keys are those of ``entries`` and constants."""
     missing = [key for key, entry in entries.items() if key not in state_dict and not entry.optional]
     owners = {key.rpartition(".")[0] for key, entry in entries.items() if entry.name.endswith("scales")}
     constants = {f"{owner}.{name}" if owner else name for owner in owners for name in _CONSTANTS}
     unexpected = [key for key in state_dict if key not in entries and key not in constants]
     problems = [f"missing {_list(missing)}"] if missing else []
-    problems += [f"unexpected {_list(unexpected)}"] if unexpected else []
-    if problems:
-        raise ValueError(f"{what}: {'; '.join(problems)}")
+    return [*problems, f"unexpected {_list(unexpected)}"] if unexpected else problems
 
 
 def _list(keys: list[str], limit: int = 3) -> str:
@@ -335,7 +341,7 @@ def block_from_official(
     block = read_block(state_dict, stride=stride, groups=groups)
     # Without storage: nothing is drawn from the random generator only to be overwritten.
     module = _build(block, stride, padding, dilation, eps, backend)
-    _check_tensors(state_dict, block.entries, module)
+    check_tensors(state_dict, block.entries, module)
     ours = {name: tensor.detach().clone() for name, tensor in translate(block.entries, state_dict).items()}
     for name, value in module.state_dict().items():
         if name not in ours:  # the optional num_batches_tracked
@@ -363,15 +369,20 @@ def _build(
     return module
 
 
-def _check_tensors(state_dict: Mapping[str, Tensor], entries: Entries, module: nn.Module) -> None:
-    """Shapes, devices and dtypes, before anything is loaded."""
+def check_tensors(state_dict: Mapping[str, Tensor], entries: Entries, module: nn.Module) -> None:
+    """Shapes, devices and dtypes, before anything is loaded.
+
+    Raises:
+        TypeError: not floating-point.
+        ValueError: the first that does not fit.
+    """
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     first, *_ = entries
     for key, entry in entries.items():
         if key not in state_dict:
             continue
         tensor, shape = state_dict[key], expected[entry.name]
-        allowed = [shape, *((shape[0] + spare, *shape[1:]) for spare in range(1, entry.spare_rows + 1))]
+        allowed = entry.shapes(shape)
         if tuple(tensor.shape) not in allowed:
             raise ValueError(f"{key!r} must be {' or '.join(str(list(s)) for s in allowed)}, got {list(tensor.shape)}")
         if tensor.device != state_dict[first].device:

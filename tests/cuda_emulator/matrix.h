@@ -1,0 +1,63 @@
+// The warp-level matrix instructions that the kernels use, with the fragment layouts of the PTX manual.
+#pragma once
+
+#include <cmath>
+
+#include "emulator.h"
+
+namespace emulator {
+
+// Tensor cores drop what does not fit into a float32 sum; they do not round to nearest.
+inline float truncate(double exact) {
+  float value = static_cast<float>(exact);
+  if (std::isfinite(value) && std::fabs(static_cast<double>(value)) > std::fabs(exact))
+    value = std::nextafter(value, 0.0f);
+  return value;
+}
+
+inline float float_from(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Fragments {
+  unsigned a[4], b[2];
+};
+
+// What both instructions do; `depths(owner fragment, register)` are the values that a register holds.
+template <int PerRegister, class Value>
+void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], const Value& value) {
+  const unsigned turn = exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, Wait::matrix_product);
+  const int group = own_lane() / 4, pair = own_lane() % 4;
+  double sum[4] = {c[0], c[1], c[2], c[3]};
+  for (int owner = 0; owner < 4; ++owner) {  // of a quarter of the depths
+    const Fragments row = message_of<Fragments>(4 * group + owner, turn);
+    const Fragments columns[2] = {message_of<Fragments>(4 * (2 * pair) + owner, turn),
+                                  message_of<Fragments>(4 * (2 * pair + 1) + owner, turn)};
+    for (int late = 0; late < 2; ++late)
+      for (int part = 0; part < PerRegister; ++part)
+        for (int k = 0; k < 4; ++k)
+          sum[k] += static_cast<double>(value(row.a[2 * late + k / 2], part)) * value(columns[k % 2].b[late], part);
+  }
+  for (int k = 0; k < 4; ++k) c[k] = truncate(sum[k]);
+}
+
+inline void mma_m16n8k16_bfloat16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  mma<2>(c, a, b, [](unsigned bits, int half) { return float_from((bits >> (16 * half)) << 16); });
+}
+
+// Tensor cores do not look at the last 13 bits.
+inline void mma_m16n8k8_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  mma<1>(c, a, b, [](unsigned bits, int) { return float_from(bits & 0xffffe000u); });
+}
+
+// cvt.rna: to nearest, ties away from zero
+inline unsigned to_tf32(float value) {
+  if (std::isnan(value)) return 0x7fffe000u;
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return std::isinf(value) ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+}  // namespace emulator

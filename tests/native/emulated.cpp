@@ -1,0 +1,97 @@
+// The CUDA kernels, compiled for the CPU on top of tests/cuda_emulator, behind a plain C interface for tests.
+#include <cstdio>
+#include <exception>
+
+#include "../../csrc/cuda/backward.cu"
+#include "../../csrc/cuda/forward.cu"
+#include "../../csrc/cuda/schedule.cpp"
+
+using namespace orepa;
+
+namespace {
+
+template <class Work>
+int guarded(char* error, int capacity, const Work& work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::exception& exception) {
+    std::snprintf(error, capacity, "%s", exception.what());
+    return 1;
+  }
+}
+
+// What the emulator must notice, each fault in a kernel of its own.
+void faulty(int fault) {
+  emulator::launch(
+      [fault] {
+        float* shared = reinterpret_cast<float*>(emulator::shared_memory());
+        if (fault == 0 && threadIdx.x < 32) __syncthreads();   // not all warps
+        if (fault == 1 && threadIdx.x % 2 == 0) __syncwarp();  // not all lanes
+        if (fault == 2) shared[32 * 64 + threadIdx.x % 2] = 0.0f;
+        if (fault == 3 && threadIdx.x % 32 == 0) emulator::copy_async(shared + 1, shared, 16, false);
+      },
+      1, 64, 32 * 64 * 4);
+}
+
+}  // namespace
+
+extern "C" {
+
+int orepa_fault(int fault, char* error, int capacity) {
+  return guarded(error, capacity, [&] { faulty(fault); });
+}
+
+// What float atomics would give: a sum in the order in which thread blocks happen to come.
+float orepa_unordered_sum(const float* values, int count) {
+  float sum = 0.0f;
+  emulator::launch([&] { sum += threadIdx.x == 0 ? values[blockIdx.x] : 0.0f; }, static_cast<unsigned>(count), 32, 0);
+  return sum;
+}
+
+// As much as a thread reads of shared memory that nobody wrote.
+float orepa_unwritten() {
+  float found = 0.0f;
+  emulator::launch([&] { found = reinterpret_cast<float*>(emulator::shared_memory())[threadIdx.x]; }, 1, 32, 128);
+  return found;
+}
+
+// Sizes, for a caller that declares the structs again.
+void orepa_sizes(int* sizes) {
+  sizes[0] = sizeof(View);
+  sizes[1] = sizeof(Term);
+  sizes[2] = sizeof(Block);
+  sizes[3] = max_terms;
+}
+
+void orepa_seed(std::uint64_t seed) {
+  emulator::settings.seed = seed;
+}
+
+std::int64_t orepa_launches() {
+  return emulator::settings.launches;
+}
+
+int orepa_needs(const Block* blocks, int count, int backward, std::int64_t* bytes, char* error, int capacity) {
+  return guarded(error, capacity, [&] {
+    const cuda::Needs needs = cuda::needs(blocks, count, backward != 0);
+    bytes[0] = needs.workspace_bytes;
+    bytes[1] = needs.counter_bytes;
+  });
+}
+
+int orepa_run(const Block* blocks, int count, int backward, int precision, void* workspace,
+              std::int64_t workspace_bytes, void* counters, std::int64_t counter_bytes, char* error, int capacity) {
+  return guarded(error, capacity, [&] {
+    const cuda::Context context{
+        0, 0, static_cast<cuda::Precision>(precision), workspace, workspace_bytes, counters, counter_bytes};
+    backward != 0 ? cuda::backward(blocks, count, context) : cuda::forward(blocks, count, context);
+  });
+}
+
+int orepa_why_not(const Block* block, char* reason, int capacity) {
+  const std::string text = cuda::why_not(*block);
+  std::snprintf(reason, capacity, "%s", text.c_str());
+  return text.empty() ? 0 : 1;
+}
+}

@@ -1,0 +1,535 @@
+"""The CUDA kernels on a CPU: the same sources, run by `tests/cuda_emulator`, against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from cuda_emulator.driver import BF16, FLAGS, FULL, TF32, Emulated, EmulatedModule, compile_emulated, describe
+from strategies import blocks as any_block
+from torch import Tensor
+
+from orepa_kernels import fused, native, reference, stages
+from orepa_kernels.backends import Request
+from orepa_kernels.backends import cuda as cuda_backend
+from orepa_kernels.plan import (
+    IMPULSE,
+    Average,
+    Block,
+    Composed,
+    Dense,
+    Operand,
+    PointwiseFilter,
+    Separable,
+)
+
+#: relative error (norm) allowed against float64
+FORWARD = 5e-6
+GRADIENT = 5e-6
+
+
+@pytest.fixture(scope="session")
+def tensor_cores(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    """As from sm_80 on."""
+    return Emulated(compile_emulated(tmp_path_factory.mktemp("mma")))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    """As before sm_80."""
+    return Emulated(compile_emulated(tmp_path_factory.mktemp("plain"), "-DOREPA_EMULATED_MMA=0"))
+
+
+@pytest.fixture(params=["tensor_cores", "plain"])
+def kernels(request: pytest.FixtureRequest) -> Emulated:
+    emulated = request.getfixturevalue(request.param)
+    emulated.seed(0)
+    return emulated
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def orepa_block(
+    out: int, channels: int, k: tuple[int, int], groups: int = 1, internal: int = 0, expand: int = 8
+) -> Block:
+    """Every branch of the OREPA-ResNet block (paper Fig. 6)."""
+    per_group, internal = channels // groups, internal or channels
+    centre = IMPULSE if k[0] % 2 and k[1] % 2 else Average((2 - k[0] % 2, 2 - k[1] % 2))
+    return Block(
+        out,
+        channels,
+        k,
+        (
+            Dense(Operand("origin", (out, per_group, *k)), 0),
+            PointwiseFilter(Operand("avg", (out, per_group, 1, 1)), Average(k), 1),
+            PointwiseFilter(Operand("prior", (out, per_group, 1, 1)), Operand("filter", (out, *k)), 2),
+            Composed(
+                Operand("first", (internal, per_group, 1, 1)),
+                Operand("second", (out, internal // groups, *k)),
+                identity=(internal // groups) % per_group == 0,
+                scale=3,
+            ),
+            PointwiseFilter(Operand("point", (out, per_group, 1, 1)), centre, 4),
+            Separable(Operand("dw", (channels * expand, 1, *k)), Operand("pw", (out, per_group * expand, 1, 1)), 5),
+        ),
+        groups,
+        Operand("scales", (6, out)),
+    )
+
+
+def rep1x1(out: int, channels: int) -> Block:
+    middle = min(out, channels)
+    return Block(
+        out,
+        channels,
+        (1, 1),
+        (
+            Dense(Operand("origin", (out, channels, 1, 1)), 0),
+            Composed(Operand("first", (middle, channels, 1, 1)), Operand("second", (out, middle, 1, 1)), scale=1),
+        ),
+        scales=Operand("scales", (2, out)),
+    )
+
+
+def general(out: int, channels: int, first: tuple[int, int], second: tuple[int, int], groups: int = 1) -> Block:
+    """Two composed terms without a 1x1 first, the smaller one centred, one not scaled; and an odd assembly of others."""
+    size = (first[0] + second[0] - 1, first[1] + second[1] - 1)
+    per_group, internal = channels // groups, 3 * groups
+    large = (size[0] + 2, size[1] + 2)
+    return Block(
+        out,
+        channels,
+        large,
+        (
+            Composed(Operand("a1", (internal, per_group, *first)), Operand("b1", (out, 3, *second)), scale=0),
+            Composed(Operand("a2", (2 * internal, per_group, *large)), Operand("b2", (out, 6, 1, 1))),
+            Dense(Operand("small", (out, per_group, *size)), 2),
+            PointwiseFilter(Operand("p", (out, per_group, 1, 1)), Operand("shared", (1, *size)), 1),
+        ),
+        groups,
+        Operand("scales", (3, 1)),
+    )
+
+
+def identities(channels: int, groups: int) -> Block:
+    """Terms without one of their factors."""
+    return Block(
+        2 * channels,
+        channels,
+        (3, 3),
+        (
+            PointwiseFilter(None, IMPULSE, 0),
+            PointwiseFilter(None, Operand("filter", (2 * channels, 3, 3)), 1),
+            PointwiseFilter(None, Operand("shared", (1, 1, 3)), 3),
+            Separable(Operand("depthwise", (2 * channels, 1, 3, 1)), None, 2),
+            Separable(Operand("bare", (2 * channels, 1, 3, 3)), None),
+        ),
+        groups,
+        Operand("scales", (4, 2 * channels)),
+    )
+
+
+def doconv(out: int, channels: int, k: tuple[int, int]) -> Block:
+    taps = k[0] * k[1]
+    return Block(
+        out,
+        channels,
+        k,
+        (Separable(Operand("dw", (channels * taps, 1, *k)), Operand("pw", (out, channels * taps, 1, 1))),),
+    )
+
+
+BLOCKS = {
+    "orepa 33x17": orepa_block(33, 17, (3, 3)),
+    "orepa 64x64": orepa_block(64, 64, (3, 3)),
+    "orepa 8x3": orepa_block(8, 3, (3, 3)),
+    "orepa groups 2": orepa_block(20, 24, (3, 3), groups=2),
+    "orepa groups 3": orepa_block(9, 12, (3, 3), groups=3, internal=24),
+    "orepa 5x5": orepa_block(18, 10, (5, 5)),
+    "orepa 7x7": orepa_block(5, 6, (7, 7), expand=9),
+    "orepa 1x3": orepa_block(19, 20, (1, 3), internal=40),
+    "orepa 2x4": orepa_block(7, 9, (2, 4), expand=3),
+    "orepa 9x11": orepa_block(3, 4, (9, 11), expand=2),
+    "rep1x1 up": rep1x1(65, 33),
+    "rep1x1 down": rep1x1(36, 72),
+    "3x3 of 3x3": general(6, 5, (3, 3), (3, 3)),
+    "1x3 of 2x2, groups 2": general(8, 6, (1, 3), (2, 2), groups=2),
+    "5x5 of 1x1": general(9, 4, (5, 5), (1, 1)),
+    "identities": identities(6, 1),
+    "identities, groups 3": identities(6, 3),
+    "doconv": doconv(10, 7, (3, 3)),
+}
+
+
+@dataclass
+class Case:
+    """A block with tensors."""
+
+    block: Block
+    tensors: dict[str, Tensor]
+    upstream: Tensor
+    fold: Tensor | None = None
+
+    def reference(self) -> Tensor:
+        wide = {name: tensor.double() for name, tensor in self.tensors.items()}
+        return reference.squeeze_block(self.block, wide)
+
+    def reference_gradients(self) -> dict[str, Tensor]:
+        wide = {name: tensor.double().requires_grad_() for name, tensor in self.tensors.items()}
+        kernel = reference.squeeze_block(self.block, wide)
+        found = torch.autograd.grad(kernel, list(wide.values()), self.upstream.double(), allow_unused=True)
+        return dict(zip(wide, found, strict=True))
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    wide = torch.full(
+        (*tensor.shape[:-2], *tensor.shape[-2:-1], 2 * tensor.shape[-1]), float("nan"), dtype=tensor.dtype
+    )
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def make(block: Block, layout: Any = None, dtype: torch.dtype = torch.float32, fold: bool = False) -> Case:
+    tensors = {}
+    for operand in block.operands:
+        tensor = torch.randn(operand.shape).to(dtype)
+        tensors[operand.name] = tensor if layout is None else layout(tensor)
+    upstream = torch.randn(block.shape).to(dtype)
+    return Case(
+        block,
+        tensors,
+        upstream if layout is None else layout(upstream),
+        torch.randn(block.out_channels) if fold else None,
+    )
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def squeeze(
+    kernels: Emulated,
+    cases: Sequence[Case],
+    dtype: torch.dtype = torch.float32,
+    layout: Any = None,
+    precision: int = FULL,
+) -> list[Tensor]:
+    outputs = []
+    for case in cases:
+        output = torch.full(case.block.shape, float("nan"), dtype=dtype)
+        outputs.append(output if layout is None else layout(output))
+    described = [describe(c.block, c.tensors, o, c.fold) for c, o in zip(cases, outputs, strict=True)]
+    kernels.run(described, backward=False, precision=precision)
+    return outputs
+
+
+def gradients(
+    kernels: Emulated, cases: Sequence[Case], wanted: Sequence[str] | None = None, precision: int = FULL
+) -> list[dict[str, Tensor]]:
+    found, described = [], []
+    for case in cases:
+        own = {
+            name: torch.full_like(tensor, float("nan"))
+            for name, tensor in case.tensors.items()
+            if wanted is None or name in wanted
+        }
+        scales = case.block.scales
+        grad_scales = None
+        if scales is not None and scales.name in own:
+            shape = (scales.shape[0], case.block.out_channels)
+            grad_scales = torch.full(shape, float("nan"))
+            used = {term.scale for term in case.block.terms}
+            grad_scales[[row for row in range(scales.shape[0]) if row not in used]] = 0
+        described.append(describe(case.block, case.tensors, case.upstream, None, own, grad_scales))
+        if grad_scales is not None:
+            own[scales.name] = grad_scales
+        found.append(own)
+    kernels.run(described, backward=True, precision=precision)
+    for case, own in zip(cases, found, strict=True):
+        scales = case.block.scales
+        if scales is not None and scales.name in own and scales.shape[1] == 1:
+            own[scales.name] = own[scales.name].sum(1, keepdim=True)
+    return found
+
+
+def check_gradients(found: dict[str, Tensor], case: Case, tolerance: float) -> None:
+    expected = case.reference_gradients()
+    errors = {}
+    for name, gradient in found.items():
+        want = expected[name]
+        errors[name] = error(gradient, torch.zeros_like(gradient).double() + 1 if want is None else want)
+    assert max(errors.values()) <= tolerance, errors
+
+
+# --- against the reference ------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"contiguous": None, "channels_last": channels_last, "spread": spread}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_forward(kernels: Emulated, name: str, layout: str) -> None:
+    case = make(BLOCKS[name], LAYOUTS[layout])
+    (found,) = squeeze(kernels, [case], layout=LAYOUTS[layout])
+    assert error(found, case.reference()) <= FORWARD
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_backward(kernels: Emulated, name: str, layout: str) -> None:
+    case = make(BLOCKS[name], LAYOUTS[layout])
+    (found,) = gradients(kernels, [case])
+    check_gradients(found, case, GRADIENT)
+
+
+@pytest.mark.parametrize("name", ["orepa groups 3", "orepa 1x3", "3x3 of 3x3", "identities, groups 3"])
+def test_any_subset_of_gradients(kernels: Emulated, name: str) -> None:
+    case = make(BLOCKS[name])
+    names = list(case.tensors)
+    for wanted in [[name] for name in names] + [names[::2], names[1::2]]:
+        (found,) = gradients(kernels, [case], wanted)
+        assert list(found) == [name for name in names if name in wanted]
+        check_gradients(found, case, GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["orepa 33x17", "orepa groups 2", "rep1x1 down", "3x3 of 3x3"])
+def test_half_precision(kernels: Emulated, name: str, dtype: torch.dtype) -> None:
+    """One rounding, of the result: not of anything before it."""
+    unit = torch.finfo(dtype).eps / 2
+    case = make(BLOCKS[name], channels_last, dtype)
+    (found,) = squeeze(kernels, [case], dtype, channels_last)
+    expected = case.reference()
+    assert ((found.double() - expected).abs() <= unit * expected.abs() + 1e-5 * expected.abs().max()).all()
+    (own,) = gradients(kernels, [case])
+    check_gradients(own, case, unit)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_gradient_of_float_parameters(kernels: Emulated, layout: str) -> None:
+    """Autocast: the convolution wants, and gives back, less than the parameters have."""
+    case = make(BLOCKS["orepa 64x64"], LAYOUTS[layout])
+    (found,) = squeeze(kernels, [case], torch.bfloat16, LAYOUTS[layout])
+    assert error(found, case.reference()) <= torch.finfo(torch.bfloat16).eps / 2
+    case.upstream = case.upstream.bfloat16()
+    (own,) = gradients(kernels, [case])
+    check_gradients(own, case, GRADIENT)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fold(tensor_cores: Emulated, name: str) -> None:
+    case = make(BLOCKS[name], fold=True)
+    (found,) = squeeze(tensor_cores, [case])
+    assert error(found, reference.fold(case.reference(), case.fold)) <= FORWARD
+
+
+def test_tf32_is_less_exact_and_an_identity_is_not(tensor_cores: Emulated) -> None:
+    case = make(BLOCKS["3x3 of 3x3"])
+    for precision in (TF32, BF16):
+        (found,) = squeeze(tensor_cores, [case], precision=precision)
+        assert 1e-5 < error(found, case.reference()) < 1e-3
+        (own,) = gradients(tensor_cores, [case], precision=precision)
+        check_gradients(own, case, 1e-3)
+    initial = make(BLOCKS["orepa 64x64"])
+    initial.tensors["first"].zero_()  # as the block starts out: only the identity
+    (found,) = squeeze(tensor_cores, [initial], precision=TF32)
+    assert error(found, initial.reference()) <= 2e-7
+
+
+def test_full_precision_is_that_of_pytorch(tensor_cores: Emulated) -> None:
+    """At most twice the error of float32 matrix products, and the noise floor of a rounding to 19 bits."""
+    for name in ("rep1x1 down", "3x3 of 3x3", "5x5 of 1x1"):
+        case = make(BLOCKS[name])
+        (found,) = squeeze(tensor_cores, [case])
+        pytorch = error(reference.squeeze_block(case.block, case.tensors), case.reference())
+        assert error(found, case.reference()) <= 2 * pytorch + 2**-19
+
+
+def test_many_blocks_in_one_launch(kernels: Emulated) -> None:
+    """With one of many taps among them, which puts all of them on large tiles."""
+    cases = [make(block) for block in BLOCKS.values()]
+    before = kernels.launches()
+    found = squeeze(kernels, cases)
+    assert kernels.launches() == before + 1
+    for case, kernel in zip(cases, found, strict=True):
+        assert error(kernel, case.reference()) <= FORWARD
+    own = gradients(kernels, cases)
+    assert kernels.launches() == before + 2
+    for case, gradient in zip(cases, own, strict=True):
+        check_gradients(gradient, case, GRADIENT)
+
+
+def test_as_many_launches_as_parameters_need(plain: Emulated) -> None:
+    cases = [make(orepa_block(4, 2, (3, 3), expand=1)) for _ in range(70)]
+    before = plain.launches()
+    found = squeeze(plain, cases)
+    assert plain.launches() == before + 3
+    assert max(error(kernel, case.reference()) for case, kernel in zip(cases, found, strict=True)) <= FORWARD
+
+
+def test_same_bits_whoever_comes_last(kernels: Emulated) -> None:
+    cases = [make(BLOCKS[name]) for name in ("orepa 64x64", "identities", "3x3 of 3x3", "doconv")]
+    results = []
+    for seed in (0, 1, 2):
+        kernels.seed(seed)
+        tensors = squeeze(kernels, cases)
+        for own in gradients(kernels, cases):
+            tensors += own.values()
+        results.append(tensors)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_order_would_show(plain: Emulated) -> None:
+    """Negative control: a sum in order of arrival does change with the seed."""
+    sums = {
+        plain.unordered_sum(torch.randn(1000, generator=torch.Generator().manual_seed(0)), seed) for seed in range(5)
+    }
+    assert len(sums) > 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(0, "never reach"), (1, "different things"), (2, "outside of shared memory"), (3, "misaligned")],
+)
+def test_emulator_notices(plain: Emulated, fault: int, message: str) -> None:
+    if fault == 2 and any("address" in flag for flag in FLAGS):
+        pytest.skip("the address sanitizer would end the process there")
+    assert message in plain.fault(fault)
+
+
+def test_unwritten_shared_memory_is_nan(plain: Emulated) -> None:
+    assert plain.unwritten() != plain.unwritten()
+
+
+def test_what_is_not_covered(plain: Emulated) -> None:
+    case = make(orepa_block(2, 2, (3, 3)), dtype=torch.float64)
+    block = describe(case.block, case.tensors, case.upstream)
+    assert "float64" in plain.why_not(block)
+    with pytest.raises(RuntimeError, match="float64"):
+        plain.run([block], backward=False)
+    large = make(Block(2, 2, (13, 11), (Dense(Operand("w", (2, 2, 13, 11))),)))
+    assert "128 taps" in plain.why_not(describe(large.block, large.tensors, large.upstream))
+
+
+def test_too_little_workspace(plain: Emulated) -> None:
+    case = make(BLOCKS["orepa 8x3"])
+    grads = {name: torch.empty_like(tensor) for name, tensor in case.tensors.items()}
+    block = describe(case.block, case.tensors, case.upstream, None, grads, torch.empty(6, 8))
+    with pytest.raises(RuntimeError, match="of workspace"):
+        plain.run([block], backward=True, shorten=4)
+
+
+@hypothesis.settings(
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+@hypothesis.given(any_block())
+def test_any_block(tensor_cores: Emulated, block: Block) -> None:
+    """Every plan, nested ones in steps; products may cancel, so the yardstick is what is added up."""
+    tensor_cores.seed(0)
+    program = stages.program((block,))
+    for step in (*(s for level in program.inner for s in level), *program.last):
+        case = make(step.block)
+        size = squeeze_of_absolutes(case)
+        (found,) = squeeze(tensor_cores, [case])
+        assert (found.double() - case.reference()).norm() <= FORWARD * size
+        (own,) = gradients(tensor_cores, [case])
+        for name, expected in case.reference_gradients().items():
+            absolute = Case(step.block, {n: t.abs() for n, t in case.tensors.items()}, case.upstream.abs())
+            assert (own[name].double() - expected).norm() <= GRADIENT * absolute.reference_gradients()[name].norm()
+
+
+def squeeze_of_absolutes(case: Case) -> Tensor:
+    return (
+        Case(case.block, {name: tensor.abs() for name, tensor in case.tensors.items()}, case.upstream)
+        .reference()
+        .norm()
+    )
+
+
+# --- the backend's Python half ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(tensor_cores: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_backend.CudaBackend]:
+    """The backend with the emulated kernels under it, on CPU tensors."""
+    tensor_cores.seed(0)
+    monkeypatch.setattr(native, "_C", EmulatedModule(tensor_cores))
+    monkeypatch.setattr(cuda_backend, "_where", lambda device: (0, 0, FULL))
+    monkeypatch.setattr(cuda_backend, "_index", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    native.plan.cache_clear()
+    yield cuda_backend.CudaBackend()
+    native.plan.cache_clear()
+
+
+def test_backend(backend: cuda_backend.CudaBackend) -> None:
+    cases = [make(BLOCKS[name]) for name in ("orepa 33x17", "3x3 of 3x3", "identities", "doconv")]
+    blocks, tensors = [c.block for c in cases], [list(c.tensors.values()) for c in cases]
+    folds = [None, torch.randn(6), None, None]
+    for found, case, fold in zip(
+        backend.forward(blocks, tensors, torch.float32, torch.channels_last, folds), cases, folds, strict=True
+    ):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert error(found, reference.fold(case.reference(), fold)) <= FORWARD
+    for turn in range(2):  # the second finds what the first has kept
+        needed = [[(index + turn) % 3 > 0 for index in range(len(own))] for own in tensors]
+        found = backend.backward(blocks, tensors, [spread(c.upstream) for c in cases], needed)
+        for own, case, need in zip(found, cases, needed, strict=True):
+            assert [gradient is not None for gradient in own] == need
+            named = dict(zip(case.tensors, own, strict=True))
+            check_gradients({name: g for name, g in named.items() if g is not None}, case, GRADIENT)
+
+
+@hypothesis.settings(max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(any_block())
+def test_backend_with_nested_blocks(backend: cuda_backend.CudaBackend, block: Block) -> None:
+    case = make(block)
+    tensors = [tensor.requires_grad_() for tensor in case.tensors.values()]
+    (kernel,) = fused.FusedBackend.squeeze(backend, [block], [tensors], torch.float32, torch.contiguous_format, [None])
+    found = torch.autograd.grad(kernel, tensors, case.upstream)
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    absolute = Case(block, {name: tensor.abs() for name, tensor in case.tensors.items()}, case.upstream.abs())
+    assert (kernel.detach().double() - case.reference()).norm() <= 2 * FORWARD * absolute.reference().norm()
+    sizes = absolute.reference_gradients()
+    for (name, expected), gradient in zip(case.reference_gradients().items(), found, strict=True):
+        assert (gradient.double() - expected).norm() <= 2 * GRADIENT * sizes[name].norm(), name
+
+
+def test_backend_says_why_not(backend: cuda_backend.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    capability = {"of": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
+    assert backend.available()
+    block, gpu, single = BLOCKS["doconv"], torch.device("cuda", 0), torch.float32
+
+    def reason(
+        block: Block = block, device: torch.device = gpu, dtype: torch.dtype = single, plain: bool = True
+    ) -> str:
+        return backend.can_run(Request(block, device, dtype, single, plain)).reason
+
+    assert reason() == ""
+    assert "float64" in reason(dtype=torch.float64)
+    assert "on cpu" in reason(device=torch.device("cpu"))
+    assert "subclasses" in reason(plain=False)
+    large = Block(2, 2, (13, 11), (Dense(Operand("w", (2, 2, 13, 11))),))
+    assert "143 taps" in reason(Block(2, 2, (13, 11), (Dense(large),)))
+    for of, covered in (((8, 6), True), ((12, 0), True), ((7, 5), False), ((7, 0), False)):
+        capability["of"] = of
+        assert (reason() == "") == covered, of
+    assert "sm_80, sm_90" in reason()
+    assert "compute capability 7.0" in backend.available().reason
