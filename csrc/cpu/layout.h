@@ -1,7 +1,6 @@
 // Between tensors of any strides and type, and panels. Included by rows.cpp only, inside its namespace.
 
-// --- element types
-// ----------------------------------------------------------------------------------------------------
+// --- element types --------------------------------------------------------------------------------------------------
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -78,8 +77,7 @@ static inline void set_scalar(const View& view, std::int64_t row, std::int64_t c
   });
 }
 
-// --- vectors
-// ----------------------------------------------------------------------------------------------------------
+// --- vectors --------------------------------------------------------------------------------------------------------
 
 // As many elements as fill a register. A vector of several registers would be legal, but GCC keeps those in memory.
 #ifdef __AVX512F__
@@ -112,8 +110,7 @@ static inline void store_vector(T* to, Vector<T> value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// --- transposition
-// ------------------------------------------------------------------------------------------------------
+// --- transposition --------------------------------------------------------------------------------------------------
 
 // A 3x3 kernel is stored with its nine taps innermost. Nine-way (de)interleaving does not vectorise, three-way twice
 // does.

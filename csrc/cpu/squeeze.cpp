@@ -12,8 +12,7 @@
 
 namespace orepa::cpu {
 
-// --- instruction sets
-// -------------------------------------------------------------------------------------------------------
+// --- instruction sets -----------------------------------------------------------------------------------------------
 
 #define OREPA_DECLARE(isa)                     \
   namespace isa {                              \
@@ -71,8 +70,7 @@ bool knows([[maybe_unused]] Type type) {
 #endif
 }
 
-// --- threads
-// ----------------------------------------------------------------------------------------------------------------
+// --- threads --------------------------------------------------------------------------------------------------------
 
 // Below so many elements, waking threads takes longer than the work.
 constexpr std::int64_t worth_a_thread = 1 << 14;
@@ -100,8 +98,7 @@ static void parallel_rows(std::int64_t begin, std::int64_t end, std::int64_t row
            [&](std::int64_t run) { f(begin + run * step, std::min(end, begin + (run + 1) * step)); });
 }
 
-// --- sizes
-// ------------------------------------------------------------------------------------------------------------------
+// --- sizes ----------------------------------------------------------------------------------------------------------
 
 static std::int64_t taps_of_a(const Term& term) {
   return std::int64_t{term.first_height} * term.first_width;
@@ -134,14 +131,13 @@ static std::int64_t depthwise_size(const Block& block, const Term& term) {
 template <class T>
 static std::int64_t scratch_size(const Block& block) {
   const std::int64_t panel = padded<T>(block) * block.taps();
-  std::int64_t spare = std::max(panel, 2 * padded<T>(block));
+  std::int64_t spare = std::max(panel, 2 * padded<T>(block)), expanded = 0;
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
-    if (is_expanded(term))
-      spare = std::max(spare, separable_rows * (2 * term.inner * padded<T>(block) + 16 * taps_of(term)));
+    if (is_expanded(term)) expanded += separable_rows * (2 * term.inner * padded<T>(block) + 16 * taps_of(term));
     if (term.kind == Kind::composed) spare = std::max(spare, 2 * term.inner * taps_of_b(term));
   }
-  return separable_rows * panel + spare;
+  return separable_rows * panel + std::max(spare, expanded);
 }
 
 // Sums over output channels are taken in runs of this length, and the runs added up in order.
@@ -149,8 +145,8 @@ static std::int64_t run_length(const Block& block) {
   return std::max<std::int64_t>(separable_rows, (block.out_per_group() + 15) / 16);
 }
 
-// A piece's matrix has about so many elements: 4 MB in float32.
-constexpr std::int64_t piece_elements = 1 << 20;
+// A piece's matrix has about so many elements: 1 MB in float32.
+constexpr std::int64_t piece_elements = 1 << 18;
 
 std::vector<std::pair<std::int64_t, std::int64_t>> pieces(const Block& block) {
   std::int64_t row = block.taps() * block.in_per_group;
@@ -170,8 +166,7 @@ std::vector<std::pair<std::int64_t, std::int64_t>> pieces(const Block& block) {
   return result;
 }
 
-// --- memory
-// -----------------------------------------------------------------------------------------------------------------
+// --- memory ---------------------------------------------------------------------------------------------------------
 
 // Memory that a thread keeps for its next call: fresh pages cost more than what is computed in them. Contents are left
 // over.
@@ -210,8 +205,7 @@ struct Depthwise {
   }
 };
 
-// --- the calls
-// ----------------------------------------------------------------------------------------------------------------
+// --- the calls ------------------------------------------------------------------------------------------------------
 
 // Calls f with a pointer to the type to compute in.
 template <class F>
