@@ -6,7 +6,6 @@ A backend computes flat blocks forward and backward on plain tensors; everything
 
 from __future__ import annotations
 
-import functools
 import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -139,7 +138,7 @@ def differentiable_gradients(
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """What a block is composed in: float32 at least, because roundings of every product of a sequence would add up."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
 
 
 def _cut(blocks: Sequence[Block], values: Sequence[Any]) -> list[Sequence[Any]]:

@@ -116,6 +116,17 @@ def collapsed(tensor: Tensor) -> Tensor:
     return tensor if is_collapsed(tensor) else tensor.contiguous()
 
 
+def described(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Views]:
+    """The tensors collapsed, and their views, one after the other."""
+    operands: list[Tensor] = []
+    numbers: Views = []
+    for tensor in tensors:
+        operand = collapsed(tensor)
+        operands.append(operand)
+        numbers += view(operand)
+    return operands, numbers
+
+
 def writable(gradient: Tensor) -> Tensor:
     """The tensor itself, or new contiguous memory to be copied from where no `view` could describe it."""
     if is_collapsed(gradient):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -144,7 +145,9 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(built, tmp_path
     assert not [name for name in members(wheel) if "_C." in name]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import json, orepa_kernels.info as i; print(json.dumps(i.collect()['backends']['cpu']))"
-    cpu = json.loads(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")))
+    # Without `site`, which would run the hooks of an editable install and find the compiled module of this tree.
+    path = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    cpu = json.loads(run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=path))
     assert cpu["runs"] is False and "no C++ compiler was found" in cpu["reason"]
 
 

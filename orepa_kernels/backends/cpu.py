@@ -147,7 +147,8 @@ class _Squeeze:
 
     def __init__(self, block: Block, tensors: Sequence[Tensor]) -> None:
         self.module, self.recipe = native.module(), _recipe(block)
-        self.tensors, self.operands = tensors, [native.collapsed(tensor) for tensor in tensors]
+        self.tensors = tensors
+        self.operands, self.views = native.described(tensors)
         self.columns, self.groups = block.shape[1], block.groups
         self.group_rows = block.out_channels // block.groups
         self.compute = compute_dtype(tensors)
@@ -157,7 +158,7 @@ class _Squeeze:
         """Write the kernel, times ``fold [O]``."""
         recipe = self.recipe
         firsts = [self._first(product) for product in recipe.products]
-        views, out = native.views(self.operands), native.view(kernel)
+        views, out = self.views, native.view(kernel)
         factor = () if fold is None else native.view(fold)
         results = [0] * recipe.terms
         for begin, end in recipe.pieces:
@@ -189,7 +190,7 @@ class _Squeeze:
         upstream = native.collapsed(upstream)
         own = upstream.permute(0, 2, 3, 1)
         in_place = own.dtype == self.compute and own.is_contiguous()
-        views, targets, source = native.views(self.operands), native.views(written), native.view(upstream)
+        views, targets, source = self.views, native.views(written), native.view(upstream)
         for begin, end in recipe.pieces:
             shape = (end - begin, *own.shape[1:])
             rows = own[begin:end] if in_place else scratch("rows", shape, self.compute)
@@ -239,6 +240,8 @@ class _Squeeze:
     def _first(self, product: _Product) -> Tensor:
         """``a`` as ``[inner, taps of a * I/g]``, per group."""
         tensor = self.operands[product.first]
+        if product.a_taps == 1 and tensor.dtype == self.compute and tensor.is_contiguous():
+            return self._by_group(tensor, product.inner)
         panels = tensor.permute(0, 2, 3, 1)
         if not (panels.dtype == self.compute and panels.is_contiguous()):
             shape = tuple(panels.shape)
