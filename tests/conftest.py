@@ -82,7 +82,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OREPA_BACKEND", raising=False)
+    for name in ("OREPA_BACKEND", "OREPA_AUTOTUNE", "OREPA_AUTOTUNE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
 
 

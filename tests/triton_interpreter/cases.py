@@ -5,6 +5,7 @@ process, because Triton decides at its import whether to interpret. To run it al
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import grad
 import orepa
 from orepa import OREPAConv
 from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, squeeze
-from orepa_kernels.backends.triton import configs, launch, spec
+from orepa_kernels.backends.triton import configs, launch, spec, tuning
 
 F32, F64 = torch.float32, torch.float64
 LIMIT = 5e-6
@@ -112,6 +113,46 @@ def test_large_tiles(arch, monkeypatch):
     monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
     block = one_of_each(1, o=67, i=33, t=66)
     check(block, tensors_of(block))
+
+
+@pytest.mark.parametrize("fastest", ["first", "last"])
+def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp_path):
+    """Every candidate runs on the tensors of the call, and then the one that was chosen."""
+    choices = {}
+
+    def several(tile):
+        choices[type(tile)] = (replace(tile, num_stages=1), replace(tile, num_stages=2), tile)
+        return choices[type(tile)]
+
+    def measure(run):
+        run()
+        times.append(len(times) if fastest == "first" else -len(times))
+        return times[-1]
+
+    times, taken = [], []
+    split = launch.split
+    monkeypatch.setattr(launch, "split", lambda config, **own: (taken.append(config), split(config, **own))[1])
+    monkeypatch.setattr(configs, "forward_choices", lambda *_: several(configs.FORWARD_SMALL))
+    monkeypatch.setattr(configs, "backward_choices", lambda *_: several(configs.BACKWARD_SMALL))
+    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
+    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    monkeypatch.setattr(tuning, "has_clock", lambda _: True)
+    monkeypatch.setattr(tuning, "kind_of", lambda _: f"the interpreter, {fastest} first")
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setenv("OREPA_AUTOTUNE_CACHE", str(tmp_path))
+    block = one_of_each()
+    tensors = tensors_of(block)
+    before = run_list([block], [tensors])
+    assert not times and not list(tmp_path.iterdir())
+    monkeypatch.setenv("OREPA_AUTOTUNE", "1")
+    launches.clear()
+    taken.clear()
+    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
+    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    after = run_list([block], [tensors])
+    assert launches == ["squeeze_forward"] * 4 + ["squeeze_backward", "add_parts"] * 4
+    assert [taken[3], taken[7]] == [own[0 if fastest == "first" else -1] for own in choices.values()]
+    assert all(torch.equal(a, b) for a, b in zip((*before[0], *before[1]), (*after[0], *after[1]), strict=True))
 
 
 def identities(groups):

@@ -1,7 +1,8 @@
 """Tile sizes per kind of block and GPU. Only what compiles without spilling registers is here (tests compile them all).
 
 The rules look at shapes alone, so the same block gets the same tiles, and the same bits, every time. Large tiles read each
-operand less often; they are for work that fills the GPU with them. The rest takes small ones.
+operand less often; they are for work that fills the GPU with them. The rest takes small ones. Where tuning is asked for, the
+clock decides between the same tiles instead (`tuning`).
 """
 
 from __future__ import annotations
@@ -65,35 +66,37 @@ BACKWARD_SMALL = Backward(16, 32, 32, 3, 32, 32, 32, 8, 64, 4, 64, 32, 4, 2)
 _FEW_TAPS = 9
 
 
-def forward_choices(spec: Spec, arch: int) -> tuple[Forward, Forward]:
-    """The large and the small tile for a structure, on NVIDIA's ``arch``; elsewhere (0) large ones would spill."""
+def forward_choices(spec: Spec, arch: int) -> tuple[Forward, ...]:
+    """The tiles for a structure on NVIDIA's ``arch``, largest first; elsewhere (0) the small one, large ones would spill."""
     taps = 1 if _one_tap(spec) else FORWARD_SMALL.TAPS
     small = replace(FORWARD_SMALL, TAPS=taps)
     if arch == 0:
-        return small, small
+        return (small,)
     return FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER], small
 
 
-def backward_choices(spec: Spec, arch: int) -> tuple[Backward, Backward]:
-    """The large and the small tiles for a structure, on NVIDIA's ``arch``; elsewhere (0) large ones would spill."""
+def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
+    """The tiles for a structure on NVIDIA's ``arch``, largest first; elsewhere (0) the small ones, large ones would spill."""
     large, small = BACKWARD_LARGE[arch == _HOPPER], BACKWARD_SMALL
     if max((branch.height2 * branch.width2 for branch in spec.terms), default=1) == 1:
         large, small = replace(large, TAPS=1), replace(small, TAPS=1)
     if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
         large, small = replace(large, SO=2), replace(small, SO=2)
-    return (small, small) if arch == 0 else (large, small)
+    return (small,) if arch == 0 else (large, small)
 
 
 def forward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Forward:
-    """The forward tile for blocks of one structure, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
-    large, small = forward_choices(spec, arch)
-    return large if _programs(blocks, large.BO, large.BI, large.TAPS) >= _FILLED else small
+    """The heuristic: the largest forward tile that fills the GPU, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
+    *larger, smallest = forward_choices(spec, arch)
+    filling = (tile for tile in larger if _programs(blocks, tile.BO, tile.BI, tile.TAPS) >= _FILLED)
+    return next(filling, smallest)
 
 
 def backward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Backward:
-    """The backward tiles for blocks of one structure, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
-    large, small = backward_choices(spec, arch)
-    return large if _programs(blocks, large.BO, large.BM, large.TAPS) >= _FILLED else small
+    """The heuristic: the largest backward tiles that fill the GPU, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
+    *larger, smallest = backward_choices(spec, arch)
+    filling = (tile for tile in larger if _programs(blocks, tile.BO, tile.BM, tile.TAPS) >= _FILLED)
+    return next(filling, smallest)
 
 
 def _one_tap(spec: Spec) -> bool:

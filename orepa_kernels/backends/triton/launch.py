@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...plan import Block
-from . import configs, tables
+from . import configs, tables, tuning
 from .backward import squeeze_backward
 from .device import INTERPRETING, capturing, current, device_of, stream_of
 from .forward import squeeze_forward
@@ -34,6 +34,7 @@ if INTERPRETING:
     repair()
 
 Value = TypeVar("Value")
+Launch = TypeVar("Launch", bound="_Launch")
 
 #: launchers kept; a model has one per layer and direction, and again for each dtype
 _LAUNCHERS = 2048
@@ -97,6 +98,10 @@ class _Launch:
         self._tables.append(torch.tensor(words, dtype=dtype).to(self.device))
         return self._tables[-1].data_ptr()
 
+    def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
+        """Launch, with the addresses of all blocks of the call."""
+        raise NotImplementedError
+
     def addresses(self, own: Sequence[tuple[int, ...]]) -> tuple[int, ...] | Tensor:
         """The first kernel argument: addresses of one block, or a table of those of many."""
         recorded = capturing(self.device)
@@ -130,9 +135,9 @@ class _Forward(_Launch):
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
         precision: str,
+        config: configs.Forward,
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
-        config = configs.forward_config(blocks, spec, device_of(self.device).arch)
         tiles = tables.forward_tiles(blocks, spec, tensors, config)
         words = [tables.block_words(block, spec, own) for block, own in zip(blocks, tensors, strict=True)]
         self._words = self.upload([word for row in words for word in row], torch.int64)
@@ -155,9 +160,9 @@ class _Backward(_Launch):
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
         precision: str,
+        config: configs.Backward,
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
-        config = configs.backward_config(blocks, spec, device_of(self.device).arch)
         plan = tables.backward_tables(blocks, spec, tensors, config)
         self._words = self.upload(plan.words, torch.int64)
         self._tiles = self.upload(plan.tiles, torch.int32)
@@ -201,6 +206,34 @@ def _by_structure(specs: Sequence[Spec]) -> list[tuple[Spec, list[int]]]:
     return [(replace(spec, listed=len(own) > 1), own) for spec, own in groups.items()]
 
 
+def _made(
+    kind: Callable[..., Launch],
+    config_of: Callable[[Sequence[Block], Spec, int], tuning.Config],
+    choices_of: Callable[[Spec, int], Sequence[tuning.Config]],
+    spec: Spec,
+    indices: list[int],
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    addresses: Sequence[tuple[int, ...]],
+) -> Launch:
+    """The launch of those blocks of a call that have one structure, with the tiles of the heuristics or of the clock."""
+    plans, own = [blocks[i] for i in indices], [tensors[i] for i in indices]
+    device = own[0][0].device
+    device_kind = device_of(device)
+    precision = device_kind.precision()
+    config = config_of(plans, spec, device_kind.arch)
+    if tuning.enabled():
+
+        def run_of(candidate: tuning.Config) -> Callable[[], object]:
+            launch = kind(spec, indices, plans, own, precision, candidate)
+            return lambda: launch(addresses)
+
+        direction = "forward" if isinstance(config, configs.Forward) else "backward"
+        key = tuning.key_of(direction, spec, plans, own, precision)
+        config = tuning.choose(choices_of(spec, device_kind.arch), config, key, device, run_of)
+    return kind(spec, indices, plans, own, precision, config)
+
+
 def _alignment(addresses: Sequence[tuple[int, ...]]) -> tuple[bool, ...] | None:
     """Which addresses are multiples of 16; None where all are, as nearly always."""
     bits = 0
@@ -240,10 +273,8 @@ def forward(
 
     def make() -> list[_Forward]:
         specs = [forward_spec(*of) for of in zip(blocks, operands, kernels, folds, strict=True)]
-        return [
-            _Forward(spec, own, [blocks[i] for i in own], [tensors[i] for i in own], device_kind.precision())
-            for spec, own in _by_structure(specs)
-        ]
+        how = _Forward, configs.forward_config, configs.forward_choices
+        return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
 
     with current(device):
         for launch in _forwards.find(key, make):
@@ -280,10 +311,8 @@ def backward(
 
     def make() -> list[_Backward]:
         specs = [backward_spec(blocks[i], operands[i], upstream[i], gradients[i]) for i in busy]
-        return [
-            _Backward(spec, own, [blocks[busy[n]] for n in own], [tensors[n] for n in own], device_kind.precision())
-            for spec, own in _by_structure(specs)
-        ]
+        how, plans = (_Backward, configs.backward_config, configs.backward_choices), [blocks[i] for i in busy]
+        return [_made(*how, spec, own, plans, tensors, addresses) for spec, own in _by_structure(specs)]
 
     with current(device):
         for launch in _backwards.find(key, make):
