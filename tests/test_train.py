@@ -31,6 +31,7 @@ from orepa.training.config import Config  # noqa: E402
 from orepa.training.data import EpochOrder, Images, Loaders  # noqa: E402
 from orepa.training.digits import load_digits  # noqa: E402
 from orepa.training.errors import UserError  # noqa: E402
+from orepa.training.export import save_deployed  # noqa: E402
 from orepa.training.files import load_checkpoint, write_atomically  # noqa: E402
 from orepa.training.model import create, from_checkpoint, without_weight_decay  # noqa: E402
 from orepa.training.signals import Stopped, StopRequest  # noqa: E402
@@ -698,3 +699,47 @@ def test_a_file_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_atomically(tmp_path / "file", lambda file: file.write(b"content"))
     assert calls[:2] == ["fsync", "replace"]
+
+
+# --- the registered models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_registered_model_end_to_end() -> None:
+    """One that consists of OREPA blocks already; its deployed weights are those of timm's plain model."""
+    name, run_it = "orepa_resnet18", ("--limit", 16, "--batch-size", 8, "--epochs", 1)
+    assert train("--model", name, *run_it, "--out", "run") == 0
+    trained = from_checkpoint(load_checkpoint(Path("run/checkpoint.pt")))
+    assert trained.conv1.topology == "deep_stem"
+    assert main(["convert", "run/checkpoint.pt", "converted.pt"]) == 0
+    x = torch.randn(3, 1, 32, 32)
+    for path in ("run/deploy.pt", "converted.pt"):
+        deployed = torch.load(path, weights_only=True)
+        assert deployed["model"] == "resnet18"
+        plain = timm.create_model(deployed["model"], **deployed["model_kwargs"])
+        plain.load_state_dict(deployed["state_dict"])
+        with torch.no_grad():
+            torch.testing.assert_close(plain.eval()(x), trained(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_deployed_weights_of_a_repvgg_fit_timms_own_model(tmp_path: Path) -> None:
+    arguments = {"num_classes": 10, "in_chans": 1}
+    model = create("orepa_repvgg_a0", arguments, 32, orepa=True, preserve=False)
+    x = torch.randn(4, 1, 64, 64)
+    model(x)  # other running statistics than the initial ones
+    model.eval()
+    spec = {"model": "orepa_repvgg_a0", "model_kwargs": arguments}
+    save_deployed(tmp_path / "deploy.pt", orepa.convert(model, fold_bn=False), spec)
+    deployed = torch.load(tmp_path / "deploy.pt", weights_only=True)
+    assert deployed["model"] == "repvgg_a0"
+    plain = timm.create_model(deployed["model"], **deployed["model_kwargs"])
+    plain.load_state_dict(deployed["state_dict"])
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["--no-orepa", "--preserve"])
+def test_a_registered_model_names_its_plain_twin(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--model", "orepa_resnet18", option, "--limit", 32) == 2
+    assert f"with {option} take --model resnet18" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -13,6 +13,7 @@ from .convert import ConversionError, convert
 from .official import block_from_official
 from .official_models import load_official
 from .offline import OfflineConv
+from .optim import parameter_groups
 from .prepare import prepare
 from .report import Report, report
 from .repvgg import RepVGGBlock
@@ -30,6 +31,7 @@ __all__ = [
     "block_from_official",
     "convert",
     "load_official",
+    "parameter_groups",
     "prepare",
     "register_topology",
     "report",

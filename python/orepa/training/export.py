@@ -12,7 +12,7 @@ from ..convert import ConversionError, convert
 from ..report import Report, report
 from .errors import UserError
 from .files import DEPLOY_FORMAT, VERSION, load_checkpoint, save
-from .model import from_checkpoint
+from .model import as_timms_own, from_checkpoint
 
 
 def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    spec, state = as_timms_own(spec, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     save(path, {"format": DEPLOY_FORMAT, "version": VERSION, **spec, "state_dict": state})
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ..block import LinearBlock
+from ..models import MODELS, create_on_meta  # the import registers the models with timm
+from ..optim import without_weight_decay as without_weight_decay
 from ..prepare import prepare
 from .errors import UserError
 
@@ -66,13 +68,17 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
 
 
 def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, preserve: bool) -> nn.Module:
-    """The model of a run: timm's, prepared unless ``orepa`` is off.
+    """The model of a run: timm's, prepared unless ``orepa`` is off; one of `orepa.models` is so already.
 
     Raises:
-        UserError: see `create_plain`; or there is nothing to swap.
+        UserError: see `create_plain`; or there is nothing to swap, or nothing that could be left out or preserved.
     """
+    registered = MODELS.get(name)
+    if registered is not None and (preserve or not orepa):
+        wish = "--preserve" if preserve else "--no-orepa"
+        raise UserError(f"{name} is built of OREPA blocks; with {wish} take --model {registered.plain}")
     model = create_plain(name, arguments, img_size)
-    if not orepa:
+    if registered is not None or not orepa:
         return model
     model = prepare(model, preserve=preserve, inplace=True)
     if not any(isinstance(module, LinearBlock) for module in model.modules()):
@@ -110,14 +116,41 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
         ) from error
 
 
-def without_weight_decay(model: nn.Module) -> list[str]:
-    """Names of the branch scalings.
+def as_timms_own(spec: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Name the plain network of one of `orepa.models`, and its weights as timm does.
 
-    They act like a norm's gain, so they are spared as norms are. They are matrices ``[branches, O]``, and timm spares vectors.
+    Args:
+        spec: with ``model`` and ``model_kwargs``.
+        state: of the converted model, norms not folded.
+
+    Returns:
+        Both, so that ``timm.create_model(spec["model"], **spec["model_kwargs"])`` takes the weights; of another model as they
+        were.
     """
-    own = [f"{name}.scales" for name, module in model.named_modules() if isinstance(module, LinearBlock)]
-    asked = getattr(model, "no_weight_decay", None)
-    return [*own, *(asked() if callable(asked) else ())]
+    registered = MODELS.get(spec["model"])
+    if registered is None:
+        return spec, state
+    if registered.is_repvgg:
+        state = _with_three_branches(create_on_meta(registered.plain, **spec["model_kwargs"]), state)
+    return {**spec, "model": registered.plain}, state
+
+
+def _with_three_branches(plain: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """RepVGG's convolutions in timm's blocks of three branches: in the kxk one, behind a norm that only adds the bias.
+
+    The other branches are zero. `timm.utils.reparameterize_model` takes them away.
+    """
+    result = {}
+    for key, like in plain.state_dict().items():
+        fill = 1.0 if key.endswith(".running_var") else 0.0
+        result[key] = state[key] if key in state else torch.full(like.shape, fill, dtype=like.dtype)
+    for name, norm in plain.named_modules():
+        if name.endswith(".conv_kxk.bn") and isinstance(norm, nn.BatchNorm2d):
+            block = name.removesuffix(".conv_kxk.bn")
+            result[f"{block}.conv_kxk.conv.weight"] = state[f"{block}.conv.weight"]
+            result[f"{name}.bias"] = state[f"{block}.conv.bias"]
+            result[f"{name}.weight"].fill_((1 + norm.eps) ** 0.5)
+    return result
 
 
 def _first_line(error: BaseException) -> str:
