@@ -1,13 +1,15 @@
 """OREPA: train re-parameterised networks at almost the price of the plain ones (CVPR 2022).
 
 `OREPAConv` is a drop-in for `torch.nn.Conv2d`; `prepare` swaps it into any model, `convert` turns the trained model back
-into plain convolutions, `report` tells what either did. `orepa.models` registers models with timm; `load_official` loads
+into plain convolutions, `report` tells what either did. `analyze` measures what the branches contribute, `prune_branches`
+takes out those that the kernels can do without. `orepa.models` registers models with timm; `load_official` loads
 the authors' checkpoints into them.
 """
 
 from orepa_kernels import BackendError, __version__
 
 from . import catalogue as catalogue
+from .analysis import Analysis, analyze
 from .conv import OREPAConv
 from .convert import ConversionError, convert
 from .official import block_from_official
@@ -15,11 +17,13 @@ from .official_models import load_official
 from .offline import OfflineConv
 from .optim import parameter_groups
 from .prepare import prepare
+from .prune import prune_branches
 from .report import Report, report
 from .repvgg import RepVGGBlock
 from .topology import Topology, register_topology, topologies
 
 __all__ = [
+    "Analysis",
     "BackendError",
     "ConversionError",
     "OREPAConv",
@@ -28,11 +32,13 @@ __all__ = [
     "Report",
     "Topology",
     "__version__",
+    "analyze",
     "block_from_official",
     "convert",
     "load_official",
     "parameter_groups",
     "prepare",
+    "prune_branches",
     "register_topology",
     "report",
     "topologies",

@@ -1,4 +1,4 @@
-"""The command line: ``orepa train | convert | bench | models | info``. Imports what a command needs only when it runs."""
+"""The command line, ``orepa COMMAND``; see ``orepa --help``. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -83,6 +83,16 @@ def _convert(args: argparse.Namespace) -> int:
 
     print(convert_checkpoint(args.checkpoint, args.out, args.force))
     print(f"written to {args.out}")
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    _require("timm", "matplotlib")
+    from .analysis.checkpoint import analyze_checkpoint
+
+    out = args.checkpoint.parent if args.out is None else args.out
+    print(analyze_checkpoint(args.checkpoint, out, args.tolerance))
+    print(f"written to {out / 'analysis.json'} and analysis.png")
     return 0
 
 
@@ -201,6 +211,24 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
     convert.add_argument("--official", action="store_true", help="CKPT is one of the authors' checkpoints")
     convert.add_argument("--arch", metavar="ARCH", help="its model, such as ResNet-18 (see `orepa models`)")
+
+    analyze = commands.add_parser(
+        "analyze",
+        help="what the branches of a trained model do, and which could go",
+        description="Measure the branches of every OREPA block of a checkpoint of `orepa train`: how similar their squeezed "
+        "kernels are, how their scales are distributed, what each adds to its block's kernel, and which could be pruned "
+        "(orepa.prune_branches does it). Prints a table, writes analysis.json and analysis.png, replacing older ones.",
+    )
+    analyze.set_defaults(run=_analyze)
+    analyze.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run")
+    analyze.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: that of CKPT)")
+    analyze.add_argument(
+        "--tolerance",
+        type=_number(),
+        default=1e-3,
+        metavar="X",
+        help="relative change of a block's kernel that pruning may cause (default: 1e-3)",
+    )
 
     add_bench(commands)
 

@@ -1,4 +1,4 @@
-"""What `prepare` and `convert` did to a model, layer by layer: plain data that prints as a table."""
+"""What `prepare`, `convert` and `prune_branches` did to a model, layer by layer: plain data that prints as a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class LayerReport:
     Args:
         name: qualified name in the model.
         layer: its geometry, such as ``"3x3 64->128 s2"``.
-        action: ``"swapped"`` or ``"left"`` by prepare; ``"converted"``, ``"folded"`` or ``"left"`` by convert.
+        action: ``"swapped"`` or ``"left"`` by prepare; ``"converted"``, ``"folded"`` or ``"left"`` by convert; ``"pruned"`` or
+            ``"left"`` by prune_branches.
         detail: the topology, the norm that was folded in, or the reason why it was left.
         error: relative error (Frobenius norm) of the new layer against the old one, where it was measured.
     """
@@ -32,10 +33,10 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """All layers of one `prepare` or `convert`; ``str()`` is a table.
+    """All layers of one `prepare`, `convert` or `prune_branches`; ``str()`` is a table.
 
     Args:
-        operation: ``"prepare"`` or ``"convert"``.
+        operation: ``"prepare"``, ``"convert"`` or ``"prune"``.
         layers: one entry per convolution, in the model's order.
         parameters: number of parameters before and after.
         error: relative error of the whole model's output on the example inputs, where given.
@@ -84,14 +85,14 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What the last `prepare` or `convert` did to this model.
+    """What the last `prepare`, `convert` or `prune_branches` did to this model.
 
     Raises:
         ValueError: neither has been called on it.
     """
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None:
-        raise ValueError("this model has no report: neither orepa.prepare nor orepa.convert returned it")
+        raise ValueError("this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it")
     assert isinstance(found, Report)
     return found
 
