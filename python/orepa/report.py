@@ -92,7 +92,9 @@ def report(model: nn.Module) -> Report:
     """
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None:
-        raise ValueError("this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it")
+        raise ValueError(
+            "this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it"
+        )
     assert isinstance(found, Report)
     return found
 
