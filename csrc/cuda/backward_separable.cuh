@@ -63,6 +63,7 @@ __device__ __forceinline__ void separable_gradients(const Shared<Tile>& shared, 
             float v = 0.0f;
 #pragma unroll
             for (int t = 0; t < filters; ++t) v += upstream[t] * depthwise[e][t];
+#pragma unroll 1
             for (int tap = filters; tap < taps; ++tap)
               v += rows[tap * Tile::pitch] * load(term.a, in_all + e0 + e, 0, tap);
             share += v * pointwise;

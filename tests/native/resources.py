@@ -2,7 +2,7 @@
 
     python tests/native/resources.py [--archs 80 90]
 
-Exits with 1 where a kernel spills more than `ALLOWED` on an architecture that it is tuned for.
+Exits with 1 where a kernel spills registers on an architecture that it is tuned for.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 KERNELS = ("forward.cu", "backward.cu")
 ALL = (75, 80, 86, 89, 90, 100, 120)
 TUNED = (80, 90)
-#: bytes a thread: a few values kept across a loop, beside which the loop itself has all that it needs in registers
-ALLOWED = 32
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def main() -> int:
                 print(
                     f"  {k.name}  {k.registers:>3} registers, {k.stack:>3} B stack, {k.spill_stores}/{k.spill_loads} B spilled"
                 )
-                spills += arch in TUNED and max(k.spill_stores, k.spill_loads) > ALLOWED
+                spills += arch in TUNED and k.spill_stores + k.spill_loads > 0
     if spills:
         print(f"{spills} kernels spill where they are tuned (sm_{', sm_'.join(map(str, TUNED))})")
     return 1 if spills else 0
