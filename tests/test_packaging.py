@@ -155,7 +155,7 @@ def test_a_compiler_that_fails_is_an_error_and_no_silent_fallback(built, tmp_pat
     if missing_tools():
         pytest.skip(f"this environment has no {', '.join(missing_tools())}")
     tree = copy_of_tree(tmp_path / "tree")
-    (tree / "csrc" / "bindings.cpp").write_text("#error planted\n")
+    (tree / "csrc" / "squeeze.h").write_text("#error planted\n")
     with pytest.raises(AssertionError, match="planted"):
         build(tree, tmp_path / "out", OREPA_CUDA="OFF")
 

@@ -45,10 +45,9 @@ def test_one_block_for_each_nvidia_generation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("topology", "size"), [*CATALOGUE, ("deep_stem", 7), ("plain_stem", 7), ("orepa", 5)])
-def test_the_whole_catalogue(target, topology, size):
-    check(target, "tf32x3", topology, size)  # which needs the most registers
+def test_the_whole_catalogue(topology, size):
+    check("sm_80", "tf32x3", topology, size)  # the precision and the generation that leave the fewest registers
 
 
 @pytest.mark.slow
