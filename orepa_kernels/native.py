@@ -134,6 +134,16 @@ def writable(gradient: Tensor) -> Tensor:
     return torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
+def hand_over(gradients: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Copy what the kernels wrote to where it belongs, the other half of `writable`.
+
+    Of scalar scaling they write a column per output channel, ``[B, O]``, which is added up into ``[B, 1]``.
+    """
+    for gradient, buffer in zip(gradients, written, strict=True):
+        if gradient is not None and buffer is not None and gradient is not buffer:
+            gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
+
+
 def view(tensor: Tensor | None) -> Sequence[int]:
     """A collapsed tensor as five numbers: a kernel, a filter ``[1|O, kh, kw]``, scales ``[B, 1|O]`` or a vector ``[O]``.
 

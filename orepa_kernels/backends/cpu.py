@@ -214,9 +214,7 @@ class _Squeeze:
             if gradient is not None and total is not None and total.data_ptr() != gradient.data_ptr():
                 size = gradient.shape[0], self.columns, product.a_taps
                 self.module.cpu_unpack(total.data_ptr(), *size, native.view(gradient), *self.how)
-        for gradient, buffer in zip(gradients, written, strict=True):
-            if gradient is not None and buffer is not None and gradient is not buffer:
-                gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
+        native.hand_over(gradients, written)
         return gradients
 
     # One group is one matrix, several are a batch of them: with a batch of one, small blocks would wait for views.

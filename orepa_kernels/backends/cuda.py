@@ -124,9 +124,7 @@ class CudaBackend(FusedBackend):
             counters.nbytes,
         )
         for own, buffers in zip(gradients, written, strict=True):
-            for gradient, buffer in zip(own, buffers, strict=True):
-                if gradient is not None and buffer is not None and gradient is not buffer:
-                    gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
+            native.hand_over(own, buffers)
         return gradients
 
     def _covers(self, device: torch.device) -> Verdict:
