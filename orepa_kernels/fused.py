@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,21 +74,19 @@ class FusedBackend(Backend):
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        operands = [tensor for own in tensors for tensor in own]
+        operands = [tensor for own in tensors for tensor in own] if len(tensors) > 1 else tensors[0]
+        # A fold is for deployment. Where it has to be seen by autograd or the compiler, it is a product like any other.
+        folded = any([fold is not None for fold in folds])
         compiling = torch.compiler.is_compiling()
-        differentiable = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (*operands, *folds)
-        )
+        differentiable = torch.is_grad_enabled() and (_any_requires_grad(operands) or _any_requires_grad(folds))
         if not (compiling or differentiable):
             return run_forward(self, tuple(blocks), operands, dtype, memory_format, folds)
-        # A fold is for deployment. Where it has to be seen by autograd or the compiler, it is a product like any other.
-        folded = any(fold is not None for fold in folds)
         emitted = compute_dtype(operands) if folded else dtype
         if compiling:
             texts, channels_last = [block.text for block in blocks], memory_format == torch.channels_last
-            kernels = torch.ops.orepa_kernels.squeeze(operands, texts, self.name, emitted, channels_last)
+            kernels = torch.ops.orepa_kernels.squeeze(list(operands), texts, self.name, emitted, channels_last)
         else:
-            kernels = list(_Squeeze.apply(self, tuple(blocks), emitted, memory_format, *operands))
+            kernels = list(_apply(self, tuple(blocks), emitted, memory_format, *operands))
         if folded:
             kernels = [reference.fold(k, f).to(dtype) for k, f in zip(kernels, folds, strict=True)]
         return kernels
@@ -119,6 +117,15 @@ class _Squeeze(torch.autograd.Function):
         else:
             gradients = run_backward(ctx.backend, ctx.blocks, tensors, upstream, needed)
         return (None, None, None, None, *gradients)
+
+
+# `_Squeeze.apply` without its Python half, which does nothing here for 3.5 microseconds: it looks after ``torch.func``
+# transforms, and tensors inside one are not plain (see `orepa_kernels.backends.Request`).
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Squeeze).apply
+
+
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def differentiable_gradients(
@@ -164,12 +171,11 @@ def run_forward(
 ) -> list[Tensor]:
     """The kernels of blocks, nested or not; ``tensors`` are the operands of all of them."""
     plan = program(blocks)
-    if any(fold is not None for fold in folds):
+    if any([fold is not None for fold in folds]):
         dtypes = (compute_dtype(operands) for operands in _cut(blocks, tensors))
         folds = [f if f is None else f.to(d).contiguous() for f, d in zip(folds, dtypes, strict=True)]
-    if plan.is_flat:
-        flat = [step.block for step in plan.last]
-        return backend.forward(flat, _cut(flat, tensors), dtype, memory_format, folds)
+    if plan.flat is not None:
+        return backend.forward(plan.flat, _cut(plan.flat, tensors), dtype, memory_format, folds)
     return _launch(backend, plan.last, _inner_kernels(backend, plan, tensors), dtype, memory_format, folds)
 
 
@@ -182,8 +188,8 @@ def run_backward(
 ) -> Gradients:
     """Gradients of `run_forward`. The kernels of nested blocks are computed again, not saved."""
     plan = program(blocks)
-    if plan.is_flat:
-        flat = [step.block for step in plan.last]
+    if plan.flat is not None:
+        flat = plan.flat
         found = backend.backward(flat, _cut(flat, tensors), upstream, _cut(flat, needed))
         return [gradient for gradients in found for gradient in gradients]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3
 Views = list[int]
 
 _ABSENT = (0, 1, 0, 0, 0)
+_FIELDS = len(_ABSENT)
 
 
 def module() -> ModuleType:
@@ -116,15 +117,24 @@ def collapsed(tensor: Tensor) -> Tensor:
     return tensor if is_collapsed(tensor) else tensor.contiguous()
 
 
-def described(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Views]:
-    """The tensors collapsed, and their views, one after the other."""
-    operands: list[Tensor] = []
-    numbers: Views = []
-    for tensor in tensors:
-        operand = collapsed(tensor)
-        operands.append(operand)
-        numbers += view(operand)
-    return operands, numbers
+def described(block: Block, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Views]:
+    """The operands of a block, collapsed, and their views, one after the other."""
+    return _with_views(block, tensors, collapsed)
+
+
+def places(
+    block: Block, gradients: Sequence[Tensor | None], compute: torch.dtype
+) -> tuple[Sequence[Tensor | None], Views]:
+    """Where kernels that compose in ``compute`` write the gradients of a block's operands, and the views of those places.
+
+    `hand_over` brings what they wrote to the gradients.
+    """
+    scales = block.scales
+    if scales is not None and scales.shape[1] != block.out_channels and gradients[-1] is not None:
+        # Scalar scaling; scales are the last operand. Kernels write a column per output channel, to be added up.
+        per_channel = torch.empty(scales.shape[0], block.out_channels, dtype=compute, device=gradients[-1].device)
+        gradients = [*gradients[:-1], per_channel]
+    return _with_views(block, gradients, writable)
 
 
 def writable(gradient: Tensor) -> Tensor:
@@ -134,11 +144,39 @@ def writable(gradient: Tensor) -> Tensor:
     return torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
-def hand_over(gradients: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
-    """Copy what the kernels wrote to where it belongs, the other half of `writable`.
+#: views without their addresses, of operands and gradients that `view` can describe as they are
+_templates: dict[tuple[Any, ...], Views] = {}
+_MOST_TEMPLATES = 1 << 14
 
-    Of scalar scaling they write a column per output channel, ``[B, O]``, which is added up into ``[B, 1]``.
-    """
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
+
+
+def _with_views(
+    block: Block, tensors: Sequence[_MaybeTensor], described_as: Callable[[Tensor], Tensor]
+) -> tuple[Sequence[_MaybeTensor], Views]:
+    """`views` of ``described_as`` of the tensors. From step to step only addresses change, the rest is kept."""
+    key = (
+        block,
+        described_as,
+        tuple([None if tensor is None else tensor.stride() for tensor in tensors]),
+        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
+    )
+    template = _templates.get(key)
+    if template is not None:
+        numbers = template.copy()
+        numbers[::_FIELDS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return tensors, numbers
+    used = [None if tensor is None else described_as(tensor) for tensor in tensors]
+    numbers = views(used)
+    if all(mine is given for mine, given in zip(used, tensors, strict=True)):
+        if len(_templates) >= _MOST_TEMPLATES:
+            _templates.clear()
+        _templates[key] = numbers.copy()
+    return used, numbers
+
+
+def hand_over(gradients: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Copy what the kernels wrote to where it belongs, the other half of `places`."""
     for gradient, buffer in zip(gradients, written, strict=True):
         if gradient is not None and buffer is not None and gradient is not buffer:
             gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))

@@ -140,6 +140,8 @@ class Block:
     scales: Operand | None = None
     #: every tensor that the block needs, nested blocks included, in the order in which `squeeze` takes them
     operands: tuple[Operand, ...] = field(init=False, compare=False, repr=False)
+    #: their shapes
+    shapes: list[tuple[int, ...]] = field(init=False, compare=False, repr=False)
     #: the most terms that this block or one nested in it has
     most_terms: int = field(init=False, compare=False, repr=False)
     #: the plan as text, see `orepa_kernels.plan_text`
@@ -156,6 +158,7 @@ class Block:
                 shapes = f"{list(unique[operand.name].shape)} and {list(operand.shape)}"
                 raise ValueError(f"operand {operand.name!r} is used with two shapes, {shapes}")
         object.__setattr__(self, "operands", tuple(unique.values()))
+        object.__setattr__(self, "shapes", [operand.shape for operand in self.operands])
         nested = [s.most_terms for term in self.terms for s in sources(term) if isinstance(s, Block)]
         object.__setattr__(self, "most_terms", max(len(self.terms), *nested, 0))
         object.__setattr__(self, "text", encode(self))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import Backend, Request, resolve, select
-from .plan import Block
+from .backends import Backend, choose, resolve
+from .plan import Block, Operand
 
-_ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 #: dtypes that operands and kernels can have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,16 +60,19 @@ def squeeze(
         raise ValueError(f"folds must have one entry per block: got {len(folds)} for {len(blocks)} blocks")
 
     name = resolve(backend)
-    kernels: list[Tensor | None] = [None] * len(blocks)
-    # Blocks that share a backend and a dtype go to it in one call, so that a fused backend can take them in one launch.
     work: dict[tuple[str, torch.dtype], tuple[Backend, list[int]]] = {}
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
-        _check_operands(block, operands, f"blocks[{index}]")
+        plain = _check_operands(block, operands, index)
         first = operands[0]
-        _check_fold(block, folds[index], first.device, f"folds[{index}]")
+        _check_fold(block, folds[index], first.device, index)
         out_dtype = first.dtype if dtype is None else dtype
-        chosen = select(name, Request(block, first.device, first.dtype, out_dtype, _are_plain(operands)))
+        chosen = choose(name, block, first.device, first.dtype, out_dtype, plain)
+        if len(blocks) == 1:
+            return chosen.squeeze(blocks, tensors, out_dtype, memory_format, folds)
         work.setdefault((chosen.name, out_dtype), (chosen, []))[1].append(index)
+
+    # Blocks that share a backend and a dtype go to it in one call, so that a fused backend can take them in one launch.
+    kernels: list[Tensor | None] = [None] * len(blocks)
     for (_, out_dtype), (chosen, indices) in work.items():
         results = chosen.squeeze(
             [blocks[i] for i in indices],
@@ -83,9 +86,10 @@ def squeeze(
     return [kernel for kernel in kernels if kernel is not None]
 
 
-def _check_fold(block: Block, factor: Tensor | None, device: torch.device, where: str) -> None:
+def _check_fold(block: Block, factor: Tensor | None, device: torch.device, index: int) -> None:
     if factor is None:
         return
+    where = f"folds[{index}]"
     if tuple(factor.shape) != (block.out_channels,):
         raise ValueError(f"{where} must be [{block.out_channels}], got {list(factor.shape)}")
     if factor.dtype not in DTYPES:
@@ -94,39 +98,51 @@ def _check_fold(block: Block, factor: Tensor | None, device: torch.device, where
         raise ValueError(f"{where} is on {factor.device}, the operands are on {device}")
 
 
-def _are_plain(operands: Sequence[Tensor]) -> bool:
-    """Whether raw memory may be read: not of tensor subclasses, nor inside ``torch.func`` transforms."""
+def _check_operands(block: Block, operands: Sequence[Tensor], index: int) -> bool:
+    """Raise where the operands do not fit.
+
+    Returns:
+        Whether raw memory may be read: not of tensor subclasses, nor inside ``torch.func`` transforms.
+    """
+    count = len(operands)
+    if count == 0 or count != len(block.operands):
+        _check_count(block, operands, f"blocks[{index}]")
+    device, dtype = operands[0].device, operands[0].dtype
+    # Whole lists at a time: this is a good part of what the host does for a squeeze.
+    usual = (
+        dtype in DTYPES
+        and [tensor.shape for tensor in operands] == block.shapes
+        and [tensor.dtype for tensor in operands].count(dtype) == count
+        and [tensor.device for tensor in operands].count(device) == count
+    )
+    if not usual:
+        for operand, tensor in zip(block.operands, operands, strict=True):
+            _check_operand(block, operand, tensor, operands[0], f"blocks[{index}]")
     if torch.compiler.is_compiling():
         return True  # the registered operators are traced, and run on what the tensors then are
-    ordinary = all(type(tensor) in _ORDINARY for tensor in operands)
-    return ordinary and torch._C._functorch.peek_interpreter_stack() is None
+    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, operands))
 
 
-def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> None:
+def _check_count(block: Block, operands: Sequence[Tensor], where: str) -> None:
     if len(operands) != len(block.operands):
         raise ValueError(f"{where} needs {len(block.operands)} tensors, got {len(operands)}")
-    if not operands:
-        raise ValueError(f"{where} has no operands, so its device and dtype are unknown")
-    first = operands[0]
-    device, dtype = first.device, first.dtype
-    for operand, tensor in zip(block.operands, operands, strict=True):
-        if tensor.shape == operand.shape and tensor.dtype is dtype and tensor.device == device and dtype in DTYPES:
-            continue
-        if tensor.shape != operand.shape:
-            raise ValueError(
-                f"{where}: operand {operand.name!r} must be {list(operand.shape)}, got {list(tensor.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[0].name!r} on {first.device}"
-            )
-        # The one three-dimensional kind of operand is a filter, a constant that a half-precision block keeps in float32.
-        if tensor.dtype != first.dtype and len(operand.shape) != 3:
-            raise ValueError(
-                f"{where}: operand {operand.name!r} is {tensor.dtype}, {block.operands[0].name!r} is {first.dtype}"
-            )
+    raise ValueError(f"{where} has no operands, so its device and dtype are unknown")
+
+
+def _check_operand(block: Block, operand: Operand, tensor: Tensor, first: Tensor, where: str) -> None:
+    if tensor.shape != operand.shape:
+        raise ValueError(f"{where}: operand {operand.name!r} must be {list(operand.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(
+            f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[0].name!r} on {first.device}"
+        )
+    # The one three-dimensional kind of operand is a filter, a constant that a half-precision block keeps in float32.
+    if tensor.dtype != first.dtype and len(operand.shape) != 3:
+        raise ValueError(
+            f"{where}: operand {operand.name!r} is {tensor.dtype}, {block.operands[0].name!r} is {first.dtype}"
+        )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -44,17 +44,14 @@ class Program:
         constants: nested blocks without an operand, such as an average.
         inner: the other nested blocks, level by level.
         last: one step per block: the kernels asked for.
+        flat: where one launch does it all and takes the operands as they come, the blocks of ``last``; else None.
     """
 
     inputs: tuple[Key, ...]
     constants: tuple[Step, ...]
     inner: tuple[tuple[Step, ...], ...]
     last: tuple[Step, ...]
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether one launch does it all, and takes the operands as they come."""
-        return not (self.constants or self.inner) and self.inputs == tuple(k for step in self.last for k in step.inputs)
+    flat: tuple[Block, ...] | None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,11 +60,15 @@ def program(blocks: tuple[Block, ...]) -> Program:
     steps = [_steps(index, block) for index, block in enumerate(blocks)]
     nested = [step for own in steps for step in own[:-1]]
     depth = max((step.level for step in nested), default=-1) + 1
+    inputs = tuple((index, operand.name) for index, block in enumerate(blocks) for operand in block.operands)
+    last = tuple(own[-1] for own in steps)
+    as_they_come = not nested and inputs == tuple(key for step in last for key in step.inputs)
     return Program(
-        inputs=tuple((index, operand.name) for index, block in enumerate(blocks) for operand in block.operands),
+        inputs=inputs,
         constants=tuple(step for step in nested if step.level < 0),
         inner=tuple(tuple(step for step in nested if step.level == level) for level in range(depth)),
-        last=tuple(own[-1] for own in steps),
+        last=last,
+        flat=tuple(step.block for step in last) if as_they_come else None,
     )
 
 

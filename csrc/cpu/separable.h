@@ -91,19 +91,19 @@ static void unpack_depthwise(const Block& block, const Term& term, std::int64_t 
 
 // panel[tap][i] += factor * sum_e pointwise[e][i] depthwise[tap][e][i], for one tile and E expansions in registers
 template <class T, int E>
-static inline void add_separable(Panel<T> panel, const Centred& at, std::int64_t taps, const T* pointwise,
-                                 const T* depthwise, std::int64_t expand, T factor, std::int64_t begin,
-                                 std::int64_t columns) {
+static inline void add_separable(Panel<T> panel, const Centred& at, const T* pointwise, const T* depthwise,
+                                 std::int64_t expand, T factor, std::int64_t begin, std::int64_t columns) {
   constexpr std::int64_t n = lanes<T>;
   const std::int64_t width = columns - begin < n ? columns - begin : n;
   Vector<T> p[E];
 #pragma GCC unroll 8
   for (int e = 0; e < E; ++e) p[e] = load_vector(pointwise + e * n) * factor;
-  for (std::int64_t t = 0; t < taps; ++t, depthwise += expand * n) {
+  at.each([&](std::int64_t t, std::int64_t place) {
+    const T* const own = depthwise + t * expand * n;
     Vector<T> sum[2] = {};  // two chains of additions hide each other's latency
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) sum[e % 2] += p[e] * load_vector(depthwise + e * n);
-    T* const to = panel[at(t)] + begin;
+    for (int e = 0; e < E; ++e) sum[e % 2] += p[e] * load_vector(own + e * n);
+    T* const to = panel[place] + begin;
     if (width == n) {
       store_vector(to, load_vector(static_cast<const T*>(to)) + (sum[0] + sum[1]));
     } else {
@@ -111,7 +111,7 @@ static inline void add_separable(Panel<T> panel, const Centred& at, std::int64_t
       store_vector(part, sum[0] + sum[1]);
       for (std::int64_t lane = 0; lane < width; ++lane) to[lane] += part[lane];
     }
-  }
+  });
 }
 
 // grad[e][i] = sum_t upstream[t][i] depthwise[t][e][i], for one output channel and E expansions in registers

@@ -128,16 +128,21 @@ static std::int64_t depthwise_size(const Block& block, const Term& term) {
   return taps_of(term) * term.inner * padded<T>(block);
 }
 
+// What one row needs beside itself: forward copies of all factors, backward up to three of one term's.
 template <class T>
 static std::int64_t scratch_size(const Block& block) {
-  const std::int64_t panel = padded<T>(block) * block.taps();
-  std::int64_t spare = std::max(panel, 2 * padded<T>(block)), expanded = 0;
+  const std::int64_t columns = padded<T>(block), panel = columns * block.taps();
+  std::int64_t copies = 0, largest = 0, expanded = 0;
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
-    if (is_expanded(term)) expanded += separable_rows * (2 * term.inner * padded<T>(block) + 16 * taps_of(term));
-    if (term.kind == Kind::composed) spare = std::max(spare, 2 * term.inner * taps_of_b(term));
+    if (is_expanded(term)) expanded += separable_rows * (2 * term.inner * columns + 16 * taps_of(term));
+    const std::int64_t own = term.kind == Kind::composed    ? std::int64_t{term.inner} * taps_of_b(term)
+                             : term.kind == Kind::pointwise ? columns
+                                                            : panel;
+    copies += own;
+    largest = std::max(largest, own);
   }
-  return separable_rows * panel + std::max(spare, expanded);
+  return separable_rows * panel + std::max({copies, 3 * largest, expanded});
 }
 
 // Sums over output channels are taken in runs of this length, and the runs added up in order.

@@ -98,6 +98,9 @@ class Backend(ABC):
 _REGISTRY: dict[str, Backend] = {}
 #: asked on first use, once: finding out may load a driver (a plain dict, because torch.compile cannot trace functools.cache)
 _AVAILABLE: dict[str, Verdict] = {}
+#: what `choose` found; a training step asks for the same blocks every time
+_CHOICES: dict[tuple[object, ...], Backend] = {}
+_MOST_CHOICES = 1 << 16
 
 
 def register(backend: Backend) -> Backend:
@@ -106,6 +109,7 @@ def register(backend: Backend) -> Backend:
         raise ValueError(f"backend name must be one of {', '.join(NAMES)}, got {backend.name!r}")
     _REGISTRY[backend.name] = backend
     _AVAILABLE.pop(backend.name, None)
+    _CHOICES.clear()
     return backend
 
 
@@ -166,6 +170,22 @@ def select(name: str, request: Request) -> Backend:
     if not verdict:
         raise BackendError(f"backend {name!r} was asked for but cannot run: {verdict.reason}")
     return _REGISTRY[name]
+
+
+def choose(
+    name: str, block: Block, device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, plain: bool
+) -> Backend:
+    """`select` for the request of these fields; asked once, then remembered."""
+    if torch.compiler.is_compiling():  # could not trace the lookup
+        return select(name, Request(block, device, dtype, out_dtype, plain))
+    key = (name, block, device, dtype, out_dtype, plain)
+    chosen = _CHOICES.get(key)
+    if chosen is None:
+        chosen = select(name, Request(block, device, dtype, out_dtype, plain))
+        if len(_CHOICES) >= _MOST_CHOICES:
+            _CHOICES.clear()
+        _CHOICES[key] = chosen
+    return chosen
 
 
 def _verdict(name: str, request: Request) -> Verdict:

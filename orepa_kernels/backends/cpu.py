@@ -148,7 +148,7 @@ class _Squeeze:
     def __init__(self, block: Block, tensors: Sequence[Tensor]) -> None:
         self.module, self.recipe = native.module(), _recipe(block)
         self.tensors = tensors
-        self.operands, self.views = native.described(tensors)
+        self.block, (self.operands, self.views) = block, native.described(block, tensors)
         self.columns, self.groups = block.shape[1], block.groups
         self.group_rows = block.out_channels // block.groups
         self.compute = compute_dtype(tensors)
@@ -179,18 +179,14 @@ class _Squeeze:
         """The gradients of the operands, given that of the kernel."""
         recipe = self.recipe
         gradients = [torch.empty_like(t) if need else None for t, need in zip(self.tensors, needed, strict=True)]
-        written = [None if g is None else native.writable(g) for g in gradients]
+        written, targets = native.places(self.block, gradients, self.compute)
         by_scale = recipe.scales is not None and needed[recipe.scales]
-        if recipe.scales is not None and by_scale:
-            scales = self.operands[recipe.scales]
-            if scales.shape[1] == 1:  # scalar scaling: summed up below
-                written[recipe.scales] = torch.empty(scales.shape[0], self.groups * self.group_rows, dtype=self.compute)
         sums = [self._sum_for_first(product, written[product.first]) for product in recipe.products]
 
         upstream = native.collapsed(upstream)
         own = upstream.permute(0, 2, 3, 1)
         in_place = own.dtype == self.compute and own.is_contiguous()
-        views, targets, source = self.views, native.views(written), native.view(upstream)
+        views, source = self.views, native.view(upstream)
         for begin, end in recipe.pieces:
             shape = (end - begin, *own.shape[1:])
             rows = own[begin:end] if in_place else scratch("rows", shape, self.compute)

@@ -73,13 +73,13 @@ class CudaBackend(FusedBackend):
         folds: Sequence[Tensor | None],
     ) -> list[Tensor]:
         device = tensors[0][0].device
-        operands = [[native.collapsed(tensor) for tensor in own] for own in tensors]
+        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
         kernels = [
             torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks
         ]
         native.module().cuda_forward(
             [native.plan(block) for block in blocks],
-            [native.views(own) for own in operands],
+            [views for _, views in operands],
             native.views(kernels),
             native.views(folds),
             *_where(device),
@@ -94,17 +94,14 @@ class CudaBackend(FusedBackend):
         needed: Sequence[Sequence[bool]],
     ) -> list[Gradients]:
         device = tensors[0][0].device
-        operands = [[native.collapsed(tensor) for tensor in own] for own in tensors]
+        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
         upstream = [native.collapsed(gradient) for gradient in upstream]
         gradients = [
             [torch.empty_like(tensor) if need else None for tensor, need in zip(own, needs, strict=True)]
             for own, needs in zip(tensors, needed, strict=True)
         ]
-        written = [[None if gradient is None else native.writable(gradient) for gradient in own] for own in gradients]
-        for block, own in zip(blocks, written, strict=True):
-            _make_vector_of_scalar_scales(block, own)
-
-        plans, views = [native.plan(block) for block in blocks], [native.views(own) for own in operands]
+        targets = [native.places(block, own, torch.float32) for block, own in zip(blocks, gradients, strict=True)]
+        plans, views = [native.plan(block) for block in blocks], [numbers for _, numbers in operands]
         key = tuple(blocks)
         if key not in self._needs:
             self._needs[key] = native.module().cuda_needs(plans, views, True)
@@ -116,14 +113,14 @@ class CudaBackend(FusedBackend):
             plans,
             views,
             native.views(upstream),
-            [native.views(own) for own in written],
+            [numbers for _, numbers in targets],
             *where,
             workspace.data_ptr(),
             workspace_bytes,
             counters.data_ptr(),
             counters.nbytes,
         )
-        for own, buffers in zip(gradients, written, strict=True):
+        for own, (buffers, _) in zip(gradients, targets, strict=True):
             native.hand_over(own, buffers)
         return gradients
 
@@ -159,17 +156,6 @@ def _where(device: torch.device) -> tuple[int, int, int]:
     """Device, its current stream, and the precision of products."""
     index = _index(device)
     return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[torch.get_float32_matmul_precision()]
-
-
-def _make_vector_of_scalar_scales(block: Block, gradients: list[Tensor | None]) -> None:
-    """The kernels give a gradient per output channel, which scalar scaling adds up afterwards."""
-    if block.scales is None or block.scales.shape[1] == block.out_channels:
-        return
-    for index, operand in enumerate(block.operands):
-        gradient = gradients[index]
-        if operand.name == block.scales.name and gradient is not None:
-            shape = block.scales.shape[0], block.out_channels
-            gradients[index] = torch.empty(shape, dtype=torch.float32, device=gradient.device)
 
 
 def _most_taps(block: Block) -> int:

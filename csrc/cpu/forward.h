@@ -1,0 +1,156 @@
+// From terms to a kernel (paper Eq. 4). Included by rows.cpp only, inside its namespace.
+
+// Whether a dense term lies in memory as the block's kernel does: it is added after that is stored, untransposed.
+template <class T>
+static bool is_added_last(const Block& block, const Term& term) {
+  return term.height == block.height && term.width == block.width &&
+         same_runs<T>(block.kernel, term.a, block.in_per_group, block.taps());
+}
+
+template <class T>
+static void pack(const View& view, const View& factor, std::int64_t columns, std::int64_t taps, T* out,
+                 std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    T* to = out + row * taps * columns;
+    load(view, row, columns, taps, to, columns);
+    const T by = scalar<T>(factor, row, 0, 1);
+    if (by != 1)
+      for (std::int64_t i = 0; i < taps * columns; ++i) to[i] *= by;
+  }
+}
+
+template <class T>
+static void unpack(const T* panels, std::int64_t columns, std::int64_t taps, const View& view, std::int64_t begin,
+                   std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row)
+    store(panels + row * taps * columns, columns, columns, taps, view, row);
+}
+
+// One output channel: the sums of all terms that have whole rows of input channels, for taps [first, first + count).
+template <class T>
+static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
+                         std::int64_t o, std::int64_t first, std::int64_t count) {
+  constexpr std::int64_t most = 64;
+  Combination<T> sums[most];
+  const std::int64_t columns = block.in_per_group;
+  for (std::int64_t p = 0; p < count; ++p) sums[p].begin(w[first + p], columns);
+  const auto add = [&](std::int64_t p, const T* x, T factor) {
+    if (p >= first && p < first + count) sums[p - first].add(x, factor);
+  };
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    const Centred at(block, term);
+    const T scale = fold * scale_of<T>(block, term, o);
+    if (term.kind == Kind::dense && (direct || !is_added_last<T>(block, term))) {
+      const Panel<const T> a = panel<T>(term.a, o, columns, at.taps(), spare);
+      spare += at.taps() * columns;
+      at.each([&](std::int64_t t, std::int64_t p) { add(p, a[t], scale); });
+    } else if (term.kind == Kind::pointwise && term.a.data != nullptr) {
+      const Panel<const T> a = panel<T>(term.a, o, columns, 1, spare);
+      spare += columns;
+      const Filter<T> filter(term, o);
+      at.each([&](std::int64_t t, std::int64_t p) { add(p, a[0], scale * filter[t]); });
+    } else if (term.kind == Kind::composed) {
+      const std::int64_t a_taps = taps_of_a(term), b_taps = taps_of_b(term);
+      const T* const product = products[index] + o * b_taps * a_taps * columns;
+      each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
+        add(p, product + (q * a_taps + r) * columns, scale);
+      });
+      if (!term.identity) continue;
+      const Panel<const T> b = panel<T>(term.b, o, term.inner, b_taps, spare);  // exact: b itself, added
+      spare += b_taps * term.inner;
+      at.each([&](std::int64_t q, std::int64_t p) {
+        for (std::int64_t m = 0; m < term.inner; m += columns) add(p, b[q] + m, scale);
+      });
+    }
+  }
+  for (std::int64_t p = 0; p < count; ++p) sums[p].end();
+}
+
+// One output channel without its separable terms.
+template <class T>
+static void forward_row(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
+                        std::int64_t o) {
+  constexpr std::int64_t most = 64;
+  const std::int64_t columns = block.in_per_group, taps = block.taps();
+  for (std::int64_t first = 0; first < taps; first += most)
+    forward_sums(block, w, direct, products, fold, spare, o, first, taps - first < most ? taps - first : most);
+  for (std::int32_t index = 0; index < block.terms; ++index) {  // terms with one input channel per output channel
+    const Term& term = block.term[index];
+    const Centred at(block, term);
+    const T scale = fold * scale_of<T>(block, term, o);
+    if (term.kind == Kind::pointwise && term.a.data == nullptr) {
+      const Filter<T> filter(term, o);
+      at.each([&](std::int64_t t, std::int64_t p) { w[p][o % columns] += scale * filter[t]; });
+    } else if (term.kind == Kind::separable && term.b.data == nullptr) {
+      const View values = {term.a.data, term.a.row, term.a.tap, 0, term.a.type};  // taps as columns
+      at.each([&](std::int64_t t, std::int64_t p) {
+        w[p][o / term.inner % columns] += scale * scalar<T>(values, o, t, 0);
+      });
+    }
+  }
+}
+
+template <class T>
+static void add_as_it_lies(const Block& block, const Term& term, T factor, std::int64_t o) {
+  const T* const x = in_place<T>(term.a, o).data;
+  combine(in_place<T>(block.kernel, o).data, &x, &factor, 1, true, block.taps() * block.in_per_group);
+}
+
+// Output channels [begin, end) of one group, `separable_rows` of them at most.
+template <class T>
+static void forward_rows(const Block& block, const T* const* products, const T* const* depthwise, T* scratch,
+                         std::int64_t begin, std::int64_t end) {
+  const std::int64_t columns = block.in_per_group, taps = block.taps(), group = begin / block.out_per_group();
+  const bool direct = is_panel<T>(block.kernel, columns);
+  T* const spare = scratch + (direct ? 0 : separable_rows * taps * columns);
+  Panel<T> w[separable_rows];
+  T folds[separable_rows];
+  for (std::int64_t o = begin; o < end; ++o) {
+    w[o - begin] = direct ? in_place<T>(block.kernel, o) : Panel<T>{scratch + (o - begin) * taps * columns, columns};
+    folds[o - begin] = scalar<T>(block.fold, o, 0, 1);
+    forward_row(block, w[o - begin], direct, products, folds[o - begin], spare, o);
+  }
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    if (term.kind != Kind::separable || term.b.data == nullptr) continue;
+    const Centred at(block, term);
+    const std::int64_t own_taps = at.taps(), count = tiles<T>(columns), row = count * lanes<T> * term.inner;
+    const T* const dw = depthwise[index] + group * row * own_taps;
+    for (std::int64_t o = begin; o < end; ++o) load_expanded(term.b, o, columns, term.inner, spare + (o - begin) * row);
+    for (std::int64_t tile = 0; tile < count; ++tile)
+      for (std::int64_t o = begin; o < end; ++o) {
+        const T* const p = spare + (o - begin) * row + tile * lanes<T> * term.inner;
+        const T* const d = dw + tile * lanes<T> * term.inner * own_taps;
+        const T factor = folds[o - begin] * scale_of<T>(block, term, o);
+        std::int64_t e = 0;
+        for (; e + 8 <= term.inner; e += 8)
+          add_separable<T, 8>(w[o - begin], at, p + e * lanes<T>, d + e * lanes<T>, term.inner, factor, tile * lanes<T>,
+                              columns);
+        for (; e < term.inner; ++e)
+          add_separable<T, 1>(w[o - begin], at, p + e * lanes<T>, d + e * lanes<T>, term.inner, factor, tile * lanes<T>,
+                              columns);
+      }
+  }
+  if (direct) return;
+  for (std::int64_t o = begin; o < end; ++o) {
+    store(static_cast<const T*>(w[o - begin].data), columns, columns, taps, block.kernel, o);
+    for (std::int32_t index = 0; index < block.terms; ++index) {
+      const Term& term = block.term[index];
+      if (term.kind == Kind::dense && is_added_last<T>(block, term))
+        add_as_it_lies(block, term, folds[o - begin] * scale_of<T>(block, term, o), o);
+    }
+  }
+}
+
+template <class T>
+static void forward(const Block& block, const T* const* products, const T* const* depthwise, T* scratch,
+                    std::int64_t begin, std::int64_t end) {
+  for (std::int64_t first = begin; first < end;) {
+    const std::int64_t group_end = (first / block.out_per_group() + 1) * block.out_per_group();
+    std::int64_t last = first + separable_rows < group_end ? first + separable_rows : group_end;
+    if (last > end) last = end;
+    forward_rows(block, products, depthwise, scratch, first, last);
+    first = last;
+  }
+}
