@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import Backend
+from .backends import YES, Backend, Request, Verdict
 from .plan import Block
 from .stages import Key, Program, Step, program
 
@@ -25,6 +25,32 @@ Gradients = list[Tensor | None]
 
 class FusedBackend(Backend):
     """A backend that computes flat blocks (see `orepa_kernels.stages`), any number of them in one call."""
+
+    @abstractmethod
+    def runs_on(self, device: torch.device) -> Verdict:
+        """Whether it runs on a device."""
+
+    def knows(self, dtype: torch.dtype) -> Verdict:
+        """Whether it reads and writes tensors of a dtype."""
+        if dtype in (torch.float32, torch.bfloat16, torch.float16):
+            return YES
+        return Verdict(False, f"{dtype} is not one of float32, bfloat16, float16")
+
+    @abstractmethod
+    def covers(self, block: Block) -> Verdict:
+        """Whether it computes a block, and those nested in it."""
+
+    def can_run(self, request: Request) -> Verdict:
+        verdict = self.runs_on(request.device)
+        if not verdict:
+            return verdict
+        if not request.plain:
+            return Verdict(False, "the operands are tensor subclasses, or inside a torch.func transform")
+        for dtype in (request.dtype, request.out_dtype):
+            verdict = self.knows(dtype)
+            if not verdict:
+                return verdict
+        return self.covers(request.block)
 
     @abstractmethod
     def forward(

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from .backends import YES, Verdict
 from .plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
 
 _import_error = ""
@@ -52,6 +53,14 @@ def why_missing() -> str:
     if _import_error and "_C" not in _import_error:  # not "cannot import name '_C'", which is to be expected
         return f"the compiled kernels cannot be loaded: {_import_error}"
     return "the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder"
+
+
+def covers(block: Block) -> Verdict:
+    """Whether csrc/squeeze.h can describe a block."""
+    most = module().max_terms
+    if block.most_terms <= most:
+        return YES
+    return Verdict(False, f"the block has {block.most_terms} terms, more than {most}")
 
 
 def build() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import native
 from ..fused import FusedBackend, Gradients, compute_dtype
 from ..plan import Block, Composed, Operand
-from . import YES, Request, Verdict
+from . import YES, Verdict
 
 
 class CpuBackend(FusedBackend):
@@ -29,7 +29,6 @@ class CpuBackend(FusedBackend):
 
     def __init__(self) -> None:
         self._dtypes: frozenset[torch.dtype] = frozenset()
-        self._max_terms = 0
 
     def available(self) -> Verdict:
         missing = native.why_missing()
@@ -37,20 +36,18 @@ class CpuBackend(FusedBackend):
             return Verdict(False, missing)
         module = native.module()
         self._dtypes = frozenset(dtype for dtype, number in native.TYPES.items() if module.cpu_knows(number))
-        self._max_terms = module.max_terms
         return YES
 
-    def can_run(self, request: Request) -> Verdict:
-        if request.device.type != "cpu":
-            return Verdict(False, f"the tensors are on {request.device.type}")
-        if not request.plain:
-            return Verdict(False, "the operands are tensor subclasses, or inside a torch.func transform")
-        for dtype in (request.dtype, request.out_dtype):
-            if dtype not in self._dtypes:
-                return Verdict(False, f"{dtype} needs a newer compiler than this build had (GCC 12, Clang 15)")
-        if request.block.most_terms > self._max_terms:
-            return Verdict(False, f"the block has {request.block.most_terms} terms, more than {self._max_terms}")
-        return YES
+    def runs_on(self, device: torch.device) -> Verdict:
+        return YES if device.type == "cpu" else Verdict(False, f"the tensors are on {device.type}")
+
+    def knows(self, dtype: torch.dtype) -> Verdict:
+        if dtype in self._dtypes:
+            return YES
+        return Verdict(False, f"{dtype} needs a newer compiler than this build had (GCC 12, Clang 15)")
+
+    def covers(self, block: Block) -> Verdict:
+        return native.covers(block)
 
     def forward(
         self,

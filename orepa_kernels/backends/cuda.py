@@ -10,9 +10,7 @@ from torch import Tensor
 from .. import native
 from ..fused import FusedBackend, Gradients
 from ..plan import Block, sources
-from . import YES, Request, Verdict
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import YES, Verdict
 
 #: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -29,7 +27,6 @@ class CudaBackend(FusedBackend):
     def __init__(self) -> None:
         self._architectures: tuple[int, ...] = ()
         self._max_taps = 0
-        self._max_terms = 0
         self._needs: dict[tuple[Block, ...], tuple[int, int]] = {}
         self._counters: dict[tuple[int, int], Tensor] = {}
 
@@ -41,28 +38,32 @@ class CudaBackend(FusedBackend):
         if not hasattr(module, "cuda_forward"):
             return Verdict(False, f"built without CUDA: {module.build()['why_no_cuda']}")
         self._architectures = tuple(sorted(module.cuda_architectures()))
-        self._max_taps, self._max_terms = module.cuda_max_taps, module.max_terms
+        self._max_taps = module.cuda_max_taps
         if torch.version.cuda is None:
             return Verdict(False, f"torch {torch.__version__} is built without CUDA")
         if not torch.cuda.is_available():
             return Verdict(False, "torch finds no CUDA device")
-        verdicts = [self._covers(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        verdicts = [self.runs_on(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return next((verdict for verdict in verdicts if verdict), verdicts[0])
 
-    def can_run(self, request: Request) -> Verdict:
-        if request.device.type != "cuda":
-            return Verdict(False, f"the tensors are on {request.device.type}")
-        if not request.plain:
-            return Verdict(False, "the operands are tensor subclasses, or inside a torch.func transform")
-        for dtype in (request.dtype, request.out_dtype):
-            if dtype not in _DTYPES:
-                return Verdict(False, f"{dtype} is not one of float32, bfloat16, float16")
-        if request.block.most_terms > self._max_terms:
-            return Verdict(False, f"the block has {request.block.most_terms} terms, more than {self._max_terms}")
-        taps = _most_taps(request.block)
+    def runs_on(self, device: torch.device) -> Verdict:
+        if device.type != "cuda":
+            return Verdict(False, f"the tensors are on {device.type}")
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+        if any(built // 10 == major and built <= capability for built in self._architectures):
+            return YES
+        newest = max(self._architectures, default=1000)
+        if newest < capability:  # the newest architecture comes with PTX
+            return YES
+        built = ", ".join(f"sm_{architecture}" for architecture in self._architectures)
+        return Verdict(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
+
+    def covers(self, block: Block) -> Verdict:
+        taps = _most_taps(block)
         if taps > self._max_taps:
             return Verdict(False, f"the block has a kernel of {taps} taps, more than {self._max_taps}")
-        return self._covers(request.device)
+        return native.covers(block)
 
     def forward(
         self,
@@ -123,18 +124,6 @@ class CudaBackend(FusedBackend):
         for own, (buffers, _) in zip(gradients, targets, strict=True):
             native.hand_over(own, buffers)
         return gradients
-
-    def _covers(self, device: torch.device) -> Verdict:
-        """Whether this build has code for a device: machine code of its generation, or PTX of an earlier one."""
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-        if any(built // 10 == major and built <= capability for built in self._architectures):
-            return YES
-        newest = max(self._architectures, default=1000)
-        if newest < capability:  # the newest architecture comes with PTX
-            return YES
-        built = ", ".join(f"sm_{architecture}" for architecture in self._architectures)
-        return Verdict(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
 
     def _zeros(self, device: torch.device, stream: int, size: int) -> Tensor:
         """Counters, which kernels leave zero: kept per stream, because launches on one do not overlap."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...fused import FusedBackend, Gradients
 from ...plan import Block, Separable, kernel_size_of, sources
-from .. import YES, Request, Verdict
+from .. import YES, Verdict
 from .device import INTERPRET, INTERPRETING, OLDEST
 
 # Asked once, at import: torch.compile cannot trace the question.
@@ -21,8 +21,6 @@ _MOST_SEPARABLE_TAPS = 49
 
 #: by index of a CUDA or ROCm device (a plain dict: torch.compile cannot trace functools.cache)
 _SUPPORTED: dict[int | None, bool] = {}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TritonBackend(FusedBackend):
@@ -37,17 +35,12 @@ class TritonBackend(FusedBackend):
             return YES
         return Verdict(False, f"no CUDA, ROCm or XPU device, and {INTERPRET}=1 is not set")
 
-    def can_run(self, request: Request) -> Verdict:
-        verdict = _runs_on(request.device)
-        if not verdict:
-            return verdict
-        if not request.plain:
-            return Verdict(False, "operands are tensor subclasses, or inside a torch.func transform")
-        for dtype in (request.dtype, request.out_dtype):
-            if dtype not in _DTYPES:
-                return Verdict(False, f"{dtype} is not one of float32, bfloat16, float16")
-        height, width = request.block.kernel_size
-        if height * width > _MOST_SEPARABLE_TAPS and _largest_separable(request.block) > _MOST_SEPARABLE_TAPS:
+    def runs_on(self, device: torch.device) -> Verdict:
+        return _runs_on(device)
+
+    def covers(self, block: Block) -> Verdict:
+        height, width = block.kernel_size
+        if height * width > _MOST_SEPARABLE_TAPS and _largest_separable(block) > _MOST_SEPARABLE_TAPS:
             return Verdict(False, f"a separable term has more than {_MOST_SEPARABLE_TAPS} taps")
         return YES
 
@@ -76,7 +69,7 @@ class TritonBackend(FusedBackend):
 
 
 def _runs_on(device: torch.device) -> Verdict:
-    """Whether the kernels run on a device; asked before every call, so the driver is asked once."""
+    """Whether the kernels run on a device; the driver is asked once."""
     if INTERPRETING:
         return YES if device.type == "cpu" else Verdict(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
     if device.type == "xpu":
