@@ -9,7 +9,11 @@ _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on this type of device, or None where it is off. Traces under torch.compile."""
+    """The dtype that autocast computes in, or None where it is off. Traces under torch.compile.
+
+    Args:
+        device_type: such as ``"cuda"``.
+    """
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

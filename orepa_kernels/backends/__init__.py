@@ -33,7 +33,12 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a backend can run something, and the reason where it cannot. True or false in a condition."""
+    """Whether a backend can run something, and the reason where it cannot. True or false in a condition.
+
+    Args:
+        ok: whether it can.
+        reason: why not; empty where it can.
+    """
 
     ok: bool
     reason: str = ""

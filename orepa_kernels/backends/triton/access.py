@@ -10,6 +10,9 @@ Common arguments: ``addresses`` (arguments, one per slot, or a table of them), `
 import triton
 import triton.language as tl
 
+#: Triton 3.4 keeps it among the language's own
+constexpr_function = triton.constexpr_function if hasattr(triton, "constexpr_function") else tl.constexpr_function
+
 #: words of the table: per block, per term and per slot (see `tables.block_words`)
 HEADER = tl.constexpr(3)
 TERM_WORDS = tl.constexpr(4)
@@ -17,37 +20,37 @@ TERM_WORDS = tl.constexpr(4)
 TILE_WORDS = tl.constexpr(8)
 
 
-@triton.constexpr_function
+@constexpr_function
 def of(spec, name):
     """A field of the structure."""
     return getattr(spec, name)
 
 
-@triton.constexpr_function
+@constexpr_function
 def term(spec, index, name):
     """A field of one of its terms."""
     return getattr(spec.terms[index], name)
 
 
-@triton.constexpr_function
+@constexpr_function
 def count_terms(spec):
     """How many terms it has."""
     return len(spec.terms)
 
 
-@triton.constexpr_function
+@constexpr_function
 def count_slots(spec):
     """How many tensors it has."""
     return len(spec.views)
 
 
-@triton.constexpr_function
+@constexpr_function
 def view(spec, slot, name):
     """A field of one of its tensors."""
     return getattr(spec.views[slot], name)
 
 
-@triton.constexpr_function
+@constexpr_function
 def pointer_type(spec, slot):
     """The type of a tensor's address."""
     return tl.pointer_type(getattr(tl, spec.views[slot].dtype))
@@ -112,14 +115,14 @@ def locate(addresses, table, block, SPEC: tl.constexpr, SLOT: tl.constexpr):
     return pointer, s0, s1, s2, s3
 
 
-@triton.constexpr_function
+@constexpr_function
 def precision_of(spec, precision, one, other):
     """The precision of the products of two tensors: halves are exact in TF32, one product of three is enough."""
     halves = spec.views[one].dtype in ("bfloat16", "float16") and spec.views[other].dtype in ("bfloat16", "float16")
     return "tf32" if halves and precision == "tf32x3" else precision
 
 
-@triton.constexpr_function
+@constexpr_function
 def scale_is_needed(spec, index):
     """Whether a term has a scale whose gradient is asked for."""
     return spec.d_scales >= 0 and spec.terms[index].scale >= 0

@@ -12,7 +12,7 @@ second launch (see `sums`) adds them in a fixed order: no atomics, so the same b
 import triton
 import triton.language as tl
 
-from .access import TILE_WORDS, count_terms, of, scale_is_needed, term
+from .access import TILE_WORDS, constexpr_function, count_terms, of, scale_is_needed, term
 from .gradients_composed import first_gradient, second_gradient
 from .gradients_elementwise import elementwise_gradients
 from .gradients_separable import separable_gradients
@@ -25,7 +25,7 @@ SEPARABLE = tl.constexpr(2)
 ELEMENTWISE = tl.constexpr(-1)
 
 
-@triton.constexpr_function
+@constexpr_function
 def elementwise_is_needed(spec):
     """Whether any gradient of a dense or pointwise term is asked for."""
     return any(

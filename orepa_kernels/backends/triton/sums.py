@@ -6,13 +6,13 @@
 import triton
 import triton.language as tl
 
-from .access import count_slots, of, pointer_type
+from .access import constexpr_function, count_slots, of, pointer_type
 
 #: words of a job (see `tables.sum_jobs`)
 JOB_WORDS = tl.constexpr(16)
 
 
-@triton.constexpr_function
+@constexpr_function
 def is_gradient(spec, slot):
     """Whether a slot is that of a gradient."""
     return slot > spec.upstream
