@@ -11,7 +11,7 @@ OREPA needs the batch norms of the backbone. They are trained here, on a few sma
 and two large images per GPU, put the norms into eval mode for the training, or use `torch.nn.SyncBatchNorm`: `orepa.convert`
 folds either.
 
-Needs: pip install "orepa-kernels[models]" torchvision
+Needs: pip install "orepa-kernels[examples]"
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ network is.
 The encoder is made of OREPA blocks, the decoder is plain, as in the paper. `--everywhere` swaps the decoder's convolutions as
 well (`orepa.prepare`): those that a norm follows.
 
-Needs: pip install "orepa-kernels[models]" segmentation-models-pytorch
+Needs: pip install "orepa-kernels[examples]"
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Those that belong to reading their checkpoints (permuted depthwise rows, the spare row of the VGG vector) are in
 `test_official.py`; those of the training recipe (the length of the warm-up, a missing file that converts to random weights) in
-`test_train.py` and `test_cli.py`.
+`test_train*.py` and `test_cli.py`.
 """
 
 import pytest

@@ -195,7 +195,9 @@ def test_sdist_holds_the_sources_and_no_tests(built):
     native = {path.relative_to(ROOT).as_posix() for path in git_files() if ROOT / "csrc" in path.parents}
     project = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "CHANGELOG.md"}
     assert sources | native | project <= found
-    assert not [name for name in found if name.startswith(("tests/", "benchmarks/", ".ci/"))]
+    assert not [
+        name for name in found if name.startswith(("tests/", "benchmarks/", "examples/", "python/guide/", ".ci/"))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["wheel", "wheel of sdist"])
@@ -209,7 +211,9 @@ def test_wheel_metadata(built, kind):
     assert metadata["Requires-Python"] == ">=3.10"
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     assert {r.name for r in requirements if r.marker is None} == {"torch", "numpy"}
-    assert {*metadata.get_all("Provides-Extra")} == {"models", "train", "bench", "export", "test", "dev"}
+    assert {*metadata.get_all("Provides-Extra")} == {
+        *("models", "train", "bench", "export", "examples", "docs", "test", "dev")
+    }
     assert f"{folder}/licenses/LICENSE" in archive.namelist()
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()
     assert entry_points.split() == ["[console_scripts]", "orepa", "=", "orepa.cli:main"]

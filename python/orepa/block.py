@@ -52,7 +52,7 @@ class LinearBlock(nn.Module):
             self.register_buffer(name, None, persistent=False)
         for name, (child_spec, child_topology) in lowered.children.items():
             self.add_module(name, LinearBlock(child_spec, child_topology, scaling, device=device, dtype=dtype))
-        #: where each operand of the plan lives: the submodules to descend into, and the name there
+        #: where each operand of the plan lives, as the submodules to descend into and the name there
         self.sources = tuple(
             (tuple(path), name) for *path, name in (operand.name.split(".") for operand in lowered.plan.operands)
         )

@@ -6,34 +6,19 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .bench.cli import add_commands as add_bench
+from .training import options as train_options
 from .training.errors import UserError
+from .training.options import number
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
 _INSTALL = 'pip install "orepa-kernels[train]"'
 _INSTALL_MODELS = 'pip install "orepa-kernels[models]"'
-_SETTINGS = (
-    "model",
-    "orepa",
-    "preserve",
-    "img_size",
-    "epochs",
-    "batch_size",
-    "lr",
-    "weight_decay",
-    "warmup_epochs",
-    "seed",
-    "limit",
-    "precision",
-    "threads",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,9 +53,8 @@ def _train(args: argparse.Namespace) -> int:
     _require(*_TRAINING, *(("sklearn",) if digits else ()))
     from .training.run import Request, train
 
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    names = ("data", "out", "resume", "overwrite", "workers", "checkpoint_every", "accelerator", "devices")
-    return train(Request(given, **{name: getattr(args, name) for name in names}))
+    given, how = train_options.split(args)
+    return train(Request(given, **how))
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -81,8 +65,9 @@ def _convert(args: argparse.Namespace) -> int:
         return _convert_official(args)
     from .training.export import convert_checkpoint
 
-    print(convert_checkpoint(args.checkpoint, args.out, args.force))
-    print(f"written to {args.out}")
+    table, weights = convert_checkpoint(args.checkpoint, args.out, args.force)
+    print(table)
+    print(f"written to {args.out}: {weights}")
     return 0
 
 
@@ -194,10 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         help="train a model, convert it, verify, measure",
         description="Train a timm model whose convolutions are OREPA blocks, then convert it to plain convolutions and hold "
         "the two against each other. Without options: a small ResNet on scikit-learn's digits, on a CPU in about a minute. "
-        "Branch scalings, norms and biases have no weight decay. Ctrl-C or kill: continue with --resume, bit by bit.",
+        "Ctrl-C or kill: continue with --resume, bit by bit.",
     )
     train.set_defaults(run=_train)
-    _add_train_options(train)
+    train_options.add(train)
 
     convert = commands.add_parser(
         "convert",
@@ -224,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: that of CKPT)")
     analyze.add_argument(
         "--tolerance",
-        type=_number(),
+        type=number(),
         default=1e-3,
         metavar="X",
         help="relative change of a block's kernel that pruning may cause (default: 1e-3)",
@@ -246,81 +231,3 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _add_train_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", metavar="NAME", help="any timm classifier (default: test_resnet)")
-    what.add_argument("--no-orepa", dest="orepa", action="store_const", const=False, help="train the plain twin")
-    what.add_argument(
-        "--preserve",
-        action="store_const",
-        const=True,
-        help="start from the function of the plain model's initial weights",
-    )
-    what.add_argument("--data", metavar="DIR", help="image folder with train/ and val/ (default: digits)")
-    what.add_argument("--img-size", type=_whole(8), metavar="N", help="default: the model's; 32 for the digits")
-    what.add_argument("--limit", type=_whole(2), metavar="N", help="use N training and N validation images only")
-
-    recipe = parser.add_argument_group(
-        "recipe", "SGD with momentum 0.9, cosine schedule, linear warm-up (paper section 4.1)"
-    )
-    recipe.add_argument("--epochs", type=_whole(1), metavar="N", help="default: 120; 15 for the digits")
-    recipe.add_argument(
-        "--batch-size", type=_whole(2), metavar="N", help="over all devices (default: 256; 64 for the digits)"
-    )
-    recipe.add_argument("--lr", type=_number(above=0.0), metavar="X", help="peak learning rate (default: 0.1)")
-    recipe.add_argument("--weight-decay", type=_number(), metavar="X", help="default: 1e-4")
-    recipe.add_argument("--warmup-epochs", type=_whole(0), metavar="N", help="default: 5; 2 for the digits")
-    recipe.add_argument(
-        "--seed", type=_whole(0), metavar="N", help="of initial values, order, augmentation (default: 0)"
-    )
-
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--accelerator", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, or else cpu"
-    )
-    machine.add_argument("--devices", type=_whole(1), default=1, metavar="N", help="more than one trains data-parallel")
-    machine.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), help="default: 32-true")
-    machine.add_argument("--threads", type=_whole(1), metavar="N", help="default: PyTorch's choice; 1 for the digits")
-    machine.add_argument(
-        "--workers", type=_whole(0), metavar="N", help="processes that load images (default: 4; 0 for the digits)"
-    )
-
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<model>-<orepa|plain>")
-    files.add_argument(
-        "--resume", action="store_true", help="continue the run in --out; its options need not be repeated"
-    )
-    files.add_argument("--overwrite", action="store_true", help="discard the run in --out")
-    files.add_argument(
-        "--checkpoint-every", type=_whole(1), default=500, metavar="STEPS", help="within epochs too (default: 500)"
-    )
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
-        return value
-
-    return parse
-
-
-def _number(above: float | None = None) -> Callable[[str], Any]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0 or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(
-                f"must be a number {'above' if above is not None else 'from'} 0, got {text!r}"
-            )
-        return value
-
-    return parse

@@ -24,9 +24,10 @@ from .repvgg import RepVGGBlock
 from .surgery import conv_arguments, is_channels_last, replace_modules, walk
 from .topology import Topology, declaration
 
-#: what a policy says of one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None: leave it
+#: what a policy says of one layer, that is a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to
+#: leave the layer alone
 Choice: TypeAlias = str | Callable[..., Topology] | Mapping[str, Any] | None
-#: one choice for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
+#: one `Choice` for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
 Policy: TypeAlias = str | Mapping[str | type[nn.Module], Choice] | Callable[[str, nn.Conv2d], Choice]
 
 

@@ -53,10 +53,12 @@ class Report:
 
     @property
     def swapped(self) -> list[LayerReport]:
+        """The layers that `prepare` swapped."""
         return self.select("swapped")
 
     @property
     def left(self) -> list[LayerReport]:
+        """The layers that were left alone; their ``detail`` says why."""
         return self.select("left")
 
     @property

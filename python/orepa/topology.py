@@ -29,7 +29,14 @@ Size: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The convolution that a block stands for; what a declaration gets to see."""
+    """The convolution that a block stands for; what a declaration gets to see.
+
+    Args:
+        in_channels, out_channels: ``I`` and ``O``.
+        kernel_size: ``(kh, kw)``.
+        groups: ``g``, which divides both numbers of channels.
+        stride: ``(height, width)``.
+    """
 
     in_channels: int
     out_channels: int
@@ -39,7 +46,7 @@ class ConvSpec:
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether an identity branch fits: as many channels out as in, no stride."""
+        """Whether an identity branch fits, with as many channels out as in and no stride."""
         return self.in_channels == self.out_channels and self.stride == (1, 1)
 
 
@@ -113,7 +120,13 @@ class Conv:
 
 @dataclass(frozen=True)
 class Depthwise:
-    """A depthwise convolution with ``expand`` output channels per input channel."""
+    """A depthwise convolution: channel ``i`` of its input gives the channels ``i*E`` to ``i*E+E-1`` of its output.
+
+    Args:
+        kernel_size: one number or ``(kh, kw)``.
+        expand: output channels ``E`` per input channel.
+        init: initial values of the weight ``[I*E, 1, kh, kw]``.
+    """
 
     kernel_size: int | Size
     expand: int = 1

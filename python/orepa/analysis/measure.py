@@ -119,7 +119,7 @@ class Analysis:
 
 
 def analyze(model: nn.Module, tolerance: float = 1e-3) -> Analysis:
-    """Measure the branches of every `OREPAConv` of a model, the kxk parts of `RepVGGBlock`s included.
+    """Measure the branches of every `OREPAConv` of a model, the kxk part of every `RepVGGBlock` included.
 
     Similarity is the paper's picture of what the branches learn: the scalings drive them apart. Everything is computed in
     float64 from the mathematics of the squeeze (paper section 3.3), whatever the dtype of the parameters. A block nested in

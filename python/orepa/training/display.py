@@ -55,10 +55,20 @@ class Progress:
             tqdm.write(
                 f"epoch {record['epoch']:3}/{self._config.epochs}  loss {record['train_loss']:.4f}  "
                 f"val loss {record['val_loss']:.4f}  val accuracy {100 * record['val_accuracy']:.2f}%  "
-                f"{record['seconds']:.1f} s",
+                f"{record['seconds']:.1f} s{_pace(record)}",
                 file=sys.stdout,
             )
             sys.stdout.flush()
+
+
+def _pace(record: dict[str, Any]) -> str:
+    rate, memory, skipped = record["images_per_second"], record["peak_memory_mb"], record["skipped_images"]
+    parts = [
+        "" if rate is None else f"{rate:,.0f} images/s",
+        "" if memory is None else f"{memory:,.0f} MB",
+        f"{skipped} skipped" if skipped else "",
+    ]
+    return "".join(f"  {part}" for part in parts if part)
 
 
 def announce(config: Config, data: ImageData, model: nn.Module, fabric: Fabric, out: Path) -> None:

@@ -12,7 +12,7 @@ from ..convert import ConversionError, convert
 from ..report import Report, report
 from .errors import UserError
 from .files import DEPLOY_FORMAT, VERSION, load_checkpoint, save
-from .model import as_timms_own, from_checkpoint
+from .model import as_timms_own, from_checkpoint, which_weights
 
 
 def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
     save(path, {"format": DEPLOY_FORMAT, "version": VERSION, **spec, "state_dict": state})
 
 
-def convert_checkpoint(checkpoint: Path, out: Path, force: bool = False) -> Report:
+def convert_checkpoint(checkpoint: Path, out: Path, force: bool = False) -> tuple[Report, str]:
     """Convert a checkpoint of ``orepa train``, verify, and write a deploy file.
 
     Args:
@@ -45,7 +45,7 @@ def convert_checkpoint(checkpoint: Path, out: Path, force: bool = False) -> Repo
         force: replace ``out`` if it exists.
 
     Returns:
-        What was done, layer by layer.
+        What was done, layer by layer, and which weights of the checkpoint it was done to.
 
     Raises:
         UserError: the checkpoint is missing, damaged or not one; ``out`` exists or cannot be written; or the converted model
@@ -66,4 +66,4 @@ def convert_checkpoint(checkpoint: Path, out: Path, force: bool = False) -> Repo
     except ConversionError as error:
         raise UserError(f"the conversion failed its check, nothing was written: {error}") from error
     save_deployed(out, converted, spec)
-    return report(converted)
+    return report(converted), which_weights(content)

@@ -1,4 +1,4 @@
-"""An image folder, ``DIR/train/<class>/*`` and ``DIR/val/<class>/*``, read and augmented by timm."""
+"""An image folder, ``DIR/train/<class>/*`` and ``DIR/val/<class>/*``, read by timm."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_dataset
 
 from .errors import UserError
-from .images import ImageData, evenly
-
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
+from .images import SPLITS, ImageData, evenly
+from .transforms import crop_and_flip
 
 
 class _Folder:
@@ -38,7 +37,7 @@ class _Folder:
 
 
 def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]) -> ImageData:
-    """Training by random-resized-crop and flip, validation by resize and centre crop (paper section 4.1).
+    """Images in class folders, augmented as in the paper.
 
     Args:
         path: holds ``train/`` and ``val/`` (or ``validation/``, ...), each with one folder per class.
@@ -78,19 +77,17 @@ def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]
     if len(sources["train"]) < 2:
         raise UserError("training needs two images at least")
 
-    resolved = resolve_data_config(pretrained_cfg=cfg)
-    resolved = {name: resolved[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-    common = {"input_size": (3, img_size, img_size)} | {k: resolved[k] for k in ("mean", "std", "interpolation")}
     listing = sources["train"].listing() + "\n\n" + sources["val"].listing()
+    transforms = crop_and_flip(img_size, cfg)
     return ImageData(
         train=sources["train"],
         val=sources["val"],
-        augment=create_transform(**common, is_training=True, color_jitter=None),
-        transform=create_transform(**common, crop_pct=resolved["crop_pct"]),
+        augment=transforms.augment,
+        transform=transforms.transform,
         classes=sorted(class_map, key=class_map.__getitem__),
         in_chans=3,
         fingerprint=hashlib.sha256(listing.encode()).hexdigest(),
-        preprocessing={"input": "RGB, 0..1"} | {k: list(v) if isinstance(v, tuple) else v for k, v in resolved.items()},
+        preprocessing=transforms.preprocessing,
     )
 
 
@@ -98,7 +95,7 @@ def _find_splits(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
     found = {}
-    for split, names in _SPLITS.items():
+    for split, names in SPLITS.items():
         present = [root / name for name in names if (root / name).is_dir()]
         if not present:
             raise UserError(f"--data {root} has no folder {split}/ (with one folder per class in it)")

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+#: what folders and files of either split may be called
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
+
 
 class Source(Protocol):
     """Images by index."""
@@ -15,7 +18,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> tuple[Any, int]:
-        """A PIL image, decoded, and its label."""
+        """A PIL image, decoded, and its label. Any exception means that it cannot be read."""
 
     def name(self, index: int) -> str:
         """For error messages: the file."""

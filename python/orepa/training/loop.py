@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric import Fabric
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..optim import parameter_groups
 from .config import Config
 from .data import Loaders, mix, seed_everything
-from .errors import UserError
+from .errors import SharedError, UserError
 from .files import CHECKPOINT_FORMAT, VERSION, save
-from .model import load_weights, without_weight_decay
+from .meter import Meter, peak_memory
+from .model import load_weights
+from .objective import Objective, cross_entropy
+from .processes import share_buffers
+from .sharding import load_optimizer, shard_like, whole
 from .signals import Stopped, StopRequest
+from .sync_norm import synchronise_norms
 
 _LOG_EVERY = 10
 _WARMUP_START = 0.01  # of the peak learning rate, at the first step
@@ -44,6 +49,8 @@ class Trainer:
         checkpoint_every: steps between checkpoints within an epoch.
         on_step: called after each step with the number of steps done and the loss of the last logged one.
         on_epoch: called after each epoch with its record.
+        log: called with scalars to plot, and the step they belong to.
+        checkpoint_minutes: the most time between checkpoints, None for any.
     """
 
     def __init__(
@@ -58,20 +65,20 @@ class Trainer:
         checkpoint_every: int,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+        log: Callable[[dict[str, float | None], int], None] = lambda scalars, step: None,
+        checkpoint_minutes: float | None = None,
     ) -> None:
         self.fabric, self.config, self.loaders = fabric, config, loaders
         self.path, self.about, self.stop, self.checkpoint_every = path, about, stop, checkpoint_every
-        self.on_step, self.on_epoch = on_step, on_epoch
+        self.on_step, self.on_epoch, self.log = on_step, on_epoch, log
+        self.checkpoint_seconds = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
 
-        spared = without_weight_decay(model)
-        self.module = model
-        self._optimizer = create_optimizer_v2(
-            model,
-            opt="momentum",  # timm's "sgd" has Nesterov momentum, the paper's has not
-            lr=config.lr,
-            momentum=0.9,
-            param_group_fn=lambda m: param_groups_weight_decay(m, config.weight_decay, no_weight_decay_list=spared),
+        self.module = synchronise_norms(model, fabric.device) if config.sync_bn else model
+        self.model = fabric.setup_module(self.module)  # before the optimizer: FSDP2 replaces the parameters
+        groups = parameter_groups(
+            self.module, config.lr, weight_decay=config.weight_decay, decay_scales=config.scale_weight_decay
         )
+        self._optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9)
         self._scheduler, _ = create_scheduler_v2(
             self._optimizer,
             "cosine",
@@ -82,7 +89,10 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=loaders.steps,
         )
-        self.model, self.optimizer = fabric.setup(model, self._optimizer)
+        self.optimizer: Any = fabric.setup_optimizers(self._optimizer)
+        # With the warm-up, short runs have an average that is worth something, too.
+        self.ema = None if config.ema is None else ModelEmaV3(self.module, config.ema, use_warmup=True)
+        self._objective = Objective(config, len(loaders.data.classes))
 
         self.epoch = 0
         self.batch = 0  # of this epoch, the next one
@@ -91,6 +101,10 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self._loss = math.nan
+        self._alone = fabric.world_size == 1
+        self._pace, self._recent = Meter(), Meter()
+        self._rate: float | None = None  # images per second of training in this epoch, as far as this process saw it
+        self._saved_at = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -106,8 +120,8 @@ class Trainer:
 
         Raises:
             Stopped: a signal came; the checkpoint is written.
-            UserError: the loss is not finite any more, an image cannot be read, the disk is full. The last good checkpoint
-                stays.
+            UserError: the loss is not finite any more, too many images cannot be read, the disk is full. The last good
+                checkpoint stays.
         """
         if self.step == 0:
             self.save()
@@ -115,95 +129,136 @@ class Trainer:
             began = time.perf_counter() - self.seconds
             try:
                 self._train_epoch(began)
-                correct, loss = self._validate(began)
+                result = self._validate(began)
             except UserError:
                 self.seconds = time.perf_counter() - began
                 self._save_what_is_good()
                 raise
-            self._finish_epoch(correct, loss, time.perf_counter() - began)
+            self._finish_epoch(*result, time.perf_counter() - began)
 
     def _train_epoch(self, began: float) -> None:
         self.model.train()
+        self._pace, self._recent, self._rate = Meter(), Meter(), None
         if self.batch >= self.loaders.steps:
             return  # resumed between the last step and validation
         for images, labels in self.loaders.train(self.epoch, self.batch):
-            self._step(images.to(self.fabric.device), labels.to(self.fabric.device))
+            if self._alone:
+                self.loaders.skipped.agree()  # before the step, so that one image too many has no part in what is saved
+            self._step(images, labels)
             self.batch += 1
             self.on_step(self.step, self._loss)
-            if self.batch % _LOG_EVERY == 0 or self.fabric.device.type == "cpu":
-                self._check_finite()
-            if self._stop_requested():
-                self._save_and_stop(began)
+            self._look_around(began)
             if self.step % self.checkpoint_every == 0:
                 self.seconds = time.perf_counter() - began
                 self.save()
+        self._rate = self._pace.lap()
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        step = self.step
+        step, parts = self.step, self.config.grad_accum
         seed_everything(mix(self.config.seed, "step", step, self.fabric.global_rank), self.fabric.device)
         self._scheduler.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.fabric.backward(loss)
+        total = torch.zeros((), device=self.fabric.device)
+        for part, (some, theirs) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            theirs = theirs.to(self.fabric.device)
+            inputs, targets = self._objective.mix(some.to(self.fabric.device), theirs)
+            with self.fabric.no_backward_sync(self.model, enabled=part < parts - 1):
+                logits = self.model(inputs)
+                loss = self._objective.loss(logits, targets)
+                self.fabric.backward(loss / parts)
+            total += loss.detach() / parts
+            _accumulate(self.sums, loss.detach(), logits.detach(), theirs)
         self.optimizer.step()
-        _accumulate(self.sums, loss.detach(), logits.detach(), labels)
+        if self.ema is not None:
+            self.ema.update(self.module, step + 1)
+        for meter in (self._pace, self._recent):
+            meter.count(len(labels) * self.fabric.world_size)
         if step % _LOG_EVERY == 0:
-            self._loss = loss.item()
-            self.fabric.log_dict({"train/loss": self._loss, "lr": self._learning_rate()}, step)
+            self._loss = total.item()
+            rate = self._recent.lap()
+            self.log({"train/loss": self._loss, "lr": self._learning_rate(), "images_per_second": rate}, step)
 
-    def _check_finite(self) -> None:
-        if not math.isfinite(float(self.sums[0])):
-            raise Diverged(
-                f"the loss is not finite any more in epoch {self.epoch + 1}, at step {self.step}: try a lower --lr than "
-                f"{self.config.lr:g} (the last good checkpoint is {self.path})"
-            )
+    def _look_around(self, began: float) -> None:
+        """Between two steps: is all well, has somebody asked for an end, is it time for a checkpoint?
+
+        Processes have to agree on the answers, which takes time on a GPU, so there they do not ask after every step.
+        """
+        regular = self.batch % _LOG_EVERY == 0 or self.fabric.device.type == "cpu"
+        if not regular and not self._alone:
+            return
+        diverged = regular and not math.isfinite(float(self.sums[0]))
+        due = time.monotonic() - self._saved_at >= self.checkpoint_seconds
+        diverged, broken, number, due = self._most(diverged, self.loaders.skipped.pending, self.stop.number, due)
+        if diverged:
+            raise self._diverged("loss is")
+        if broken:
+            self.loaders.skipped.agree()
+        self.seconds = time.perf_counter() - began
+        if number:  # a signal that came since it was read is for the next time
+            self.stop.number = number
+            self._save_and_stop(began)
+        if due:
+            self.save()
 
     @torch.no_grad()
-    def _validate(self, began: float) -> tuple[int, float]:
-        """Number of correct predictions and mean loss on the validation images."""
+    def _validate(self, began: float) -> tuple[int, float, int]:
+        """Number of correct predictions, mean loss, and number of validation images.
+
+        With a moving average of the weights, it is the average that is validated.
+        """
         self.model.eval()
-        sums = self._zero_sums()
+        module = self.module if self.ema is None else self.ema.module
+        share_buffers(module)
+        sums, done = self._zero_sums(), 0
         for images, labels in self.loaders.val():
             images, labels = images.to(self.fabric.device), labels.to(self.fabric.device)
-            logits = self.model(images)
-            _accumulate(sums, F.cross_entropy(logits.float(), labels), logits, labels)
+            logits, done = self._predict(module, images), done + 1
+            _accumulate(sums, cross_entropy(logits, labels), logits, labels)
             # Ranks have shares of different length here, so only a lone process may leave in the middle.
-            if self.fabric.world_size == 1 and self.stop.number:
+            if self._alone and self.stop.number:
                 self._save_and_stop(began)
+        if not self._alone:  # sharded parameters are gathered by all or by none
+            side, channels = self.config.img_size, self.loaders.data.in_chans
+            for _ in range(done, self.loaders.val_steps):
+                self._predict(module, torch.zeros(1, channels, side, side, device=self.fabric.device))
+        self.loaders.skipped.agree()
         loss, correct, seen = self._total(sums)
-        return int(correct), loss / seen
+        if not seen:
+            raise SharedError("none of the validation images can be read")
+        return int(correct), loss / seen, int(seen)
 
-    def _finish_epoch(self, correct: int, val_loss: float, seconds: float) -> None:
+    def _predict(self, module: nn.Module, images: Tensor) -> Tensor:
+        """Without the wrapper of data-parallel training: it exchanges buffers, and not all processes need have images here."""
+        with self.fabric.autocast():
+            return module(self.fabric.strategy.precision.convert_input(images))
+
+    def _finish_epoch(self, correct: int, val_loss: float, val_images: int, seconds: float) -> None:
         loss, train_correct, seen = self._total(self.sums)
+        memory = peak_memory(self.fabric.device)
         record = {
             "epoch": self.epoch + 1,
             "lr": self._learning_rate(),
             "train_loss": loss / seen,
             "train_accuracy": train_correct / seen,
             "val_loss": val_loss,
-            "val_accuracy": correct / len(self.loaders.data.val),
+            "val_accuracy": correct / val_images,
             "val_correct": correct,
+            "skipped_images": len(self.loaders.skipped.known),
             "seconds": round(seconds, 3),
+            "images_per_second": None if self._rate is None else round(self._rate, 1),
+            "peak_memory_mb": None if memory is None else round(self._most(memory)[0], 1),
         }
         self.history.append(record)
         if self.best is None or record["val_accuracy"] > self.best["val_accuracy"]:
             self.best = {"epoch": record["epoch"], "val_accuracy": record["val_accuracy"]}
         self.epoch, self.batch, self.seconds, self.sums = self.epoch + 1, 0, 0.0, self._zero_sums()
         scalars = {name.replace("_", "/", 1): record[name] for name in ("train_accuracy", "val_loss", "val_accuracy")}
-        self.fabric.log_dict(scalars, self.step)
+        scalars |= {name: record[name] for name in ("skipped_images", "peak_memory_mb")}
+        self.log(scalars, self.step)
         self.save()
         self.on_epoch(record)
 
     # --- stop and resume -----------------------------------------------------------------------------------------------
-
-    def _stop_requested(self) -> int:
-        """The signal, agreed on by all processes: they have to stop at the same step."""
-        if self.fabric.world_size == 1:
-            return self.stop.number
-        number = torch.tensor(float(self.stop.number), device=self.fabric.device)
-        self.stop.number = int(self.fabric.all_reduce(number, reduce_op="max"))  # type: ignore[arg-type]
-        return self.stop.number
 
     def _save_and_stop(self, began: float) -> None:
         self.seconds = time.perf_counter() - began
@@ -211,27 +266,28 @@ class Trainer:
         raise Stopped(self.stop.number)
 
     def save(self) -> None:
-        """Write the checkpoint, by the first process.
+        """Write the checkpoint, by the first process. All have to call it.
 
         Raises:
-            UserError: the run has diverged (the last good checkpoint stays), or the file cannot be written.
+            SharedError: the run has diverged (the last good checkpoint stays), or the file cannot be written.
         """
-        self._check_finite()
-        # A finite loss may have had gradients that are not.
-        if not all(bool(torch.isfinite(t).all()) for t in self.module.state_dict().values() if t.is_floating_point()):
-            raise Diverged(
-                f"the weights are not finite any more in epoch {self.epoch + 1}, at step {self.step}: try a lower --lr than "
-                f"{self.config.lr:g} (the last good checkpoint is {self.path})"
-            )
+        self.loaders.skipped.agree()
         sums = self._total(self.sums)
+        model, optimizer = whole(self.module.state_dict()), whole(self._optimizer.state_dict())
+        # A finite loss may have had gradients that are not.
+        finite = all(bool(torch.isfinite(t).all()) for t in model.values() if t.is_floating_point())
+        lost, ill = self._most(not math.isfinite(sums[0]), not finite)
+        if lost or ill:
+            raise self._diverged("loss is" if lost else "weights are")
+        failure = None
         if self.fabric.is_global_zero:
             content = {
                 "format": CHECKPOINT_FORMAT,
                 "version": VERSION,
                 "config": self.config.as_dict(),
                 **self.about,
-                "model": self.module.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "progress": {
                     "epoch": self.epoch,
@@ -241,24 +297,37 @@ class Trainer:
                     "sums": sums,
                     "history": self.history,
                     "best": self.best,
+                    "skipped": self.loaders.skipped.known,
                 },
             }
-            save(self.path, content)
+            if self.ema is not None:
+                content["ema"] = self.ema.module.state_dict()
+            try:
+                save(self.path, content)
+            except UserError as error:
+                failure = str(error)
+        failure = failure if self._alone else self.fabric.broadcast(failure)
+        if failure is not None:
+            raise SharedError(failure)
+        self._saved_at = time.monotonic()
 
     def _save_what_is_good(self) -> None:
         """Before an error ends the run. With several processes, the others may be anywhere and cannot take part."""
-        if self.fabric.world_size == 1:
+        if self._alone:
             with contextlib.suppress(UserError):
                 self.save()
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Continue where a checkpoint was written."""
-        load_weights(self.module, checkpoint["model"])
-        self._optimizer.load_state_dict(checkpoint["optimizer"])
+        """Continue where a checkpoint was written, on whatever number of devices."""
+        load_weights(self.module, shard_like(self.module, checkpoint["model"]))
+        load_optimizer(self._optimizer, checkpoint["optimizer"])
+        if self.ema is not None:
+            load_weights(self.ema.module, checkpoint["ema"])
         self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
         progress = checkpoint["progress"]
         self.epoch, self.batch, self.seconds = progress["epoch"], progress["batch"], progress["seconds"]
         self.history, self.best = progress["history"], progress["best"]
+        self.loaders.skipped.known.update(progress.get("skipped", {}))
         if self.fabric.is_global_zero:  # the sums are those of all processes
             self.sums = self.sums.new_tensor(progress["sums"])
 
@@ -273,12 +342,25 @@ class Trainer:
         return torch.zeros(3, dtype=wide, device=self.fabric.device)
 
     def _total(self, sums: Tensor) -> list[float]:
-        if self.fabric.world_size > 1:
+        if not self._alone:
             sums = self.fabric.all_reduce(sums.clone(), reduce_op="sum")  # type: ignore[assignment]
         return sums.tolist()
 
+    def _most(self, *values: float) -> list[Any]:
+        """The largest of each value over all processes: an agreement, where the value says whether something is the case."""
+        if self._alone:
+            return list(values)
+        own = torch.tensor([float(value) for value in values], device=self.fabric.device)
+        return [int(v) if v == int(v) else v for v in self.fabric.all_reduce(own, reduce_op="max").tolist()]  # type: ignore[union-attr]
 
-class Diverged(UserError):
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"the {what} not finite any more in epoch {self.epoch + 1}, at step {self.step}: try a lower --lr than "
+            f"{self.config.lr:g} (the last good checkpoint is {self.path})"
+        )
+
+
+class Diverged(SharedError):
     """The loss or the weights are not finite."""
 
 

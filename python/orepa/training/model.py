@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..block import LinearBlock
 from ..models import MODELS, create_on_meta  # the import registers the models with timm
-from ..optim import without_weight_decay as without_weight_decay
 from ..prepare import prepare
 from .errors import UserError
 
@@ -89,7 +88,7 @@ def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, 
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
-    """Rebuild the trained model of a checkpoint, in eval mode.
+    """Rebuild the trained model of a checkpoint, in eval mode: with the moving average of the weights, if there is one.
 
     Raises:
         UserError: timm does not know its model, or its weights do not fit.
@@ -97,8 +96,15 @@ def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
     config, spec = checkpoint["config"], checkpoint["model_spec"]
     default_cfg(spec["model"])
     model = create(spec["model"], spec["model_kwargs"], config["img_size"], orepa=config["orepa"], preserve=False)
-    load_weights(model, checkpoint["model"])
+    load_weights(model, checkpoint.get("ema", checkpoint["model"]))
     return model.eval()
+
+
+def which_weights(checkpoint: dict[str, Any]) -> str:
+    """What `from_checkpoint` takes, for people."""
+    if "ema" not in checkpoint:
+        return "the weights of the last step"
+    return f"the moving average of the weights (--ema {checkpoint['config']['ema']:g})"
 
 
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:

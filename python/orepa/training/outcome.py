@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bench.providers import Task
+from ..bench.timing import function, interleaved
 from ..convert import ConversionError, convert
 from ..report import count_parameters
 from .data import Batch
 from .errors import UserError
 
-_ROUNDS, _SECONDS = 25, 4.0  # of each timing, whichever ends first
+_ROUNDS, _SECONDS = 25, 4.0  # of each timing, whichever ends first (but see `bench.timing.LEAST_ROUNDS`)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def conclude(model: nn.Module, batches: Callable[[], Iterator[Batch]], device: t
                 logits[name].append(form(batch.to(device)).float().cpu())
     outputs, truth = {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(answers)
 
-    inference = _interleaved({name: _inference(form, images) for name, form in forms.items()}, device)
+    inference = _milliseconds({name: _inference(form, images) for name, form in forms.items()}, device)
     trainable = {name: _training(forms[name], images, labels) for name in ("trained", "converted")}
-    training = _interleaved(trainable, device)
+    training = _milliseconds(trainable, device)
 
     columns, reference = {}, outputs["trained"]
     for name, output in outputs.items():
@@ -157,22 +158,18 @@ def _training(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
     return run
 
 
-def _interleaved(runs: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, measured in turns, so that a busy machine slows all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in [*runs.values()] * 2:
-        run()
-    began = time.perf_counter()
-    for _ in range(_ROUNDS):
-        for name, run in runs.items():
-            _synchronize(device)
-            start = time.perf_counter()
+def _milliseconds(runs: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Median time of each, until the device is done."""
+
+    def task(run: Callable[[], None]) -> Task:
+        def call() -> None:
             run()
             _synchronize(device)
-            times[name].append(1000 * (time.perf_counter() - start))
-        if time.perf_counter() - began > _SECONDS:
-            break
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
+
+        return function(call)
+
+    samples = interleaved({name: task(run) for name, run in runs.items()}, _ROUNDS, _SECONDS)
+    return {name: round(1000 * statistics.median(values), 3) for name, values in samples.items()}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,149 @@
+"""Small runs of `orepa train`, and what the tests of training share: a pytest plugin that they name in `pytest_plugins`.
+
+PYTEST_DONT_REWRITE: the tests import it before pytest loads it as a plugin, too late for its assertions to be rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+timm = pytest.importorskip("timm", reason="training needs the extra `train`")
+lightning = pytest.importorskip("lightning.fabric", reason="training needs the extra `train`")
+torchvision = pytest.importorskip("torchvision", reason="training needs the extra `train`")
+for package in ("sklearn", "tensorboard", "matplotlib", "tqdm"):
+    pytest.importorskip(package, reason="training needs the extra `train`")
+
+from PIL import Image  # noqa: E402
+
+from orepa.cli import main  # noqa: E402
+from orepa.training import loop, outcome, run  # noqa: E402
+from orepa.training.config import Config  # noqa: E402
+from orepa.training.data import Loaders  # noqa: E402
+from orepa.training.digits import load_digits  # noqa: E402
+from orepa.training.files import load_checkpoint  # noqa: E402
+from orepa.training.signals import StopRequest  # noqa: E402
+
+# 4 steps per epoch
+SMALL = ("--limit", "64", "--batch-size", "16", "--epochs", "3", "--checkpoint-every", "3")
+OUTPUTS = {"checkpoint.pt", "deploy.pt", "curves.png", "metrics.json", "tensorboard"}
+FOLDER = ("--img-size", "32", "--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--workers", "0")
+VOLATILE = ("seconds", "images_per_second", "peak_memory_mb")  # of a record: what the machine was like
+
+
+@pytest.fixture
+def small_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """One thread, short timings, and an empty working directory."""
+    monkeypatch.setattr(outcome, "_ROUNDS", 2)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small tensors gain nothing from more, and wait for them on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with their last checkpoint: what is compared is how they were trained."""
+    monkeypatch.setattr(run, "_conclude", lambda *_: None)
+
+
+def train(*arguments: object) -> int:
+    return main(["train", *map(str, arguments)])
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same training, bit by bit; only the time it took may differ."""
+    a, b = load_checkpoint(one / "checkpoint.pt"), load_checkpoint(other / "checkpoint.pt")
+    assert_same(a["model"], b["model"])
+    assert_same(a["optimizer"], b["optimizer"])
+    assert_same(a.get("ema"), b.get("ema"))
+    for progress in (a["progress"], b["progress"]):
+        progress["history"] = steady(progress["history"])
+        del progress["seconds"]
+    assert a["progress"] == b["progress"]
+    assert a["config"] == b["config"]
+
+
+def steady(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a run without what the machine was like."""
+    return [{name: value for name, value in record.items() if name not in VOLATILE} for record in history]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that every interrupted one has to equal."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "_ROUNDS", 2)
+        assert train(*SMALL, "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two colours as two classes, a little noise on top."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("validation", 4)):
+        for label, colour in (("green", (40, 200, 40)), ("red", (200, 40, 40))):
+            place = tmp_path / "images" / split / label
+            place.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(-30, 30, (40, 48, 3), generator=generator)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
+                Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+    return tmp_path / "images"
+
+
+class Restless(nn.Module):
+    """Everything that could make a resumed run differ: batch statistics, dropout, momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(10))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def restless_trainer(
+    path: Path,
+    workers: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    model: nn.Module | None = None,
+    checkpoint_minutes: float | None = None,
+    **settings: Any,
+) -> loop.Trainer:
+    """Three epochs of four steps on a tiny network, with any fields of `Config`."""
+    config = Config(img_size=8, epochs=3, batch_size=8, warmup_epochs=1, limit=35, **settings)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    torch.manual_seed(3)
+    if model is None:
+        model = Restless()
+        model(torch.zeros(2, 1, 8, 8))
+    stop, loaders = StopRequest(), Loaders(load_digits(8, 35), config, workers)
+    about = {"model_spec": {}, "data": {}, "environment": {}}
+    return loop.Trainer(
+        fabric, config, model, loaders, path, about, stop, 1000, on_step, checkpoint_minutes=checkpoint_minutes
+    )
