@@ -10,8 +10,20 @@ Common arguments: ``addresses`` (arguments, one per slot, or a table of them), `
 import triton
 import triton.language as tl
 
-#: Triton 3.4 keeps it among the language's own
-constexpr_function = triton.constexpr_function if hasattr(triton, "constexpr_function") else tl.constexpr_function
+from .device import INTERPRETING
+
+if hasattr(triton, "constexpr_function"):
+    constexpr_function = triton.constexpr_function
+elif (
+    INTERPRETING
+):  # Triton 3.4, whose interpreter computes with plain values, and could not with what the function wraps them in
+
+    def constexpr_function(function):
+        """Nothing to do."""
+        return function
+
+else:
+    constexpr_function = tl.constexpr_function
 
 #: words of the table: per block, per term and per slot (see `tables.block_words`)
 HEADER = tl.constexpr(3)
