@@ -1,10 +1,11 @@
-"""Render the result tables of the README from committed JSON, so that no number is typed by hand.
+"""Render the result tables of README.md and benchmarks/NOTES.md from committed JSON, so that no number is typed by hand.
 
     python benchmarks/render.py           rewrite what stands between the markers
     python benchmarks/render.py --check   exit with 1 where that would change anything
 
-``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->`` holds the table of ``benchmarks/results/cpu/squeeze.json``.
-Any result of ``orepa bench`` can stand there, that of ``eval_cache.py``, and the ``metrics.json`` of an ``orepa train``.
+``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
+``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py`` and
+``ablation.py``, and the ``metrics.json`` of an ``orepa train``.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orepa.bench import ablation_tables
+from orepa.bench.ablation_rows import BENCHMARK as ABLATION
 from orepa.bench.results import SCHEMA, Results, Row, load
 from orepa.bench.step_tables import base_of
 from orepa.bench.tables import BASELINE, describe
 from orepa.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.compile(r"<!-- results:(\S+) -->\n.*?<!-- /results:\1 -->", re.DOTALL)
-MARKER = re.compile(r"<!-- /?results:\S+ -->")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md")
+# At the start of a line: within one, a marker is only spoken of.
+SECTION = re.compile(r"^<!-- results:(\S+) -->\n.*?^<!-- /results:\1 -->", re.DOTALL | re.MULTILINE)
+MARKER = re.compile(r"^<!-- /?results:\S+ -->", re.MULTILINE)
 
 
 def render(text: str, folder: Path) -> str:
@@ -60,8 +65,10 @@ def table(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
     if isinstance(content, dict) and content.get("schema") == SCHEMA:
         results = load(path)
-        if results.benchmark not in TABLES:
+        if results.benchmark not in (*TABLES, ABLATION):
             raise UserError(f"{path}: no table for the benchmark {results.benchmark!r}")
+        if results.benchmark == ABLATION:  # it has no medians to explain
+            return ablation_tables.markdown(results)
         return f"{TABLES[results.benchmark](results)}\n\n{_conditions(results)}"
     if isinstance(content, dict) and "outcome" in content:
         return _training(content)
@@ -183,25 +190,31 @@ def main(argv: list[str] | None = None) -> int:
     """Render or check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something would change")
-    parser.add_argument("--document", type=Path, default=ROOT / "README.md", help="default: README.md")
+    parser.add_argument(
+        "--document",
+        type=Path,
+        action="append",
+        help="may come several times; default: README.md and benchmarks/NOTES.md",
+    )
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON files"
     )
     args = parser.parse_args(argv)
-    before = args.document.read_text(encoding="utf-8")
+    documents = args.document or DOCUMENTS
+    before = {path: path.read_text(encoding="utf-8") for path in documents}
     try:
-        after = render(before, args.results)
+        after = {path: render(text, args.results) for path, text in before.items()}
     except UserError as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
-    if after == before:
-        return 0
-    if args.check:
-        print(f"{args.document} is not what the results say: run python benchmarks/render.py", file=sys.stderr)
-        return 1
-    args.document.write_text(after, encoding="utf-8")
-    print(f"{args.document} rendered")
-    return 0
+    changed = [path for path in before if after[path] != before[path]]
+    for path in changed:
+        if args.check:
+            print(f"{path} is not what the results say: run python benchmarks/render.py", file=sys.stderr)
+        else:
+            path.write_text(after[path], encoding="utf-8")
+            print(f"{path} rendered")
+    return 1 if changed and args.check else 0
 
 
 if __name__ == "__main__":

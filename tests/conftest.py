@@ -90,6 +90,15 @@ def _fresh_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors so small gain nothing from more threads, and wait for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # --- poisoned memory ------------------------------------------------------------------------------------------------------
 
 _POISONED_DTYPES = {

@@ -5,6 +5,16 @@ from hypothesis import strategies as st
 
 from orepa_kernels import Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable
 
+#: between them, every kind of branch
+MIXED_TOPOLOGIES = ["orepa", "repvgg_dense", "dbb", "acnet", "mobileone", "ecb", "rep1x1"]
+
+
+def perturb(model):
+    """Move every parameter off its initial value, which may be zero or an identity."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
 
 @st.composite
 def geometries(draw, bias=(True, False)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import geometries
+from strategies import MIXED_TOPOLOGIES, geometries, perturb
 from torch import nn
 
 import orepa
 from orepa.cli import main
 from orepa.topology import Branch, Conv, ConvSpec, Nested, Topology
 
-TOPOLOGIES = ["orepa", "repvgg_dense", "dbb", "acnet", "mobileone", "ecb", "rep1x1"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def perturb(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def three(spec: ConvSpec) -> Topology:
@@ -90,7 +75,7 @@ def test_scalar_and_absent_scales() -> None:
 
 
 @settings(max_examples=25)
-@given(geometry=geometries(), topology=st.sampled_from(TOPOLOGIES), scaling=st.sampled_from(["vector", "scalar"]))
+@given(geometry=geometries(), topology=st.sampled_from(MIXED_TOPOLOGIES), scaling=st.sampled_from(["vector", "scalar"]))
 def test_every_measure_against_the_block_itself(geometry: dict[str, Any], topology: str, scaling: str) -> None:
     try:
         conv = orepa.OREPAConv(**geometry, topology=topology, scaling=scaling, dtype=torch.float64)

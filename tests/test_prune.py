@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import geometries, image
+from strategies import MIXED_TOPOLOGIES, geometries, image, perturb
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -20,21 +19,7 @@ import orepa
 from orepa import prune
 from orepa.topology import Branch, Conv, ConvSpec, Nested, Topology
 
-TOPOLOGIES = ["orepa", "repvgg_dense", "dbb", "acnet", "mobileone", "ecb", "rep1x1"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def perturb(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def names(conv: orepa.OREPAConv) -> list[str]:
@@ -64,7 +49,7 @@ def middle(spec: ConvSpec) -> Topology:
 @settings(max_examples=30)
 @given(
     geometry=geometries(),
-    topology=st.sampled_from(TOPOLOGIES),
+    topology=st.sampled_from(MIXED_TOPOLOGIES),
     scaling=st.sampled_from(["vector", "scalar", "none"]),
     exponents=st.lists(st.integers(0, 6), min_size=6, max_size=6),
     tolerance=st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 0.7, math.inf]),

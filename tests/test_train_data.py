@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from train_runs import FOLDER, assert_same_run, train
+from train_runs import FOLDER, assert_same_run, stop_and_resume, train
 
-from orepa.training import loop
 from orepa.training.config import Config
 from orepa.training.data import EpochOrder, Images, Loaders, load_data
 from orepa.training.digits import load_digits
@@ -191,17 +188,7 @@ def test_skipping_is_deterministic(folder: Path, monkeypatch: pytest.MonkeyPatch
     """The same bits from workers, and from a run that was stopped and resumed."""
     damage(folder)
     assert train("--data", folder, *FOLDER, "--out", "whole") == 0
-    step = loop.Trainer._step
-
-    def interrupted(self: loop.Trainer, images: Tensor, labels: Tensor) -> None:
-        if self.step == 3:  # in the second epoch, of three steps
-            signal.raise_signal(signal.SIGTERM)
-        step(self, images, labels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", interrupted)
-        assert train("--data", folder, *FOLDER, "--workers", 1, "--out", "parts") == 143
-    assert train("--resume", "--out", "parts") == 0
+    stop_and_resume(monkeypatch, 3, "--data", folder, *FOLDER)  # in the second epoch, of three steps
     assert_same_run(Path("whole"), Path("parts"))
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import pickle
-import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from torch import Tensor
-from train_runs import FOLDER, assert_same, assert_same_run, torchvision, train
+from train_runs import FOLDER, assert_same, assert_same_run, stop_and_resume, torchvision, train
 
-from orepa.training import loop
 from orepa.training.config import Config
 from orepa.training.data import kind_of_data, load_data
 from orepa.training.files import load_checkpoint
@@ -134,18 +131,7 @@ def test_shards_train_as_the_folder_does(folder: Path, shards: Path) -> None:
 @pytest.mark.usefixtures("only_training")
 def test_shards_resume_bit_by_bit(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("--data", shards, *FOLDER, "--out", "whole") == 0
-    step = loop.Trainer._step
-
-    def interrupted(self: loop.Trainer, images: Tensor, labels: Tensor) -> None:
-        if self.step == 3:  # in the second epoch, of three steps
-            signal.raise_signal(signal.SIGTERM)
-        step(self, images, labels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", interrupted)
-        assert train("--data", shards, *FOLDER, "--workers", 1, "--out", "parts") == 143
-    assert load_checkpoint(Path("parts/checkpoint.pt"))["progress"]["batch"] == 1
-    assert train("--resume", "--out", "parts", "--workers", 0) == 0
+    stop_and_resume(monkeypatch, 3, "--data", shards, *FOLDER)  # in the second epoch, of three steps
     assert_same_run(Path("whole"), Path("parts"))
 
 

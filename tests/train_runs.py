@@ -5,7 +5,8 @@ PYTEST_DONT_REWRITE: the tests import it before pytest loads it as a plugin, too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,10 @@ VOLATILE = ("seconds", "images_per_second", "peak_memory_mb")  # of a record: wh
 
 
 @pytest.fixture
-def small_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def small_and_quick(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, short timings, and an empty working directory."""
     monkeypatch.setattr(outcome, "_ROUNDS", 2)
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # such small tensors gain nothing from more, and wait for them on a busy machine
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -55,6 +52,22 @@ def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(*arguments: object) -> int:
     return main(["train", *map(str, arguments)])
+
+
+def stop_and_resume(monkeypatch: pytest.MonkeyPatch, at: int, *arguments: object) -> None:
+    """A run in ``parts``, stopped by SIGTERM at a step, in a worker process's company, and continued without."""
+    step = loop.Trainer._step
+
+    def interrupted(self: loop.Trainer, images: Tensor, labels: Tensor) -> None:
+        if self.step == at:
+            signal.raise_signal(signal.SIGTERM)
+        step(self, images, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", interrupted)
+        assert train(*arguments, "--workers", 1, "--out", "parts") == 143
+    assert load_checkpoint(Path("parts/checkpoint.pt"))["progress"]["batch"] > 0  # within an epoch
+    assert train("--resume", "--out", "parts", "--workers", 0) == 0
 
 
 def assert_same_run(one: Path, other: Path) -> None:

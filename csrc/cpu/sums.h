@@ -43,11 +43,14 @@ static void combine(T* __restrict y, const T* const* x, const T* factor, int cou
     for (int k = 0; k < count; ++k) sum += load_vector(x[k] + i) * factor[k];
     store_vector(y + i, sum);
   }
-  for (; i < n; ++i) {
-    T sum = onto ? y[i] : T{0};
-    for (int k = 0; k < count; ++k) sum += x[k][i] * factor[k];
-    y[i] = sum;
-  }
+  // The rest, less than a vector, channel by channel too: along the sources, the compiler would multiply some of them
+  // apart from adding them, and a source of zeros would change the rounding of others.
+  if (i == n) return;
+  T rest[step] = {};
+  if (onto) std::memcpy(rest, y + i, (n - i) * sizeof(T));
+  for (int k = 0; k < count; ++k)
+    for (std::int64_t lane = 0; lane < n - i; ++lane) rest[lane] += x[k][i + lane] * factor[k];
+  std::memcpy(y + i, rest, (n - i) * sizeof(T));
 }
 
 // A linear combination that is collected source by source and then computed at once.

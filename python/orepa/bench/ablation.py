@@ -1,0 +1,260 @@
+"""The structure of the paper's Tables 1 to 3 on the embedded digits: every variant trained with several seeds.
+
+`orepa.training` trains: net, data and recipe are those of ``orepa train``, apart from what `NET_ARGUMENTS` says. What a seed
+decides (training images, initial values, order, augmentation) is the same for all variants, so that they compare in pairs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import nn
+
+from orepa_kernels.backends import Request as BackendRequest
+from orepa_kernels.backends import select
+
+from ..conv import OREPAConv
+from ..report import count_parameters
+from ..training.config import DIGITS, Config
+from ..training.data import Loaders, load_data, mix, seed_everything
+from ..training.errors import UserError
+from ..training.images import ImageData
+from ..training.loop import Diverged, Trainer
+from ..training.model import create_plain, default_cfg, model_arguments
+from ..training.signals import StopRequest
+from .ablation_data import Picked, draw
+from .ablation_models import variants
+from .ablation_rows import BENCHMARK, STEP, TRAIN
+from .machine import OtherWork, environment
+from .results import Results, Row, load
+from .timing import function, interleaved
+from .training_step import TrainingStep
+
+IMG_SIZE = 32
+#: In both the net follows the paper's ResNets instead of timm's toy: a 7x7 stem, which the deep stem takes the place of, and
+#: residual branches that do not start at zero. Offline blocks have no norm after them that could; online ones would.
+NET_ARGUMENTS = {"stem_type": "", "zero_init_last": False}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train.
+
+    Args:
+        rows: names of `variants`.
+        seeds: as many runs of each.
+        train_images: to learn from; None for all.
+        epochs: None for the recipe's.
+        threads: that compute.
+        rounds: samples of each step time; 0 measures none.
+        limit: of the data set's training and validation images, for a trial.
+        out: JSON file, written anew after every run, and continued where it holds runs of the same protocol.
+        overwrite: start anew whatever it holds.
+    """
+
+    rows: tuple[str, ...]
+    seeds: int = 5
+    train_images: int | None = 100
+    epochs: int | None = None
+    threads: int = 1
+    rounds: int = 20
+    limit: int | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+    def config(self, seed: int) -> Config:
+        """The recipe of ``orepa train`` on the digits."""
+        given: dict[str, Any] = {"data": DIGITS, "seed": seed, "threads": self.threads, "limit": self.limit}
+        if self.epochs is not None:
+            given["epochs"] = self.epochs
+        return Config.from_given(given, IMG_SIZE)
+
+
+def run(request: Request, say: Callable[[str], None] = print) -> Results:
+    """Train what the file lacks, then time a step of every variant in it.
+
+    Args:
+        request: what to train.
+        say: gets a line per run.
+
+    Raises:
+        UserError: an unknown row, or the file holds something else.
+        Stopped: a signal came; all runs that had finished are in the file.
+    """
+    known = variants()
+    unknown = [name for name in request.rows if name not in known]
+    if unknown or not request.rows:
+        raise UserError(f"--rows must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    torch.set_num_threads(request.threads)
+    config = request.config(0)
+    data = load_data(config, None, default_cfg(config.model))
+    count = len(data.train) if request.train_images is None else request.train_images
+    results = _start(request, _protocol(config, data, count))
+    done = {(row.provider, row.case["seed"]) for row in results.rows if row.mode == TRAIN}
+    with StopRequest() as stop:
+        for seed in range(request.seeds):  # the outer loop: what an interruption leaves behind can be compared in pairs
+            drawn = draw(data, count, seed)
+            for name in request.rows:
+                if (name, seed) not in done:
+                    row = _train(name, request.config(seed), drawn, stop)
+                    _add(results, row, request.out)
+                    say(f"seed {seed}  {name:22} {_told(row)}")
+    trained, timed = ({row.provider for row in results.rows if row.mode == mode} for mode in (TRAIN, STEP))
+    if request.rounds and trained != timed:
+        say("timing one step of each in turns ...")
+        _time(results, config, data, request.rounds)
+    results.complete = True
+    _save(results, request.out)
+    return results if request.out is None else load(request.out)  # what is shown is what is kept, its rounding included
+
+
+def _protocol(config: Config, data: ImageData, count: int) -> dict[str, Any]:
+    """What every run of a file has in common."""
+    recipe = {k: v for k, v in config.as_dict().items() if k not in ("orepa", "preserve", "seed", "model")}
+    drawn = draw(data, count, 0)
+    return {
+        "model": config.model,
+        "model_arguments": NET_ARGUMENTS,
+        "recipe": recipe,
+        "steps_per_epoch": Loaders(drawn, config).steps,
+        "train_images": count,
+        "test_images": len(drawn.val),
+        "fingerprint": data.fingerprint,
+        "backend": _backend(),
+    }
+
+
+def _backend() -> str:
+    """Which backend squeezes here: the last bits depend on it."""
+    conv = OREPAConv(8, 8, 3)
+    like = conv.operands()[0]
+    return select("auto", BackendRequest(conv.plan, like.device, like.dtype, like.dtype)).name
+
+
+def _start(request: Request, protocol: dict[str, Any]) -> Results:
+    """The results to continue, or empty ones."""
+    facts = environment()
+    if request.out is None or request.overwrite or not request.out.exists():
+        return Results(BENCHMARK, facts, {"protocol": protocol})
+    results = load(request.out)
+    found = results.settings.get("protocol")
+    if results.benchmark != BENCHMARK or not isinstance(found, dict):
+        raise UserError(f"{request.out} holds something else than an ablation: --overwrite discards it")
+    old, new = _flat(found), _flat(protocol)
+    changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise UserError(
+            f"{request.out} holds runs of another protocol ({'; '.join(changed)}): --overwrite discards them, another --out "
+            "keeps them"
+        )
+    telling = ("commit", "torch", "processor")
+    then, now = ({k: e.get(k) for k in telling} for e in (results.environment, facts))
+    if then != now:  # said in the file, because the rows are then not of one mind
+        others = results.environment.setdefault("continued_with", [])
+        if now not in others:
+            others.append(now)
+        print(f"orepa: note: {request.out} was begun with {then}, this is {now}", file=sys.stderr)
+    return results
+
+
+def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
+    """To compare: options that the recipe did not have yet when a file was written had their defaults."""
+    recipe = protocol.get("recipe")
+    rest = {name: value for name, value in protocol.items() if name != "recipe"}
+    return rest | (Config.from_saved(recipe).as_dict() if isinstance(recipe, dict) else {})
+
+
+# --- one run --------------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, config: Config, data: ImageData) -> nn.Module:
+    """A variant with the initial values of a seed. What it does not swap is the same in all variants."""
+    seed_everything(mix(config.seed, "initial values"))
+    arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
+    return variants()[name](create_plain(config.model, {**arguments, **NET_ARGUMENTS}, config.img_size))
+
+
+def _train(name: str, config: Config, data: ImageData, stop: StopRequest) -> Row:
+    model = build(name, config, data)
+    row = Row({"seed": config.seed}, name, TRAIN, facts={"parameters": count_parameters(model)})
+    fabric = Fabric(accelerator="cpu", devices=1, precision=config.precision)  # type: ignore[arg-type]
+    fabric.launch()
+    # The trainer validates after every epoch: on all images that would take a third of the time, and nobody looks at it.
+    glance = Picked([(data.val, index) for index in range(min(config.batch_size, len(data.val)))])
+    loaders = Loaders(replace(data, val=glance), config)
+    with tempfile.TemporaryDirectory(prefix="orepa-ablation-") as folder:
+        trainer = Trainer(fabric, config, model, loaders, Path(folder) / "checkpoint.pt", {}, stop, sys.maxsize)
+        try:
+            trainer.run()
+        except Diverged:
+            row.status = "failed"
+            row.reason = f"not finite any more in epoch {trainer.epoch + 1}, at step {trainer.step}"
+            row.facts |= {"diverged": True, "steps": trainer.step}
+            return row
+        finally:
+            loaders.close()
+    # The last epoch counts, never the best one: choosing it would be choosing by the test images.
+    correct, loss = _test(trainer.module, Loaders(data, config))
+    row.processes = [[max(record["seconds"], 1e-3) for record in trainer.history]]
+    row.facts |= {"correct": correct, "images": len(data.val), "test_loss": loss}
+    row.facts["train_loss"] = trainer.history[-1]["train_loss"]
+    return row
+
+
+@torch.no_grad()
+def _test(model: nn.Module, loaders: Loaders) -> tuple[int, float]:
+    """Number of correct predictions and mean loss."""
+    model.eval()
+    correct, loss = 0, 0.0
+    for images, labels in loaders.val():
+        logits = model(images)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return correct, loss / len(loaders.data.val)
+
+
+def _told(row: Row) -> str:
+    if row.status != "ok":
+        return row.reason
+    facts = row.facts
+    accuracy = 100 * facts["correct"] / facts["images"]
+    return f"{accuracy:6.2f}%  training loss {facts['train_loss']:.4f}  {sum(row.seconds):5.1f} s"
+
+
+# --- the file -------------------------------------------------------------------------------------------------------------
+
+
+def _add(results: Results, row: Row, out: Path | None) -> None:
+    results.rows.append(row)
+    results.complete = False
+    _save(results, out)
+
+
+def _save(results: Results, out: Path | None) -> None:
+    order = {name: number for number, name in enumerate(variants())}
+    results.rows.sort(key=lambda row: (row.mode != TRAIN, order.get(row.provider, -1), row.case.get("seed", 0)))
+    if out is not None:
+        results.save(out)
+
+
+def _time(results: Results, config: Config, data: ImageData, rounds: int) -> None:
+    """Forward, loss, backward and SGD on one batch, the variants in turns."""
+    batches = Loaders(data, config)
+    images, labels = next(iter(batches.train(0)))
+    batches.close()
+    names = list(dict.fromkeys(row.provider for row in results.rows))
+    steps = {name: TrainingStep(build(name, config, data).train(), images, labels) for name in names}
+    others = OtherWork()
+    with others:
+        samples = interleaved({name: function(step) for name, step in steps.items()}, rounds)
+    results.environment["busy_cores_of_others"] = others.cores
+    results.rows = [row for row in results.rows if row.mode != STEP]
+    results.rows += [Row({}, name, STEP, processes=[values]) for name, values in samples.items()]

@@ -1,0 +1,65 @@
+"""Few images to learn from, all others to be tested on: the data of the ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from ..training.data import mix
+from ..training.errors import UserError
+from ..training.images import ImageData, Source
+
+
+class Picked:
+    """Images of other sources, in any order and any number of times."""
+
+    def __init__(self, places: Sequence[tuple[Source, int]]) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def load(self, index: int) -> tuple[Any, int]:
+        source, place = self.places[index]
+        return source.load(place)
+
+    def name(self, index: int) -> str:
+        source, place = self.places[index]
+        return source.name(place)
+
+
+def draw(data: ImageData, count: int, seed: int) -> ImageData:
+    """Leave ``count`` of the training images, drawn by the seed, as many of each class, and test on all the others.
+
+    An epoch stays as long as it was: it passes the few images several times, each time augmented anew. So the recipe's
+    epochs, warm-up and steps mean the same whatever the count.
+
+    Args:
+        data: as `orepa train` has it. Its validation images are never trained on.
+        count: of images to train on; all of them leave the data as they are.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer images than one, or more than there are.
+    """
+    size = len(data.train)
+    if not 1 <= count <= size:
+        raise UserError(f"--train-images must be from 1 to {size}, got {count}")
+    if count == size:
+        return data
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(mix(seed, "training images"))).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(data.train.load(index)[1], []).append(index)
+    turns = zip_longest(*(by_class[label] for label in sorted(by_class)))  # one of each class, again and again
+    drawn = [index for turn in turns for index in turn if index is not None][:count]
+    rest = sorted(set(range(size)) - set(drawn))
+    return replace(
+        data,
+        train=Picked([(data.train, drawn[place % count]) for place in range(size)]),
+        val=Picked([*((data.val, i) for i in range(len(data.val))), *((data.train, i) for i in rest)]),
+    )

@@ -1,0 +1,170 @@
+"""What the runs of an ablation say: means, standard deviations, differences in pairs, and Markdown of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .ablation_rows import STEP, TABLES, TRAIN, Table
+from .contestants import PLAIN
+from .results import Results
+from .timing import STUDENT_T
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and how well it is known.
+
+    Args:
+        mean: of ``count`` values.
+        std: their sample standard deviation; None of a single value.
+        count: of the values.
+    """
+
+    mean: float
+    std: float | None
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Holds the true mean with 95% confidence, by Student's t; None for a single value."""
+        if self.std is None:
+            return None
+        t = STUDENT_T[min(self.count - 2, len(STUDENT_T) - 1)]
+        half = t * self.std / math.sqrt(self.count)
+        return self.mean - half, self.mean + half
+
+    @property
+    def is_a_difference(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Of any number of values; None of none."""
+    if not values:
+        return None
+    return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def paired(ours: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
+    """The difference of two variants over the seeds with which both came to an end.
+
+    Equal seeds mean equal training images, test images, order and augmentation: what those do to both cancels.
+    """
+    return estimate([ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())])
+
+
+class Variant:
+    """All runs of one variant in a file."""
+
+    def __init__(self, results: Results, name: str) -> None:
+        rows = [row for row in results.rows if (row.mode, row.provider) == (TRAIN, name)]
+        finished = [row for row in rows if row.status == "ok"]
+        #: percent of the test images, by seed
+        self.accuracy = {row.case["seed"]: 100 * row.facts["correct"] / row.facts["images"] for row in finished}
+        self.training_loss = [row.facts["train_loss"] for row in finished]
+        self.runs, self.diverged = len(rows), len(rows) - len(finished)
+        self.parameters = rows[0].facts["parameters"] if rows else 0
+        timed = [row for row in results.rows if (row.mode, row.provider) == (STEP, name)]
+        self.step_us = timed[0].median_us if timed else None
+
+
+def difference(ours: Variant, base: Variant) -> Estimate | None:
+    """See `paired`. None where a run diverged: those that did not are a selection, and their mean would flatter."""
+    return None if ours.diverged or base.diverged else paired(ours.accuracy, base.accuracy)
+
+
+def shown(results: Results) -> list[Table]:
+    """The tables that a file has rows for, reduced to them. One that says nothing new is left out."""
+    have = {row.provider for row in results.rows if row.mode == TRAIN}
+    tables = []
+    for table in TABLES:
+        rows = tuple(row for row in table.rows if row[0] in have)
+        if len(rows) > 1 and table.base in have:
+            tables.append(Table(table.title, rows, table.base, table.cumulative))
+    names = [{name for name, _ in table.rows} for table in tables]
+    return [t for t, own in zip(tables, names, strict=True) if not any(own < other for other in names)]
+
+
+def markdown(results: Results) -> str:
+    """The tables and how to read them."""
+    tables = shown(results)
+    have = dict.fromkeys(row.provider for row in results.rows if row.mode == TRAIN)
+    variants = {name: Variant(results, name) for name in have}
+    parts = [f"**{table.title}**\n\n{_table(table, variants)}" for table in tables]
+    comparisons = dict.fromkeys(pair for table in tables for pair in table.pairs())
+    found = [difference(variants[a], variants[b]) for a, b in comparisons]
+    return "\n\n".join([*parts, _reading(results, [d for d in found if d is not None])])
+
+
+def _table(table: Table, variants: Mapping[str, Variant]) -> str:
+    base, plain = variants[table.base], variants.get(PLAIN)
+    before_too = table.cumulative
+    against = "plain" if table.base == PLAIN else f"“{dict(table.rows)[table.base].partition(':')[0]}”"
+    header = ["", "accuracy, %", f"minus {against}", *(["minus the row before"] if before_too else [])]
+    header += ["training loss", "diverged", "parameters", "step, × plain"]
+    lines: list[list[str]] = []
+    before: Variant | None = None
+    for name, label in table.rows:
+        own = variants[name]
+        cells = [_accuracy(estimate(list(own.accuracy.values())))]
+        cells.append("" if own is base else _difference(difference(own, base)))
+        if before_too:
+            told = before is None or before is base  # in the column before
+            cells.append("" if told or before is None else _difference(difference(own, before)))
+        loss = estimate(own.training_loss)
+        cells.append("" if loss is None else f"{loss.mean:.4f}")
+        cells += [f"{own.diverged} of {own.runs}", f"{own.parameters:,}"]
+        unit = None if plain is None else plain.step_us
+        cells.append("" if own.step_us is None or unit is None else f"{own.step_us / unit:.2f}")
+        lines.append([label, *cells])
+        before = own
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def _accuracy(value: Estimate | None) -> str:
+    if value is None:
+        return "NaN"
+    return f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
+
+
+def _difference(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    text = f"{value.mean:+.2f}"
+    if value.interval is not None:
+        text += " [{:+.2f}, {:+.2f}]".format(*value.interval)
+    text = text.replace("-", "−")
+    return f"**{text}**" if value.is_a_difference else text
+
+
+def _reading(results: Results, found: Sequence[Estimate]) -> str:
+    p, e = results.settings["protocol"], results.environment
+    seeds = len({row.case["seed"] for row in results.rows if row.mode == TRAIN})
+    sentences = [
+        f"{p['model']} on digits: {p['train_images']} training images, {p['test_images']} to test on (one is "
+        f"{100 / p['test_images']:.2f}%), {p['recipe']['epochs']} epochs of {p['steps_per_epoch']} steps, {seeds} seed(s). "
+        "Mean ± sample standard deviation after the last epoch, of the runs that did not diverge; the loss is that of the "
+        "last epoch's augmented images.",
+    ]
+    with_interval = [d for d in found if d.interval is not None]
+    if with_interval:
+        outside = sum(d.is_a_difference for d in with_interval)
+        sentences.append(
+            "Differences are means over equal seeds with their 95% interval (Student's t), where no run diverged. "
+            f"Bold: zero is outside, as in {outside} of {len(with_interval)} comparisons; "
+            f"were there no difference at all, it would be in about {len(with_interval) / 20:.1f} of them."
+        )
+    machine = (
+        f"{e['processor']}, {e['threads']} thread(s), torch {e['torch']}, commit {e['commit']}, {str(e['date'])[:10]}"
+    )
+    if any(row.mode == STEP for row in results.rows):
+        busy = e.get("busy_cores_of_others")
+        machine += "; steps were timed in turns" + (
+            f", {busy} cores busy with other programs" if busy is not None else ""
+        )
+    return " ".join([*sentences, f"{machine}."])
