@@ -36,7 +36,9 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
     # `python -m pytest` puts the working directory first on the path, and orepa_kernels lies there. After a plain
     # `pip install .` the tests would so mix that source with the installed orepa, and never see compiled kernels.
     from_source = [ROOT in Path(module.__file__).resolve().parents for module in (orepa_kernels, orepa)]
@@ -71,7 +73,19 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 # --- devices ------------------------------------------------------------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What takes minutes, longest first: among several processes it must not begin last.
+_LONG = (
+    "test_triton.py",
+    "test_triton_aot.py",
+    "test_packaging.py",
+    "test_train_resume.py",
+    "test_train_distributed.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,11 +76,11 @@ def main() -> int:
     parser.add_argument("--archs", type=int, nargs="+", default=ALL, metavar="CC", help=f"default: {ALL}")
     arguments = parser.parse_args()
     nvcc, spills = find_nvcc(), 0
-    for arch in arguments.archs:
-        for source in KERNELS:
-            begin = time.perf_counter()
-            kernels = measure(nvcc, source, arch)
-            print(f"sm_{arch} {source}: {time.perf_counter() - begin:.1f} s")
+    jobs = [(source, arch) for arch in arguments.archs for source in KERNELS]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda job: measure(nvcc, *job), jobs)
+        for (source, arch), kernels in zip(jobs, found, strict=True):
+            print(f"sm_{arch} {source}")
             for k in kernels:
                 print(
                     f"  {k.name}  {k.registers:>3} registers, {k.stack:>3} B stack, {k.spill_stores}/{k.spill_loads} B spilled"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...plan import Block
-from .spec import Spec
+from .spec import ABSENT, Spec
 
 #: large tiles that a launch must have before it takes them: one per multiprocessor, roughly
 _FILLED = 96
@@ -50,6 +50,7 @@ class Backward:
 
 
 _HOPPER = 90
+_X = 3  # the last dimension of a view
 
 #: by whether matrix products are Hopper's asynchronous ones (sm_90), which want 64 rows
 FORWARD_LARGE = {True: Forward(64, 32, 32, 3, 8, 3), False: Forward(32, 64, 32, 3, 8, 3)}
@@ -82,6 +83,8 @@ def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
         large, small = replace(large, TAPS=1), replace(small, TAPS=1)
     if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
         large, small = replace(large, SO=2), replace(small, SO=2)
+    if arch == _HOPPER and _taps_innermost(spec):
+        large = replace(large, BM=32)  # twice as wide, Triton 3.7 spills
     return (small,) if arch == 0 else (large, small)
 
 
@@ -97,6 +100,12 @@ def backward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Backward:
     *larger, smallest = backward_choices(spec, arch)
     filling = (tile for tile in larger if _programs(blocks, tile.BO, tile.BM, tile.TAPS) >= _FILLED)
     return next(filling, smallest)
+
+
+def _taps_innermost(spec: Spec) -> bool:
+    """Whether kernels are contiguous, not channels_last: their addresses along channels take more registers."""
+    slots = {spec.upstream, *(slot for branch in spec.terms for slot in (branch.second, branch.d_second))}
+    return any(spec.views[slot].unit == _X for slot in slots if slot != ABSENT)
 
 
 def _one_tap(spec: Spec) -> bool:
