@@ -146,9 +146,10 @@ static std::int64_t scratch_size(const Block& block) {
   return separable_rows * panel + std::max({copies, 3 * largest, expanded});
 }
 
-// Sums over output channels are taken in runs of this length, and the runs added up in order.
+// Sums over output channels are taken in runs of this length, and the runs added up in order: enough runs for 16
+// threads, but not so short that adding them up takes as long as what they add.
 static std::int64_t run_length(const Block& block) {
-  return std::max<std::int64_t>(separable_rows, (block.out_per_group() + 15) / 16);
+  return std::max<std::int64_t>(4 * separable_rows, (block.out_per_group() + 15) / 16);
 }
 
 // A piece's matrix has about so many elements: 1 MB in float32.
