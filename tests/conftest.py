@@ -113,6 +113,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# --- small runs of `orepa train` --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def training_extra() -> None:
+    """Skips where the extra `train` is not installed."""
+    for package in ("timm", "lightning", "sklearn", "tensorboard", "matplotlib", "tqdm", "torchvision"):
+        pytest.importorskip(package, reason="training needs the extra `train`")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(training_extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a finished run, beside its other files; to be read only."""
+    from orepa.cli import main
+    from orepa.training import outcome
+
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "_ROUNDS", 1)
+        small = ("--limit", "32", "--batch-size", "16", "--epochs", "1")
+        assert main(["train", *small, "--out", str(out)]) == 0
+    return out / "checkpoint.pt"
+
+
 # --- poisoned memory ------------------------------------------------------------------------------------------------------
 
 _POISONED_DTYPES = {

@@ -234,20 +234,6 @@ def test_the_layers_in_the_picture() -> None:
 # --- the command line -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("timm", "lightning", "sklearn", "tensorboard", "matplotlib", "tqdm", "torchvision"):
-        pytest.importorskip(package, reason="training needs the extra `train`")
-    from orepa.training import outcome
-
-    out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcome, "_ROUNDS", 1)
-        small = ("--limit", "32", "--batch-size", "16", "--epochs", "1")
-        assert main(["train", *small, "--out", str(out)]) == 0
-    return out / "checkpoint.pt"
-
-
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
     """Run `orepa analyze`, which must fail, and write nothing; its one line of error."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

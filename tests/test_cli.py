@@ -44,11 +44,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-def training_extra() -> None:
-    for package in ("timm", "lightning", "sklearn", "tensorboard", "matplotlib", "tqdm", "torchvision"):
-        pytest.importorskip(package, reason="training needs the extra `train`")
-
-
 # --- general --------------------------------------------------------------------------------------------------------------
 
 
@@ -188,19 +183,19 @@ def test_train_bad_numbers(option: str, value: str, message: str, capsys: pytest
         (("--precision", "16-mixed", "--accelerator", "cpu"), "needs a GPU"),
     ],
 )
+@pytest.mark.usefixtures("training_extra")
 def test_train_bad_requests(arguments: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    training_extra()
     assert message in refused(capsys, "train", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.usefixtures("training_extra")
 def test_train_on_a_missing_device(capsys: pytest.CaptureFixture[str]) -> None:
-    training_extra()
     assert "cannot use --accelerator cuda" in refused(capsys, "train", "--accelerator", "cuda")
 
 
+@pytest.mark.usefixtures("training_extra")
 def test_train_where_one_cannot_write(capsys: pytest.CaptureFixture[str]) -> None:
-    training_extra()
     Path("file").write_text("not a folder")
     assert "cannot write to the folder file/run: Not a directory" in refused(capsys, "train", "--out", "file/run")
     assert Path("file").read_text() == "not a folder"
@@ -215,19 +210,6 @@ def test_train_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    training_extra()
-    from orepa.training import outcome
-
-    out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcome, "_ROUNDS", 1)
-        small = ("--limit", "32", "--batch-size", "16", "--epochs", "1")
-        assert main(["train", *small, "--out", str(out)]) == 0
-    return out / "checkpoint.pt"
 
 
 def test_convert(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

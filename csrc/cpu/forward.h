@@ -26,12 +26,14 @@ static void unpack(const T* panels, std::int64_t columns, std::int64_t taps, con
     store(panels + row * taps * columns, columns, columns, taps, view, row);
 }
 
+// So many taps are summed up at a time.
+constexpr std::int64_t summed_taps = 64;
+
 // One output channel: the sums of all terms that have whole rows of input channels, for taps [first, first + count).
 template <class T>
 static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
                          std::int64_t o, std::int64_t first, std::int64_t count) {
-  constexpr std::int64_t most = 64;
-  Combination<T> sums[most];
+  Combination<T> sums[summed_taps];
   const std::int64_t columns = block.in_per_group;
   for (std::int64_t p = 0; p < count; ++p) sums[p].begin(w[first + p], columns);
   const auto add = [&](std::int64_t p, const T* x, T factor) {
@@ -71,10 +73,10 @@ static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* c
 template <class T>
 static void forward_row(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
                         std::int64_t o) {
-  constexpr std::int64_t most = 64;
   const std::int64_t columns = block.in_per_group, taps = block.taps();
-  for (std::int64_t first = 0; first < taps; first += most)
-    forward_sums(block, w, direct, products, fold, spare, o, first, taps - first < most ? taps - first : most);
+  for (std::int64_t first = 0; first < taps; first += summed_taps)
+    forward_sums(block, w, direct, products, fold, spare, o, first,
+                 taps - first < summed_taps ? taps - first : summed_taps);
   for (std::int32_t index = 0; index < block.terms; ++index) {  // terms with one input channel per output channel
     const Term& term = block.term[index];
     const Centred at(block, term);

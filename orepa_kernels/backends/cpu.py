@@ -144,8 +144,8 @@ class _Squeeze:
 
     def __init__(self, block: Block, tensors: Sequence[Tensor]) -> None:
         self.module, self.recipe = native.module(), _recipe(block)
-        self.tensors = tensors
-        self.block, (self.operands, self.views) = block, native.described(block, tensors)
+        self.block, self.tensors = block, tensors
+        self.operands, self.views = native.described(block, tensors)
         self.columns, self.groups = block.shape[1], block.groups
         self.group_rows = block.out_channels // block.groups
         self.compute = compute_dtype(tensors)

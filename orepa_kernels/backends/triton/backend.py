@@ -36,7 +36,19 @@ class TritonBackend(FusedBackend):
         return Verdict(False, f"no CUDA, ROCm or XPU device, and {INTERPRET}=1 is not set")
 
     def runs_on(self, device: torch.device) -> Verdict:
-        return _runs_on(device)
+        if INTERPRETING:
+            return YES if device.type == "cpu" else Verdict(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
+        if device.type == "xpu":
+            return YES
+        if device.type != "cuda":
+            return Verdict(False, f"{device} is no CUDA, ROCm or XPU device")
+        if device.index not in _SUPPORTED:
+            _SUPPORTED[device.index] = (
+                torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+            )
+        if _SUPPORTED[device.index]:
+            return YES
+        return Verdict(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
 
     def covers(self, block: Block) -> Verdict:
         height, width = block.kernel_size
@@ -66,21 +78,6 @@ class TritonBackend(FusedBackend):
         from . import launch
 
         return launch.backward(blocks, tensors, upstream, needed)
-
-
-def _runs_on(device: torch.device) -> Verdict:
-    """Whether the kernels run on a device; the driver is asked once."""
-    if INTERPRETING:
-        return YES if device.type == "cpu" else Verdict(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
-    if device.type == "xpu":
-        return YES
-    if device.type != "cuda":
-        return Verdict(False, f"{device} is no CUDA, ROCm or XPU device")
-    if device.index not in _SUPPORTED:
-        _SUPPORTED[device.index] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
-    if _SUPPORTED[device.index]:
-        return YES
-    return Verdict(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
 
 
 def _largest_separable(block: Block) -> int:

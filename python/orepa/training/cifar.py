@@ -7,30 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from PIL import Image
 from torchvision import datasets
 
 from .config import CIFAR10, CIFAR100
 from .errors import UserError
-from .images import ImageData, evenly
+from .images import ImageData, InMemory, evenly
 from .transforms import crop_and_flip
 
 _KINDS: dict[str, Any] = {CIFAR10: datasets.CIFAR10, CIFAR100: datasets.CIFAR100}
-
-
-class _Split:
-    def __init__(self, dataset: Any, limit: int | None) -> None:
-        indices = evenly(len(dataset), limit)
-        self.pixels, self.labels = dataset.data[indices], numpy.asarray(dataset.targets)[indices]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[Any, int]:
-        return Image.fromarray(self.pixels[index]), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"CIFAR image {index}"
 
 
 def load_cifar(kind: str, path: str, img_size: int, limit: int | None, cfg: dict[str, Any]) -> ImageData:
@@ -57,7 +41,7 @@ def load_cifar(kind: str, path: str, img_size: int, limit: int | None, cfg: dict
             f"--data {path}: a file in {root / dataset.base_folder} is missing or differs from the published one: "
             f"unpack {dataset.filename} again"
         ) from error
-    parts = _Split(train, limit), _Split(val, limit)
+    parts = _in_memory(train, limit), _in_memory(val, limit)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.pixels.tobytes() + part.labels.tobytes())
@@ -72,6 +56,11 @@ def load_cifar(kind: str, path: str, img_size: int, limit: int | None, cfg: dict
         fingerprint=digest.hexdigest(),
         preprocessing=transforms.preprocessing,
     )
+
+
+def _in_memory(dataset: Any, limit: int | None) -> InMemory:
+    indices = evenly(len(dataset), limit)
+    return InMemory(dataset.data[indices], numpy.asarray(dataset.targets)[indices], "CIFAR image")
 
 
 def which_cifar(path: Path) -> str | None:

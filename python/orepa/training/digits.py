@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy
-from PIL import Image
 from sklearn.datasets import load_digits as load_bunch
 from sklearn.model_selection import train_test_split
 from torchvision import transforms
 
-from .images import ImageData, evenly
+from .images import ImageData, InMemory, evenly
 from .transforms import Transforms, crop_and_flip
 
 _MEAN, _STD = 0.305, 0.376  # of all pixels, in 0..1
 _FACTS = {"mean": (_MEAN,), "std": (_STD,), "interpolation": "bilinear", "crop_pct": 1.0}
-
-
-class _Digits:
-    def __init__(self, images: numpy.ndarray, labels: numpy.ndarray) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[Any, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return f"digit {index}"
 
 
 def load_digits(img_size: int, limit: int | None = None, crops_and_flips: bool = False) -> ImageData:
@@ -46,8 +30,8 @@ def load_digits(img_size: int, limit: int | None = None, crops_and_flips: bool =
     train, val = (part[evenly(len(part), limit)] for part in (train, val))
     ways = crop_and_flip(img_size, _FACTS, "grey") if crops_and_flips else _moved_about(img_size)
     return ImageData(
-        train=_Digits(images[train], bunch.target[train]),
-        val=_Digits(images[val], bunch.target[val]),
+        train=InMemory(images[train], bunch.target[train], "digit"),
+        val=InMemory(images[val], bunch.target[val], "digit"),
         augment=ways.augment,
         transform=ways.transform,
         classes=[str(name) for name in bunch.target_names],

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy
+from PIL import Image
 from torch import Tensor
 
 #: what folders and files of either split may be called
@@ -22,6 +24,28 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """For error messages: the file."""
+
+
+class InMemory:
+    """Images in an array.
+
+    Args:
+        pixels: ``[N, H, W]`` or ``[N, H, W, 3]``, uint8.
+        labels: ``[N]``.
+        noun: what one is called, for error messages.
+    """
+
+    def __init__(self, pixels: numpy.ndarray, labels: numpy.ndarray, noun: str) -> None:
+        self.pixels, self.labels, self.noun = pixels, labels, noun
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.noun} {index}"
 
 
 @dataclass
