@@ -15,73 +15,34 @@ using namespace orepa;
 
 namespace {
 
-void* at(std::int64_t address) {
-  return reinterpret_cast<void*>(address);
-}
-
-cpu::Context context(int compute, int threads) {
-  return {static_cast<Type>(compute), threads};
-}
-
-View optional_view(const Views& views) {
-  return views.empty() ? View{} : view_at(views, 0);
-}
-
 void bind_cpu(py::module_& module) {
   module.def("cpu_instruction_set", &cpu::instruction_set);
   module.def("cpu_knows", [](int type) { return cpu::knows(static_cast<Type>(type)); });
   module.def(
-      "cpu_pack",
-      [](const Views& view, const Views& factor, std::int64_t begin, std::int64_t end, std::int64_t columns,
-         std::int64_t taps, std::int64_t out, int compute, int threads) {
-        cpu::pack(view_at(view, 0), optional_view(factor), begin, end, columns, taps, at(out),
-                  context(compute, threads));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  module.def(
-      "cpu_unpack",
-      [](std::int64_t panels, std::int64_t rows, std::int64_t columns, std::int64_t taps, const Views& view,
-         int compute,
-         int threads) { cpu::unpack(at(panels), rows, columns, taps, view_at(view, 0), context(compute, threads)); },
-      py::call_guard<py::gil_scoped_release>());
-  module.def(
       "cpu_forward",
-      [](const Plan& plan, const Views& operands, const Views& kernel, const Views& fold,
-         const std::vector<std::int64_t>& products, std::int64_t begin, std::int64_t end, int compute, int threads) {
+      [](const Plan& plan, const Views& operands, const Views& kernel, const Views& fold, int compute, int threads) {
         Block block = plan.bind(operands);
         block.kernel = view_at(kernel, 0);
-        block.fold = optional_view(fold);
-        const void* addresses[max_terms] = {};
-        for (std::size_t index = 0; index < products.size(); ++index) addresses[index] = at(products[index]);
-        cpu::forward(block, addresses, begin, end, context(compute, threads));
+        if (!fold.empty()) block.fold = view_at(fold, 0);
+        cpu::forward(block, {static_cast<Type>(compute), threads});
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "cpu_backward",
-      [](const Plan& plan, const Views& operands, const Views& gradients, const Views& upstream, std::int64_t panels,
-         std::int64_t begin, std::int64_t end, int compute, int threads) {
+      [](const Plan& plan, const Views& operands, const Views& gradients, const Views& upstream, int compute,
+         int threads) {
         Block block = plan.bind(operands, gradients);
         block.kernel = view_at(upstream, 0);
-        cpu::backward(block, at(panels), begin, end, context(compute, threads));
+        cpu::backward(block, {static_cast<Type>(compute), threads});
       },
-      py::call_guard<py::gil_scoped_release>());
-  module.def(
-      "cpu_composed_backward",
-      [](const Plan& plan, const Views& operands, const Views& gradients, int term, std::int64_t panels,
-         std::int64_t product, std::int64_t begin, std::int64_t end, int compute, int threads) {
-        cpu::composed_backward(plan.bind(operands, gradients), term, at(panels), at(product), begin, end,
-                               context(compute, threads));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  module.def(
-      "cpu_gather",
-      [](const Plan& plan, int term, std::int64_t panels, std::int64_t out, std::int64_t begin, std::int64_t end,
-         int compute,
-         int threads) { cpu::gather(plan.shape(), term, at(panels), at(out), begin, end, context(compute, threads)); },
       py::call_guard<py::gil_scoped_release>());
 }
 
 #ifdef OREPA_WITH_CUDA
+
+void* at(std::int64_t address) {
+  return reinterpret_cast<void*>(address);
+}
 
 std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
                             const std::vector<Views>& gradients, const Views& kernels, const Views& folds) {
@@ -153,9 +114,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("max_terms") = max_terms;
   py::class_<Plan>(module, "Plan")
       .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::pair<int, int>, const std::vector<Plan::TermFields>&,
-                    int, int>())
-      .def("cpu_pieces", [](const Plan& plan) { return cpu::pieces(plan.shape()); })
-      .def("cpu_needs_gather", [](const Plan& plan, int term) { return cpu::needs_gather(plan.shape(), term); });
+                    int, int>());
   module.def("build", &build);
   bind_cpu(module);
 #ifdef OREPA_WITH_CUDA

@@ -67,9 +67,9 @@ static T depthwise_backward(const Block& block, const Term& term, Panel<const T>
   return sum;
 }
 
-// Output channels [begin, end), `separable_rows` of them at most: one input tile is worked on for all of them.
+// Output channels [begin, end), `rows_at_once` of them at most: one input tile is worked on for all of them.
 template <class T>
-static void separable_backward(const Block& block, const Term& term, const T* panels, const T* depthwise,
+static void separable_backward(const Block& block, const Term& term, const Panel<const T>* g, const T* depthwise,
                                T* grad_depthwise, T* scratch, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t n = lanes<T>;
   const std::int64_t columns = block.in_per_group, expand = term.inner, count = tiles<T>(columns), rows = end - begin;
@@ -77,7 +77,7 @@ static void separable_backward(const Block& block, const Term& term, const T* pa
   const std::int64_t taps = at.taps(), group = begin / block.out_per_group();
   T *const pointwise = scratch, *const gradient = pointwise + rows * expand * count * n;  // [row][tile][e][lane]
   T* const upstream = gradient + rows * expand * count * n;                               // [row][tap][lane]
-  T factors[separable_rows];
+  T factors[rows_at_once];
   for (std::int64_t row = 0; row < rows; ++row) {
     load_expanded(term.b, begin + row, columns, expand, pointwise + row * expand * count * n);
     factors[row] = scale_of<T>(block, term, begin + row);
@@ -89,7 +89,7 @@ static void separable_backward(const Block& block, const Term& term, const T* pa
     for (std::int64_t row = 0; row < rows; ++row) {
       T* const own = upstream + row * taps * n;
       at.each([&](std::int64_t t, std::int64_t p) {
-        const T* from = panels + ((begin + row) * block.taps() + p) * columns + tile * n;
+        const T* from = g[row][p] + tile * n;
         if (width < n) store_vector(own + t * n, Vector<T>{});
         if (width == n)
           store_vector(own + t * n, load_vector(from));
@@ -124,86 +124,38 @@ static void separable_backward(const Block& block, const Term& term, const T* pa
   }
 }
 
+// Output channels [begin, end) of one group, `rows_at_once` of them at most.
 template <class T>
-static void backward(const Block& block, T* panels, const T* const* depthwise, T* const* grad_depthwise,
-                     T* const* grad_filters, T* scratch, std::int64_t begin, std::int64_t end) {
+static void backward_rows(const Block& block, const Packed<T>& packed, const Sums<T>& sums, const Piece<T>& piece,
+                          T* scratch, std::int64_t begin, std::int64_t end) {
   const std::int64_t columns = block.in_per_group, taps = block.taps();
+  T* const spare = scratch + rows_at_once * taps * columns;
+  Panel<const T> g[rows_at_once];  // dW
   for (std::int64_t o = begin; o < end; ++o) {
-    T* const own = panels + o * taps * columns;
-    if (static_cast<void*>(panels) != block.kernel.data) load(block.kernel, o, columns, taps, own, columns);
-    const Panel<const T> g{own, columns};
+    g[o - begin] = panel<T>(block.kernel, o, columns, taps, scratch + (o - begin) * taps * columns);
     for (std::int32_t index = 0; index < block.terms; ++index) {
       const Term& term = block.term[index];
       const T scale = scale_of<T>(block, term, o);
       if (term.kind == Kind::dense)
-        put_scale(block, term, o, dense_backward(block, term, g, o, scale, scratch));
+        put_scale(block, term, o, dense_backward(block, term, g[o - begin], o, scale, spare));
       else if (term.kind == Kind::pointwise)
-        put_scale(block, term, o, pointwise_backward(block, term, g, o, scale, grad_filters[index], scratch));
+        put_scale(block, term, o, pointwise_backward(block, term, g[o - begin], o, scale, sums.filters[index], spare));
       else if (term.kind == Kind::separable && term.b.data == nullptr)
-        put_scale(block, term, o, depthwise_backward(block, term, g, o, scale));
+        put_scale(block, term, o, depthwise_backward(block, term, g[o - begin], o, scale));
     }
   }
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
-    if (term.kind != Kind::separable || term.b.data == nullptr) continue;
-    for (std::int64_t o = begin; o < end; o += separable_rows)
-      separable_backward(block, term, static_cast<const T*>(panels), depthwise[index], grad_depthwise[index], scratch,
-                         o, o + separable_rows < end ? o + separable_rows : end);
+    if (term.kind == Kind::separable && term.b.data != nullptr)
+      separable_backward(block, term, g, packed.depthwise[index], sums.depthwise[index], spare, begin, end);
+    else if (term.kind == Kind::composed)
+      composed_backward(block, index, packed.first[index], piece, g, spare, begin, end);
   }
 }
 
 template <class T>
-static void composed_backward(const Block& block, const Term& term, const T* panels, const T* product, T* scratch,
-                              std::int64_t begin, std::int64_t end) {
-  const std::int64_t columns = block.in_per_group, inner = term.inner, b_taps = taps_of_b(term);
-  const Centred at(block, term);
-  const bool as_they_lie = term.grad_b.data != nullptr && same_runs<T>(term.b, term.grad_b, inner, b_taps);
-  T *const sum_panel = scratch, *const spare = scratch + b_taps * inner;
-  for (std::int64_t o = begin; o < end; ++o) {
-    const T* u = product + o * b_taps * inner;
-    if (term.identity) {
-      at.each([&](std::int64_t q, std::int64_t p) {  // of b: a is a 1x1
-        for (std::int64_t m = 0; m < inner; m += columns) {
-          const T* __restrict g = panels + (o * block.taps() + p) * columns;
-          T* __restrict out = sum_panel + q * inner + m;
-          const T* __restrict from = product + (o * b_taps + q) * inner + m;
-          for (std::int64_t i = 0; i < columns; ++i) out[i] = from[i] + g[i];
-        }
-      });
-      u = sum_panel;
-    }
-    const T scale = scale_of<T>(block, term, o);
-    if (as_they_lie) {
-      store(u, inner, inner, b_taps, term.grad_b, o);
-      T* __restrict out = in_place<T>(term.grad_b, o).data;
-      const T* __restrict b = in_place<T>(term.b, o).data;
-      T sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (std::int64_t i = 0; i < b_taps * inner; ++i) {
-        sum += out[i] * b[i];
-        out[i] *= scale;
-      }
-      put_scale(block, term, o, sum);
-      continue;
-    }
-    const Panel<const T> b = panel<T>(term.b, o, inner, b_taps, spare);
-    const bool direct = term.grad_b.data != nullptr && is_panel<T>(term.grad_b, inner);
-    const Panel<T> out = direct ? in_place<T>(term.grad_b, o) : Panel<T>{spare + b_taps * inner, inner};
-    T sum = 0;
-    for (std::int64_t q = 0; q < b_taps; ++q) sum += set_and_dot(out[q], u + q * inner, b[q], scale, inner);
-    put_scale(block, term, o, sum);
-    if (term.grad_b.data != nullptr && !direct)
-      store(static_cast<const T*>(out.data), inner, inner, b_taps, term.grad_b, o);
-  }
-}
-
-template <class T>
-static void gather(const Block& block, const Term& term, const T* panels, T* out, std::int64_t begin,
-                   std::int64_t end) {
-  const std::int64_t columns = block.in_per_group, a_taps = taps_of_a(term), b_taps = taps_of_b(term);
-  for (std::int64_t o = begin; o < end; ++o)
-    each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
-      std::memcpy(out + ((o * b_taps + q) * a_taps + r) * columns, panels + (o * block.taps() + p) * columns,
-                  columns * sizeof(T));
-    });
+static void backward(const Block& block, const Packed<T>& packed, const Sums<T>& sums, const Piece<T>& piece,
+                     T* scratch, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t o = begin; o < end; o += rows_at_once)
+    backward_rows(block, packed, sums, piece, scratch, o, o + rows_at_once < end ? o + rows_at_once : end);
 }

@@ -8,18 +8,6 @@ static bool is_added_last(const Block& block, const Term& term) {
 }
 
 template <class T>
-static void pack(const View& view, const View& factor, std::int64_t columns, std::int64_t taps, T* out,
-                 std::int64_t begin, std::int64_t end) {
-  for (std::int64_t row = begin; row < end; ++row) {
-    T* to = out + row * taps * columns;
-    load(view, row, columns, taps, to, columns);
-    const T by = scalar<T>(factor, row, 0, 1);
-    if (by != 1)
-      for (std::int64_t i = 0; i < taps * columns; ++i) to[i] *= by;
-  }
-}
-
-template <class T>
 static void unpack(const T* panels, std::int64_t columns, std::int64_t taps, const View& view, std::int64_t begin,
                    std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row)
@@ -30,6 +18,7 @@ static void unpack(const T* panels, std::int64_t columns, std::int64_t taps, con
 constexpr std::int64_t summed_taps = 64;
 
 // One output channel: the sums of all terms that have whole rows of input channels, for taps [first, first + count).
+// `products`: per term what `compose` made for this channel.
 template <class T>
 static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
                          std::int64_t o, std::int64_t first, std::int64_t count) {
@@ -53,16 +42,9 @@ static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* c
       const Filter<T> filter(term, o);
       at.each([&](std::int64_t t, std::int64_t p) { add(p, a[0], scale * filter[t]); });
     } else if (term.kind == Kind::composed) {
-      const std::int64_t a_taps = taps_of_a(term), b_taps = taps_of_b(term);
-      const T* const product = products[index] + o * b_taps * a_taps * columns;
+      const std::int64_t step = padded<T>(width_of(block, term));
       each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
-        add(p, product + (q * a_taps + r) * columns, scale);
-      });
-      if (!term.identity) continue;
-      const Panel<const T> b = panel<T>(term.b, o, term.inner, b_taps, spare);  // exact: b itself, added
-      spare += b_taps * term.inner;
-      at.each([&](std::int64_t q, std::int64_t p) {
-        for (std::int64_t m = 0; m < term.inner; m += columns) add(p, b[q] + m, scale);
+        add(p, products[index] + q * step + r * columns, scale);
       });
     }
   }
@@ -99,26 +81,39 @@ static void add_as_it_lies(const Block& block, const Term& term, T factor, std::
   combine(in_place<T>(block.kernel, o).data, &x, &factor, 1, true, block.taps() * block.in_per_group);
 }
 
-// Output channels [begin, end) of one group, `separable_rows` of them at most.
+// Output channels [begin, end) of one group, `rows_at_once` of them at most.
 template <class T>
-static void forward_rows(const Block& block, const T* const* products, const T* const* depthwise, T* scratch,
-                         std::int64_t begin, std::int64_t end) {
+static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch, std::int64_t begin,
+                         std::int64_t end) {
   const std::int64_t columns = block.in_per_group, taps = block.taps(), group = begin / block.out_per_group();
   const bool direct = is_panel<T>(block.kernel, columns);
-  T* const spare = scratch + (direct ? 0 : separable_rows * taps * columns);
-  Panel<T> w[separable_rows];
-  T folds[separable_rows];
+  T* const panels = scratch;
+  T* spare = scratch + (direct ? 0 : rows_at_once * taps * columns);
+  const T* products[max_terms] = {};
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    if (term.kind != Kind::composed) continue;
+    T* const product = spare;
+    spare += rows_at_once * taps_of_b(term) * padded<T>(width_of(block, term));
+    compose(block, term, packed.first[index], spare, product, begin, end);
+    products[index] = product;
+  }
+  Panel<T> w[rows_at_once];
+  T folds[rows_at_once];
   for (std::int64_t o = begin; o < end; ++o) {
-    w[o - begin] = direct ? in_place<T>(block.kernel, o) : Panel<T>{scratch + (o - begin) * taps * columns, columns};
+    w[o - begin] = direct ? in_place<T>(block.kernel, o) : Panel<T>{panels + (o - begin) * taps * columns, columns};
     folds[o - begin] = scalar<T>(block.fold, o, 0, 1);
     forward_row(block, w[o - begin], direct, products, folds[o - begin], spare, o);
+    for (std::int32_t index = 0; index < block.terms; ++index)
+      if (products[index] != nullptr)
+        products[index] += taps_of_b(block.term[index]) * padded<T>(width_of(block, block.term[index]));
   }
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (term.kind != Kind::separable || term.b.data == nullptr) continue;
     const Centred at(block, term);
     const std::int64_t own_taps = at.taps(), count = tiles<T>(columns), row = count * lanes<T> * term.inner;
-    const T* const dw = depthwise[index] + group * row * own_taps;
+    const T* const dw = packed.depthwise[index] + group * row * own_taps;
     for (std::int64_t o = begin; o < end; ++o) load_expanded(term.b, o, columns, term.inner, spare + (o - begin) * row);
     for (std::int64_t tile = 0; tile < count; ++tile)
       for (std::int64_t o = begin; o < end; ++o) {
@@ -146,13 +141,12 @@ static void forward_rows(const Block& block, const T* const* products, const T* 
 }
 
 template <class T>
-static void forward(const Block& block, const T* const* products, const T* const* depthwise, T* scratch,
-                    std::int64_t begin, std::int64_t end) {
+static void forward(const Block& block, const Packed<T>& packed, T* scratch, std::int64_t begin, std::int64_t end) {
   for (std::int64_t first = begin; first < end;) {
     const std::int64_t group_end = (first / block.out_per_group() + 1) * block.out_per_group();
-    std::int64_t last = first + separable_rows < group_end ? first + separable_rows : group_end;
+    std::int64_t last = first + rows_at_once < group_end ? first + rows_at_once : group_end;
     if (last > end) last = end;
-    forward_rows(block, products, depthwise, scratch, first, last);
+    forward_rows(block, packed, scratch, first, last);
     first = last;
   }
 }

@@ -1,22 +1,44 @@
 // What the CPU kernels offer to the driver (squeeze.cpp): loops over rows, without threads and without memory of their
 // own.
 //
-// A *panel* is a kernel's row in the layout that everything is computed in: [taps][columns], contiguous. Matrix
-// products work on arrays of panels, [rows][taps][columns]. T is the precision of composing, float or double.
+// A *panel* is a kernel's row in the layout that sums are computed in: [taps][columns]. T is the precision of composing,
+// float or double. Arrays over terms have null where a term has no such thing.
 #pragma once
 
 #include "../squeeze.h"
 
 namespace orepa::cpu {
 
-// How many output channels a separable term is worked on for at once.
-constexpr std::int64_t separable_rows = 8;
+// How many output channels are worked on at once, term by term.
+constexpr std::int64_t rows_at_once = 8;
+
+// What all output channels of a group need, group after group.
+template <class T>
+struct Packed {
+  const T* depthwise[max_terms] = {};  // separable, by `pack_depthwise`
+  const T* first[max_terms] = {};      // composed, by `pack_first`
+};
+
+// Backward: where sums over output channels go.
+template <class T>
+struct Sums {
+  T* depthwise[max_terms] = {};  // of these output channels, laid out as by `pack_depthwise`, added to
+  T* filters[max_terms] = {};    // [O][taps], written, where a filter wants a gradient
+};
+
+// Backward: what the gradients of a are made of, for some output channels, from `begin`. A piece is a part of one group,
+// or one or more whole groups.
+template <class T>
+struct Piece {
+  std::int64_t begin = 0, end = 0;
+  T* second[max_terms] = {};  // b times its scale, packed for `multiply`, group after group
+  T* flow[max_terms] = {};    // [o][tap of b][tap of a][Ig]: dW, where it is not read as it lies
+};
 
 template <class T>
 struct Kernels {
-  // out[row][tap][column] = factor(row) * view(row, column, tap), for rows [begin, end).
-  void (*pack)(const View& view, const View& factor, std::int64_t columns, std::int64_t taps, T* out,
-               std::int64_t begin, std::int64_t end);
+  // Right matrices of products are padded to a multiple of so many columns.
+  std::int64_t tile_width;
 
   // view(row, column, tap) = panels[row][tap][column], for rows [begin, end).
   void (*unpack)(const T* panels, std::int64_t columns, std::int64_t taps, const View& view, std::int64_t begin,
@@ -26,27 +48,27 @@ struct Kernels {
   void (*pack_depthwise)(const Block& block, const Term& term, std::int64_t group, T* out);
   void (*unpack_depthwise)(const Block& block, const Term& term, std::int64_t group, const T* in);
 
-  // Paper Eq. 4 for output channels [begin, end): the scaled, centred sum of all terms.
-  //   products   per term: composed, its matrix product [O][taps of b][taps of a][Ig]
-  //   depthwise  per term: separable, packed by `pack_depthwise`, group after group
-  //   scratch    see `scratch_size` in squeeze.cpp
-  void (*forward)(const Block& block, const T* const* products, const T* const* depthwise, T* scratch,
-                  std::int64_t begin, std::int64_t end);
+  // a of one group (plus the identity where the term has it) as the right matrix of a product, tiles [begin, end):
+  // [inner, taps of a * Ig], or transposed.
+  void (*pack_first)(const Block& block, const Term& term, std::int64_t group, bool transposed, T* out,
+                     std::int64_t begin, std::int64_t end);
 
-  // Gradients of all terms but the composed ones, and of their scales, for output channels [begin, end) of one group.
-  // `panels`, like `product` and `out` below, begins with output channel 0 of the block.
-  //   panels          dW as panels: written, unless they are `kernel` itself
-  //   grad_depthwise  per term: sums over these channels, laid out as by `pack_depthwise`, added to; or null
-  //   grad_filters    per term: [O][taps], written, where the filter wants a gradient
-  void (*backward)(const Block& block, T* panels, const T* const* depthwise, T* const* grad_depthwise,
-                   T* const* grad_filters, T* scratch, std::int64_t begin, std::int64_t end);
+  // The gradient of a of one group, channels [begin, end) of its inner ones, from total[taps of a * Ig][inner, padded].
+  void (*unpack_first)(const Block& block, const Term& term, std::int64_t group, const T* total, std::int64_t begin,
+                       std::int64_t end);
 
-  // Gradient of b and of the scale of a composed term, from `product` = dW a^T, [O][taps of b][inner].
-  void (*composed_backward)(const Block& block, const Term& term, const T* panels, const T* product, T* scratch,
-                            std::int64_t begin, std::int64_t end);
+  // Paper Eq. 4 for output channels [begin, end): the scaled, centred sum of all terms. `scratch`: see squeeze.cpp.
+  void (*forward)(const Block& block, const Packed<T>& packed, T* scratch, std::int64_t begin, std::int64_t end);
 
-  // dW gathered for a composed term whose panels are not dW's own: out[o][tap of b][tap of a][Ig].
-  void (*gather)(const Block& block, const Term& term, const T* panels, T* out, std::int64_t begin, std::int64_t end);
+  // The gradients of all factors but those that sum over output channels, for channels [begin, end) of one group; those
+  // that do are begun in `sums` and `piece`. `packed.first` is transposed.
+  void (*backward)(const Block& block, const Packed<T>& packed, const Sums<T>& sums, const Piece<T>& piece, T* scratch,
+                   std::int64_t begin, std::int64_t end);
+
+  // total[c][inner, padded] for c of [begin, end), of taps of a * Ig: what a piece's part of one group contributes to the
+  // gradient of a; added, or written where `add` is false.
+  void (*add_to_first)(const Block& block, const Piece<T>& piece, std::int32_t term, std::int64_t group, T* total,
+                       bool add, std::int64_t begin, std::int64_t end);
 };
 
 // The kernels for the widest vectors that this processor has.

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
 namespace orepa::cpu::OREPA_ISA {
 
 #include "layout.h"
+#include "multiply.h"
 #include "sums.h"
 
 // --- geometry -------------------------------------------------------------------------------------------------------
@@ -37,26 +39,6 @@ struct Centred {
       for (std::int64_t w = 0; w < width; ++w, ++tap) f(tap, (top + h) * block_width + left + w);
   }
 };
-
-// Calls f(q, r, the block's tap) for each tap q of b and r of a, which meet in that tap (paper Eq. 3).
-template <class F>
-static void each_meeting(const Block& block, const Term& term, F f) {
-  const std::int64_t b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
-  const Centred at(block, term);
-  for (std::int64_t qh = 0; qh < b_height; ++qh)
-    for (std::int64_t qw = 0; qw < b_width; ++qw)
-      for (std::int64_t rh = 0; rh < term.first_height; ++rh)
-        for (std::int64_t rw = 0; rw < term.first_width; ++rw)
-          f(qh * b_width + qw, rh * term.first_width + rw, (at.top + qh + rh) * at.block_width + at.left + qw + rw);
-}
-
-static std::int64_t taps_of_a(const Term& term) {
-  return std::int64_t{term.first_height} * term.first_width;
-}
-
-static std::int64_t taps_of_b(const Term& term) {
-  return std::int64_t{term.height - term.first_height + 1} * (term.width - term.first_width + 1);
-}
 
 template <class T>
 static T scale_of(const Block& block, const Term& term, std::int64_t o) {
@@ -85,21 +67,22 @@ class Filter {
   T average_;
 };
 
+#include "composed.h"
 #include "separable.h"
 
 #include "backward.h"
 #include "forward.h"
 
-extern const Kernels<float> float_kernels;
-const Kernels<float> float_kernels = {
-    pack<float>,    unpack<float>,   pack_depthwise<float>,    unpack_depthwise<float>,
-    forward<float>, backward<float>, composed_backward<float>, gather<float>,
+template <class T>
+constexpr Kernels<T> table = {
+    tile_width<T>, unpack<T>,  pack_depthwise<T>, unpack_depthwise<T>, pack_first<T>,
+    unpack_first<T>, forward<T>, backward<T>,       add_to_first<T>,
 };
 
+extern const Kernels<float> float_kernels;
+const Kernels<float> float_kernels = table<float>;
+
 extern const Kernels<double> double_kernels;
-const Kernels<double> double_kernels = {
-    pack<double>,    unpack<double>,   pack_depthwise<double>,    unpack_depthwise<double>,
-    forward<double>, backward<double>, composed_backward<double>, gather<double>,
-};
+const Kernels<double> double_kernels = table<double>;
 
 }  // namespace orepa::cpu::OREPA_ISA

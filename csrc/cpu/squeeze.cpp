@@ -119,57 +119,93 @@ static bool is_expanded(const Term& term) {
 
 // Input channels rounded up to whole vectors, of which the largest have 64 bytes.
 template <class T>
-static std::int64_t padded(const Block& block) {
+static std::int64_t padded_vectors(const Block& block) {
   constexpr std::int64_t lanes = 64 / sizeof(T);
   return (block.in_per_group + lanes - 1) / lanes * lanes;
 }
 
 template <class T>
-static std::int64_t depthwise_size(const Block& block, const Term& term) {
-  return taps_of(term) * term.inner * padded<T>(block);
+static std::int64_t padded(std::int64_t width) {
+  const std::int64_t tile = kernels<T>().tile_width;
+  return (width + tile - 1) / tile * tile;
 }
 
-// What one row needs beside itself: forward copies of all factors, backward up to three of one term's.
+static std::int64_t width_of(const Block& block, const Term& term) {
+  return taps_of_a(term) * block.in_per_group;
+}
+
+template <class T>
+static std::int64_t depthwise_size(const Block& block, const Term& term) {
+  return taps_of(term) * term.inner * padded_vectors<T>(block);
+}
+
+// What `rows_at_once` rows need: their panels, products forward or their gradients backward, and copies of factors;
+// forward those of all terms together, backward three times one term's.
 template <class T>
 static std::int64_t scratch_size(const Block& block) {
-  const std::int64_t columns = padded<T>(block), panel = columns * block.taps();
-  std::int64_t copies = 0, largest = 0, expanded = 0;
+  const std::int64_t columns = padded_vectors<T>(block), panel = columns * block.taps();
+  std::int64_t products = 0, copies = 0, largest = 0, several = 0;
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
-    if (is_expanded(term)) expanded += separable_rows * (2 * term.inner * columns + 16 * taps_of(term));
-    const std::int64_t own = term.kind == Kind::composed    ? std::int64_t{term.inner} * taps_of_b(term)
-                             : term.kind == Kind::pointwise ? columns
-                                                            : panel;
+    std::int64_t own = term.kind == Kind::pointwise ? columns : panel;
+    if (term.kind == Kind::composed) {
+      own = std::int64_t{term.inner} * taps_of_b(term);
+      products += taps_of_b(term) * (padded<T>(width_of(block, term)) + padded<T>(term.inner));
+      several = std::max(several, own);
+    }
+    if (is_expanded(term)) several = std::max(several, 2 * term.inner * columns + 16 * taps_of(term));
     copies += own;
     largest = std::max(largest, own);
   }
-  return separable_rows * panel + std::max({copies, 3 * largest, expanded});
+  return rows_at_once * (panel + products + several) + copies + 3 * largest;
 }
+
+// Output channels, [begin, end).
+using Ranges = std::vector<std::pair<std::int64_t, std::int64_t>>;
 
 // Sums over output channels are taken in runs of this length, and the runs added up in order: enough runs for 16
 // threads, but not so short that adding them up takes as long as what they add.
 static std::int64_t run_length(const Block& block) {
-  return std::max<std::int64_t>(4 * separable_rows, (block.out_per_group() + 15) / 16);
+  return std::max<std::int64_t>(4 * rows_at_once, (block.out_per_group() + 15) / 16);
 }
 
-// A piece's matrix has about so many elements: 1 MB in float32.
-constexpr std::int64_t piece_elements = 1 << 18;
+// The backward pass works on pieces, of so many elements of dW per thread (256 KB in float32), so that these and as much
+// of b are still in the second-level caches when they are multiplied. Which pieces there are does not matter to the
+// results: products are summed up in the order of output channels wherever they are interrupted.
+constexpr std::int64_t piece_elements = 1 << 16;
 
-std::vector<std::pair<std::int64_t, std::int64_t>> pieces(const Block& block) {
+static Ranges pieces(const Block& block, int threads) {
   std::int64_t row = block.taps() * block.in_per_group;
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (term.kind == Kind::composed)
-      row = std::max(row, taps_of_b(term) * std::max<std::int64_t>(term.inner, taps_of_a(term) * block.in_per_group));
+      row = std::max(row, taps_of_b(term) * std::max<std::int64_t>(term.inner, width_of(block, term)));
   }
-  const std::int64_t group = block.out_per_group(), run = run_length(block), rows = std::max(run, piece_elements / row);
+  const std::int64_t group = block.out_per_group(), run = run_length(block);
+  const std::int64_t rows = threads * std::max(run, piece_elements / row);
   const std::int64_t whole = rows / group * group;  // channels of as many whole groups as fit
   const std::int64_t step = whole > 0 ? whole : rows / run * run;
   const std::int64_t stretch = whole > 0 ? block.out_channels : group;
-  std::vector<std::pair<std::int64_t, std::int64_t>> result;
+  Ranges result;
   for (std::int64_t first = 0; first < block.out_channels; first += stretch)
     for (std::int64_t begin = first; begin < first + stretch; begin += step)
       result.emplace_back(begin, std::min(begin + step, first + stretch));
+  return result;
+}
+
+// Whether a composed term multiplies something else than dW as it lies.
+template <class T>
+static bool needs_flow(const Block& block, const Term& term) {
+  const bool plain = block.kernel.type == (sizeof(T) == sizeof(double) ? Type::float64 : Type::float32);
+  return !(plain && taps_of_a(term) == 1 && term.height == block.height && term.width == block.width);
+}
+
+// Each group of a piece is cut into the same runs, whether it is there whole or in part.
+static Ranges runs_of(const Block& block, std::int64_t begin, std::int64_t end) {
+  const std::int64_t run = run_length(block), group = block.out_per_group();
+  Ranges result;
+  for (std::int64_t from = begin; from < end; from = result.back().second)
+    result.emplace_back(from, std::min({from + run, (from / group + 1) * group, end}));
   return result;
 }
 
@@ -188,33 +224,51 @@ static T* kept(std::int64_t size) {
   return static_cast<T*>(std::align(line, space - line, begin, space));
 }
 
-enum Slot { for_rows, for_depthwise, for_sums, for_filters };
+enum Slot { for_rows, for_depthwise, for_first, for_sums, for_filters, for_pieces, for_totals };
 
-// A buffer that begins with output channel `begin`, addressed as if it began with channel 0.
-template <class T>
-static T* from_zero(T* buffer, std::int64_t begin, std::int64_t row) {
-  return buffer == nullptr ? nullptr : buffer - begin * row;
+// Calls f(group, begin, end) for all units, so many per group, whose numbers over all groups are in [first, last).
+template <class F>
+static void each_group(std::int64_t first, std::int64_t last, std::int64_t per_group, F f) {
+  for (std::int64_t unit = first; unit < last;) {
+    const std::int64_t group = unit / per_group, end = std::min(last, (group + 1) * per_group);
+    f(group, unit - group * per_group, end - group * per_group);
+    unit = end;
+  }
 }
 
-// The separable terms' depthwise kernels, packed.
 template <class T>
-struct Depthwise {
-  const T* of[max_terms] = {};
-
-  explicit Depthwise(const Block& block) {
-    std::int64_t total = 0;
-    for (std::int32_t index = 0; index < block.terms; ++index)
-      if (is_expanded(block.term[index])) total += block.groups * depthwise_size<T>(block, block.term[index]);
-    T* memory = kept<T, for_depthwise>(total);
-    for (std::int32_t index = 0; index < block.terms; ++index) {
-      const Term& term = block.term[index];
-      if (!is_expanded(term)) continue;
-      of[index] = memory;
-      for (std::int64_t group = 0; group < block.groups; ++group, memory += depthwise_size<T>(block, term))
-        kernels<T>().pack_depthwise(block, term, group, memory);
+static Packed<T> pack(const Block& block, bool for_backward, int threads) {
+  std::int64_t depthwise = 0, first = 0;
+  const auto depth = [&](const Term& term) { return for_backward ? width_of(block, term) : term.inner; };
+  const auto width = [&](const Term& term) { return padded<T>(for_backward ? term.inner : width_of(block, term)); };
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    if (is_expanded(term)) depthwise += block.groups * depthwise_size<T>(block, term);
+    if (term.kind == Kind::composed) first += block.groups * depth(term) * width(term);
+  }
+  T* depthwise_memory = kept<T, for_depthwise>(depthwise);
+  T* first_memory = kept<T, for_first>(first);
+  Packed<T> packed;
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    if (is_expanded(term)) {
+      packed.depthwise[index] = depthwise_memory;
+      for (std::int64_t group = 0; group < block.groups; ++group, depthwise_memory += depthwise_size<T>(block, term))
+        kernels<T>().pack_depthwise(block, term, group, depthwise_memory);
+    } else if (term.kind == Kind::composed) {
+      const std::int64_t size = depth(term) * width(term), tiles = width(term) / kernels<T>().tile_width;
+      T* const memory = first_memory;
+      parallel_rows(0, block.groups * tiles, size / tiles, threads, [&](std::int64_t begin, std::int64_t end) {
+        each_group(begin, end, tiles, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+          kernels<T>().pack_first(block, term, group, for_backward, memory + group * size, from, to);
+        });
+      });
+      packed.first[index] = memory;
+      first_memory += block.groups * size;
     }
   }
-};
+  return packed;
+}
 
 // --- the calls ------------------------------------------------------------------------------------------------------
 
@@ -229,42 +283,13 @@ static void with_compute(const Context& context, F f) {
     throw std::invalid_argument("the CPU kernels compose in float32 or float64");
 }
 
-void pack(const View& view, const View& factor, std::int64_t begin, std::int64_t end, std::int64_t columns,
-          std::int64_t taps, void* out, const Context& context) {
+void forward(const Block& block, const Context& context) {
   with_compute(context, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T* const to = from_zero(static_cast<T*>(out), begin, taps * columns);
-    parallel_rows(begin, end, taps * columns, context.threads, [&](std::int64_t first, std::int64_t last) {
-      kernels<T>().pack(view, factor, columns, taps, to, first, last);
-    });
-  });
-}
-
-void unpack(const void* panels, std::int64_t rows, std::int64_t columns, std::int64_t taps, const View& view,
-            const Context& context) {
-  with_compute(context, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    parallel_rows(0, rows, taps * columns, context.threads, [&](std::int64_t first, std::int64_t last) {
-      kernels<T>().unpack(static_cast<const T*>(panels), columns, taps, view, first, last);
-    });
-  });
-}
-
-void forward(const Block& block, const void* const* products, std::int64_t begin, std::int64_t end,
-             const Context& context) {
-  with_compute(context, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Depthwise<T> depthwise(block);
-    const T* own_products[max_terms];
-    for (std::int32_t index = 0; index < block.terms; ++index) {
-      const Term& term = block.term[index];
-      own_products[index] = from_zero(static_cast<const T*>(products[index]), begin,
-                                      taps_of_a(term) * taps_of_b(term) * block.in_per_group);
-    }
+    const Packed<T> packed = pack<T>(block, false, context.threads);
     const std::int64_t row = block.taps() * block.in_per_group;
-    parallel_rows(begin, end, row, context.threads, [&](std::int64_t first, std::int64_t last) {
-      T* const scratch = kept<T, for_rows>(scratch_size<T>(block));
-      kernels<T>().forward(block, own_products, depthwise.of, scratch, first, last);
+    parallel_rows(0, block.out_channels, row, context.threads, [&](std::int64_t first, std::int64_t last) {
+      kernels<T>().forward(block, packed, kept<T, for_rows>(scratch_size<T>(block)), first, last);
     });
   });
 }
@@ -279,97 +304,165 @@ static void add_up_filters(const Block& block, const Term& term, T* rows) {
   kernels<T>().unpack(rows, taps, 1, taps_as_columns, 0, filters);
 }
 
-void backward(const Block& block, void* panels, std::int64_t begin, std::int64_t end, const Context& context) {
-  const std::int64_t run = run_length(block), group_rows = block.out_per_group();
-  // Runs of the piece: each group of it is cut into the same ones, whether it is there whole or in part.
-  std::vector<std::pair<std::int64_t, std::int64_t>> runs;
-  for (std::int64_t first = begin; first < end;) {
-    const std::int64_t group_end = (first / group_rows + 1) * group_rows;
-    runs.emplace_back(first, std::min({first + run, group_end, end}));
-    first = runs.back().second;
-  }
-  with_compute(context, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Depthwise<T> depthwise(block);
-    // Per separable term the total of the group under way, then the sums of each run.
-    std::int64_t size[max_terms] = {}, sums_size = 0, filters_size = 0;
-    bool wants_filter[max_terms] = {};
+// Sums over the output channels of one group of the gradients of depthwise kernels: per run, then in the order of runs.
+template <class T>
+struct DepthwiseSums {
+  std::int64_t size[max_terms] = {}, together = 0;
+  T *total = nullptr, *runs = nullptr;
+
+  DepthwiseSums(const Block& block, std::int64_t most_runs) {
     for (std::int32_t index = 0; index < block.terms; ++index) {
       const Term& term = block.term[index];
       if (is_expanded(term) && term.grad_a.data != nullptr) size[index] = depthwise_size<T>(block, term);
-      wants_filter[index] = term.kind == Kind::pointwise && term.grad_b.data != nullptr;
-      sums_size += size[index];
-      filters_size += wants_filter[index] ? block.out_channels * taps_of(term) : 0;
+      together += size[index];
     }
-    const std::int64_t count = static_cast<std::int64_t>(runs.size());
-    T* const totals = kept<T, for_sums>((1 + count) * sums_size);
-    T* const sums = totals + sums_size;
-    T* filters[max_terms] = {};
-    T* filters_memory = kept<T, for_filters>(filters_size);
+    total = kept<T, for_sums>((1 + most_runs) * together);
+    runs = total + together;
+  }
+
+  void point_to(std::int64_t run, Sums<T>& sums) const {
+    T* next = runs + run * together;
+    for (std::int32_t index = 0; index < max_terms; next += size[index++])
+      sums.depthwise[index] = size[index] > 0 ? next : nullptr;
+  }
+
+  void add(std::int64_t run, bool begins_group) {
+    if (begins_group) std::fill(total, total + together, T{0});
+    const T* own = runs + run * together;
+    for (std::int64_t i = 0; i < together; ++i) total[i] += own[i];
+  }
+
+  void hand_over(const Block& block, std::int64_t group) const {
+    const T* next = total;
+    for (std::int32_t index = 0; index < block.terms; next += size[index++])
+      if (size[index] > 0) kernels<T>().unpack_depthwise(block, block.term[index], group, next);
+  }
+};
+
+// The gradient of a composed term's a: sums over the output channels of each group, of all pieces.
+template <class T>
+class FirstSums {
+ public:
+  FirstSums(const Block& block, std::int64_t most_rows) : block_(block) {
+    std::int64_t totals = 0, buffers = 0;
+    const auto wanted = [&](const Term& term) { return term.kind == Kind::composed && term.grad_a.data != nullptr; };
+    const auto flows = [&](const Term& term) { return term.kind == Kind::composed && needs_flow<T>(block, term); };
     for (std::int32_t index = 0; index < block.terms; ++index) {
-      if (!wants_filter[index]) continue;
-      filters[index] = filters_memory;
+      const Term& term = block.term[index];
+      if (wanted(term)) {
+        totals += total_size(term);
+        buffers += most_rows * taps_of_b(term) * padded<T>(term.inner);
+      }
+      if (flows(term)) buffers += most_rows * taps_of_b(term) * width_of(block, term);
+    }
+    T* total = kept<T, for_totals>(totals);
+    T* buffer = kept<T, for_pieces>(buffers);
+    for (std::int32_t index = 0; index < block.terms; ++index) {
+      const Term& term = block.term[index];
+      if (wanted(term)) {
+        totals_[index] = total;
+        total += total_size(term);
+        piece.second[index] = buffer;
+        buffer += most_rows * taps_of_b(term) * padded<T>(term.inner);
+      }
+      if (flows(term)) {
+        piece.flow[index] = buffer;
+        buffer += most_rows * taps_of_b(term) * width_of(block, term);
+      }
+    }
+  }
+
+  // What the piece contributes.
+  void add(int threads) {
+    const std::int64_t rows = block_.out_per_group();
+    const std::int64_t first = piece.begin / rows, groups = (piece.end - 1) / rows + 1 - first;
+    for (std::int32_t index = 0; index < block_.terms; ++index) {
+      const Term& term = block_.term[index];
+      if (totals_[index] == nullptr) continue;
+      const std::int64_t width = width_of(block_, term), depth = (piece.end - piece.begin) / groups * taps_of_b(term);
+      parallel_rows(0, groups * width, depth * term.inner, threads, [&](std::int64_t begin, std::int64_t end) {
+        each_group(begin, end, width, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+          group += first;
+          T* const total = totals_[index] + group * width * padded<T>(term.inner);
+          kernels<T>().add_to_first(block_, piece, index, group, total, group * rows < piece.begin, from, to);
+        });
+      });
+    }
+  }
+
+  void hand_over(int threads) const {
+    for (std::int32_t index = 0; index < block_.terms; ++index) {
+      const Term& term = block_.term[index];
+      if (totals_[index] == nullptr) continue;
+      const std::int64_t width = width_of(block_, term);
+      parallel_rows(0, block_.groups * term.inner, width, threads, [&](std::int64_t begin, std::int64_t end) {
+        each_group(begin, end, term.inner, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+          const T* const total = totals_[index] + group * width * padded<T>(term.inner);
+          kernels<T>().unpack_first(block_, term, group, total, from, to);
+        });
+      });
+    }
+  }
+
+  Piece<T> piece;
+
+ private:
+  std::int64_t total_size(const Term& term) const {
+    return block_.groups * width_of(block_, term) * padded<T>(term.inner);
+  }
+
+  const Block& block_;
+  T* totals_[max_terms] = {};
+};
+
+void backward(const Block& block, const Context& context) {
+  const std::int64_t group_rows = block.out_per_group(), row = block.taps() * block.in_per_group;
+  const Ranges all = pieces(block, context.threads);
+  std::int64_t most_rows = 0, most_runs = 0;
+  for (const auto& [begin, end] : all) {
+    most_rows = std::max(most_rows, end - begin);
+    most_runs = std::max(most_runs, static_cast<std::int64_t>(runs_of(block, begin, end).size()));
+  }
+  with_compute(context, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Packed<T> packed = pack<T>(block, true, context.threads);
+    DepthwiseSums<T> depthwise(block, most_runs);
+    FirstSums<T> first(block, most_rows);
+    Sums<T> shared;
+    std::int64_t filters = 0;
+    const auto wants_filter = [](const Term& term) {
+      return term.kind == Kind::pointwise && term.grad_b.data != nullptr;
+    };
+    for (std::int32_t index = 0; index < block.terms; ++index)
+      if (wants_filter(block.term[index])) filters += block.out_channels * taps_of(block.term[index]);
+    T* filters_memory = kept<T, for_filters>(filters);
+    for (std::int32_t index = 0; index < block.terms; ++index) {
+      if (!wants_filter(block.term[index])) continue;
+      shared.filters[index] = filters_memory;
       filters_memory += block.out_channels * taps_of(block.term[index]);
     }
-    std::fill(sums, sums + count * sums_size, T{0});
-    const std::int64_t row = block.taps() * block.in_per_group;
-    T* const own_panels = from_zero(static_cast<T*>(panels), begin, row);
-    parallel(count, (end - begin) * row, context.threads, [&](std::int64_t part) {
-      T *own_sums[max_terms], *next = sums + part * sums_size;
-      for (std::int32_t index = 0; index < block.terms; next += size[index++])
-        own_sums[index] = size[index] > 0 ? next : nullptr;
-      T* const scratch = kept<T, for_rows>(scratch_size<T>(block));
-      kernels<T>().backward(block, own_panels, depthwise.of, own_sums, filters, scratch, runs[part].first,
-                            runs[part].second);
-    });
-    for (std::int64_t part = 0; part < count && sums_size > 0; ++part) {
-      const T* own = sums + part * sums_size;
-      if (runs[part].first % group_rows == 0) std::fill(totals, totals + sums_size, T{0});
-      for (std::int64_t i = 0; i < sums_size; ++i) totals[i] += own[i];
-      if (runs[part].second % group_rows != 0) continue;
-      const T* total = totals;
-      for (std::int32_t index = 0; index < block.terms; total += size[index++])
-        if (size[index] > 0)
-          kernels<T>().unpack_depthwise(block, block.term[index], runs[part].first / group_rows, total);
+
+    for (const auto& [begin, end] : all) {
+      first.piece.begin = begin;
+      first.piece.end = end;
+      const Ranges runs = runs_of(block, begin, end);
+      const std::int64_t count = static_cast<std::int64_t>(runs.size());
+      std::fill(depthwise.runs, depthwise.runs + count * depthwise.together, T{0});
+      parallel(count, (end - begin) * row, context.threads, [&](std::int64_t part) {
+        Sums<T> sums = shared;
+        depthwise.point_to(part, sums);
+        T* const scratch = kept<T, for_rows>(scratch_size<T>(block));
+        kernels<T>().backward(block, packed, sums, first.piece, scratch, runs[part].first, runs[part].second);
+      });
+      for (std::int64_t part = 0; part < count && depthwise.together > 0; ++part) {
+        depthwise.add(part, runs[part].first % group_rows == 0);
+        if (runs[part].second % group_rows == 0) depthwise.hand_over(block, runs[part].first / group_rows);
+      }
+      first.add(context.threads);
     }
+    first.hand_over(context.threads);
     for (std::int32_t index = 0; index < block.terms; ++index)
-      if (wants_filter[index] && end == block.out_channels) add_up_filters(block, block.term[index], filters[index]);
-  });
-}
-
-void composed_backward(const Block& block, int index, const void* panels, const void* product, std::int64_t begin,
-                       std::int64_t end, const Context& context) {
-  with_compute(context, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Term& term = block.term[index];
-    const std::int64_t row = block.taps() * block.in_per_group, product_row = taps_of_b(term) * term.inner;
-    const T* const own_panels = from_zero(static_cast<const T*>(panels), begin, row);
-    const T* const own_product = from_zero(static_cast<const T*>(product), begin, product_row);
-    parallel_rows(begin, end, product_row, context.threads, [&](std::int64_t first, std::int64_t last) {
-      T* const scratch = kept<T, for_rows>(scratch_size<T>(block));
-      kernels<T>().composed_backward(block, term, own_panels, own_product, scratch, first, last);
-    });
-  });
-}
-
-bool needs_gather(const Block& block, int index) {
-  const Term& term = block.term[index];
-  const bool full_size = term.height == block.height && term.width == block.width;
-  return !(full_size && (taps_of_a(term) == 1 || taps_of_b(term) == 1));
-}
-
-void gather(const Block& block, int index, const void* panels, void* out, std::int64_t begin, std::int64_t end,
-            const Context& context) {
-  with_compute(context, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Term& term = block.term[index];
-    const std::int64_t row = block.taps() * block.in_per_group;
-    const std::int64_t out_row = taps_of_a(term) * taps_of_b(term) * block.in_per_group;
-    const T* const own_panels = from_zero(static_cast<const T*>(panels), begin, row);
-    T* const own_out = from_zero(static_cast<T*>(out), begin, out_row);
-    parallel_rows(begin, end, out_row, context.threads, [&](std::int64_t first, std::int64_t last) {
-      kernels<T>().gather(block, term, own_panels, own_out, first, last);
-    });
+      if (wants_filter(block.term[index])) add_up_filters(block, block.term[index], shared.filters[index]);
   });
 }
 

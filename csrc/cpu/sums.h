@@ -20,6 +20,18 @@ static T set_and_dot(T* __restrict y, const T* __restrict x, const T* __restrict
   return sum;
 }
 
+// y = factor * y, and <y, z> before
+template <class T>
+static T scale_and_dot(T* __restrict y, const T* __restrict z, T factor, std::int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) {
+    sum += y[i] * z[i];
+    y[i] *= factor;
+  }
+  return sum;
+}
+
 // y[i] = sum_k factor[k] * x[k][i], or added to y. Every source is read once and y written once, however many there
 // are.
 template <class T>
