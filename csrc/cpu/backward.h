@@ -77,7 +77,7 @@ static void separable_backward(const Block& block, const Term& term, const Panel
   const std::int64_t taps = at.taps(), group = begin / block.out_per_group();
   T *const pointwise = scratch, *const gradient = pointwise + rows * expand * count * n;  // [row][tile][e][lane]
   T* const upstream = gradient + rows * expand * count * n;                               // [row][tap][lane]
-  T factors[rows_at_once];
+  T factors[rows_at_once], dots[rows_at_once * n] = {};
   for (std::int64_t row = 0; row < rows; ++row) {
     load_expanded(term.b, begin + row, columns, expand, pointwise + row * expand * count * n);
     factors[row] = scale_of<T>(block, term, begin + row);
@@ -96,31 +96,31 @@ static void separable_backward(const Block& block, const Term& term, const Panel
         else
           for (std::int64_t lane = 0; lane < width; ++lane) own[t * n + lane] = from[lane];
       });
-      T* const to = gradient + (row * count + tile) * expand * n;
-      std::int64_t e = 0;
-      for (; e + 8 <= expand; e += 8) pointwise_gradient<T, 8>(own, dw + e * n, expand, taps, to + e * n);
-      for (; e < expand; ++e) pointwise_gradient<T, 1>(own, dw + e * n, expand, taps, to + e * n);
     }
+    const std::int64_t row = expand * count * n, place = tile * expand * n;
+    in_steps<shared_rows>(rows, [&](std::int64_t first, auto number) {
+      in_steps<8>(expand, [&](std::int64_t e, auto expansions) {
+        const std::int64_t at_row = first * row + place + e * n;
+        pointwise_gradient<T, expansions, number>(upstream + first * taps * n, dw + e * n, expand, taps,
+                                                  factors + first, pointwise + at_row, gradient + at_row, row,
+                                                  dots + first * n);
+      });
+    });
     if (grad_depthwise == nullptr) continue;
     T* const sums = grad_depthwise + tile * taps * expand * n;
-    const T* const own = pointwise + tile * expand * n;
-    for (std::int64_t t = 0; t < taps; ++t) {
-      std::int64_t e = 0;
-      for (; e + 8 <= expand; e += 8)
-        depthwise_gradient<T, 8>(upstream + t * n, taps * n, own + e * n, expand * count * n, factors, rows,
-                                 sums + (t * expand + e) * n);
-      for (; e < expand; ++e)
-        depthwise_gradient<T, 1>(upstream + t * n, taps * n, own + e * n, expand * count * n, factors, rows,
-                                 sums + (t * expand + e) * n);
-    }
+    in_steps<shared_taps>(taps, [&](std::int64_t t, auto number) {
+      in_steps<8>(expand, [&](std::int64_t e, auto expansions) {
+        depthwise_gradient<T, expansions, number>(upstream + t * n, taps * n, pointwise + place + e * n, row, factors,
+                                                  rows, sums + (t * expand + e) * n, expand);
+      });
+    });
   }
   for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t size = expand * count * n;
-    T* const own = gradient + row * size;
-    put_scale(block, term, begin + row, dot(static_cast<const T*>(own), pointwise + row * size, size));
-    if (term.grad_b.data == nullptr) continue;
-    for (std::int64_t i = 0; i < size; ++i) own[i] *= factors[row];
-    store_expanded(static_cast<const T*>(own), columns, expand, term.grad_b, begin + row);
+    T dot = 0;
+    for (std::int64_t lane = 0; lane < n; ++lane) dot += dots[row * n + lane];
+    put_scale(block, term, begin + row, dot);
+    const T* const own = gradient + row * expand * count * n;
+    if (term.grad_b.data != nullptr) store_expanded(own, columns, expand, term.grad_b, begin + row);
   }
 }
 

@@ -1,9 +1,9 @@
 // Composed terms (paper Eq. 3) as matrix products. Included by rows.cpp only, inside its namespace.
 //
 // Per group, with c a tap of a and an input channel, and (o, q) an output channel and a tap of b:
-//   the kernel     [(o, q), inner] @ a [inner, c], whose rows then meet in the block's taps
+//   the kernel     b [(o, q), inner] @ a [inner, c], whose rows then meet in the block's taps
 //   gradient of b  flow [(o, q), c] @ a^T [c, inner], where flow is dW at the taps where q meets those of a
-//   gradient of a  flow^T [c, (o, q)] @ b [(o, q), inner], transposed
+//   gradient of a  b^T [inner, (o, q)] @ flow [(o, q), c]
 // What stands on the left is read as it lies, what stands on the right is packed.
 
 static std::int64_t taps_of_a(const Term& term) {
@@ -63,11 +63,18 @@ static void pack_first(const Block& block, const Term& term, std::int64_t group,
       for (std::int64_t m = 0; m < inner; ++m) {
         T* const to = out + (tile * inner + m) * n;
         std::int64_t r = tile * n / columns, i = tile * n % columns;
-        for (std::int64_t lane = 0; lane < n; ++lane) {
-          to[lane] = r < a_taps ? static_cast<T>(from[m * a.row + i * a.column + r * a.tap]) : T{0};
-          if (term.identity && r == 0 && i == m % columns) to[lane] += 1;
-          if (++i == columns) i = 0, ++r;
+        const S* __restrict row = from + m * a.row;
+        if (a.column == 1 && r < a_taps && i + n <= columns) {
+          for (std::int64_t lane = 0; lane < n; ++lane) to[lane] = static_cast<T>(row[r * a.tap + i + lane]);
+        } else {
+          for (std::int64_t lane = 0; lane < n; ++lane) {
+            to[lane] = r < a_taps ? static_cast<T>(row[i * a.column + r * a.tap]) : T{0};
+            if (++i == columns) i = 0, ++r;
+          }
         }
+        if (!term.identity) continue;
+        const std::int64_t place = m % columns - tile * n;
+        if (place >= 0 && place < n) to[place] += 1;
       }
   });
 }
@@ -75,17 +82,9 @@ static void pack_first(const Block& block, const Term& term, std::int64_t group,
 template <class T>
 static void unpack_first(const Block& block, const Term& term, std::int64_t group, const T* total, std::int64_t begin,
                          std::int64_t end) {
-  const std::int64_t columns = block.in_per_group, step = padded<T>(term.inner);
-  const View& a = term.grad_a;
-  with_type(a.type, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    for (std::int64_t m = begin; m < end; ++m) {
-      S* const to = static_cast<S*>(a.data) + (group * term.inner + m) * a.row;
-      const T* from = total + m;
-      for (std::int64_t r = 0; r < taps_of_a(term); ++r)
-        for (std::int64_t i = 0; i < columns; ++i, from += step) to[i * a.column + r * a.tap] = narrow<S>(*from);
-    }
-  });
+  const std::int64_t columns = block.in_per_group, step = padded<T>(width_of(block, term));
+  for (std::int64_t m = begin; m < end; ++m)
+    store(total + m * step, columns, columns, taps_of_a(term), term.grad_a, group * term.inner + m);
 }
 
 // --- b and dW, as left matrices -------------------------------------------------------------------------------------
@@ -104,23 +103,29 @@ static Left<T> as_it_lies(const View& view, std::int64_t first) {
   return {static_cast<const T*>(view.data) + first * view.row, view.row, view.tap, view.column};
 }
 
-// b for output channels [begin, end), in T: itself, or copied to `scratch`.
+// A row for each output channel of [begin, end), in T: the tensor itself, or copied to `copy`.
 template <class T>
-static Left<T> second_for_products(const Term& term, std::int64_t begin, std::int64_t end, T* scratch) {
-  if (term.b.type == type_of<T>) return as_it_lies<T>(term.b, begin);
-  const std::int64_t inner = term.inner, taps = taps_of_b(term);
+static Left<T> in_precision(const View& view, std::int64_t begin, std::int64_t end, std::int64_t columns,
+                            std::int64_t taps, T* copy) {
+  if (view.type == type_of<T>) return as_it_lies<T>(view, begin);
   for (std::int64_t o = begin; o < end; ++o)
-    load(term.b, o, inner, taps, scratch + (o - begin) * taps * inner, inner);
-  return {scratch, taps * inner, inner, 1};
+    load(view, o, columns, taps, copy + (o - begin) * taps * columns, columns);
+  return {copy, taps * columns, columns, 1};
 }
 
-// The flow from output channel `first` on.
+// The flow of output channels [begin, end), given dW as panels: dW itself, or copied to `copy`.
 template <class T>
-static Left<T> flow_from(const Block& block, const Piece<T>& piece, std::int32_t index, std::int64_t first) {
-  if (piece.flow[index] == nullptr) return as_it_lies<T>(block.kernel, first);
-  const Term& term = block.term[index];
-  const std::int64_t width = width_of(block, term), row = taps_of_b(term) * width;
-  return {piece.flow[index] + (first - piece.begin) * row, row, width, 1};
+static Left<T> flow_of(const Block& block, const Term& term, const Panel<const T>* g, std::int64_t begin,
+                       std::int64_t end, T* copy) {
+  const std::int64_t columns = block.in_per_group, a_taps = taps_of_a(term), row = taps_of_b(term) * a_taps * columns;
+  if (block.kernel.type == type_of<T> && a_taps == 1 && term.height == block.height && term.width == block.width)
+    return as_it_lies<T>(block.kernel, begin);
+  for (std::int64_t o = begin; o < end; ++o)
+    each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
+      T* const to = copy + (o - begin) * row + (q * a_taps + r) * columns;
+      std::memcpy(to, g[o - begin][p], columns * sizeof(T));
+    });
+  return {copy, row, a_taps * columns, 1};
 }
 
 // --- products -------------------------------------------------------------------------------------------------------
@@ -130,19 +135,10 @@ template <class T>
 static void compose(const Block& block, const Term& term, const T* first, T* scratch, T* out, std::int64_t begin,
                     std::int64_t end) {
   const std::int64_t width = width_of(block, term), taps = taps_of_b(term), inner = term.inner;
-  const Left<T> b = second_for_products(term, begin, end, scratch);
+  const Left<T> b = in_precision(term.b, begin, end, inner, taps, scratch);
   const T* const own_first = first + begin / block.out_per_group() * inner * padded<T>(width);
   multiply(b.rows(taps), (end - begin) * taps, {1, 0, inner, b.column}, own_first, right_tiles<T>(width), out,
            padded<T>(width), false);
-}
-
-// dW at the taps of the flow, one output channel.
-template <class T>
-static void gather(const Block& block, const Term& term, const Panel<const T>& g, T* out) {
-  const std::int64_t columns = block.in_per_group, a_taps = taps_of_a(term);
-  each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
-    std::memcpy(out + (q * a_taps + r) * columns, g[p], columns * sizeof(T));
-  });
 }
 
 // The gradient of b and of the scale, one output channel, from u = flow a^T, [q][inner, padded].
@@ -166,38 +162,50 @@ static void second_backward(const Block& block, const Term& term, const T* u, st
     store(static_cast<const T*>(out.data), inner, inner, taps, term.grad_b, o);
 }
 
-// Output channel o of b, times its scale, as (o, q) of a right matrix [(o, q), inner]. `depth`: how many (o, q) its group
-// has in this piece; `out`: where the first of them is.
+// The flow of one output channel times its scale, as rows (o, q) of a right matrix [(o, q), c]. `place`: the first of those
+// rows, of `depth` that the matrix has.
 template <class T>
-static void pack_second(const Block& block, const Term& term, std::int64_t o, std::int64_t place, std::int64_t depth,
-                        T* out, T* scratch) {
+static void pack_flow(const Block& block, const Term& term, const Panel<const T>& g, T scale, std::int64_t place,
+                      std::int64_t depth, T* out) {
   constexpr std::int64_t n = tile_width<T>;
-  const std::int64_t inner = term.inner, taps = taps_of_b(term);
-  const Panel<const T> b = panel<T>(term.b, o, inner, taps, scratch);
-  const T scale = scale_of<T>(block, term, o);
-  for (std::int64_t begin = 0; begin < inner; begin += n, out += depth * n)
-    for (std::int64_t q = 0; q < taps; ++q) {
-      T* __restrict to = out + (place + q) * n;
-      const T* __restrict from = b[q] + begin;
-      if (inner - begin >= n)
-        for (std::int64_t lane = 0; lane < n; ++lane) to[lane] = scale * from[lane];
+  const std::int64_t columns = block.in_per_group, width = width_of(block, term);
+  each_meeting(block, term, [&](std::int64_t q, std::int64_t r, std::int64_t p) {
+    T* const row = out + (place + q) * n;  // of the first tile; the next is `depth` rows further
+    const T* __restrict from = g[p];
+    for (std::int64_t i = 0, c = r * columns; i < columns;) {
+      const std::int64_t lane = c % n, some = n - lane < columns - i ? n - lane : columns - i;
+      T* __restrict to = row + c / n * depth * n + lane;
+      if (some == n)
+#pragma GCC unroll 2
+        for (int v = 0; v < tile_vectors; ++v)
+          store_vector(to + v * lanes<T>, load_vector(from + i + v * lanes<T>) * scale);
+
       else
-        for (std::int64_t lane = 0; lane < n; ++lane) to[lane] = lane < inner - begin ? scale * from[lane] : T{0};
+        for (std::int64_t j = 0; j < some; ++j) to[j] = scale * from[i + j];
+      i += some;
+      c += some;
     }
+  });
+  if (width % n == 0) return;
+  T* const last = out + width / n * depth * n + place * n;
+  for (std::int64_t q = 0; q < taps_of_b(term); ++q)
+    for (std::int64_t lane = width % n; lane < n; ++lane) last[q * n + lane] = 0;
 }
 
-// The part that a piece has of the group of output channel o: its channels, and where they are in `piece.second`.
+// The part that a piece has of one group: output channels, and where they are in the piece's memory.
 template <class T>
 struct Part {
   std::int64_t begin, end;
-  T* second;
+  T *flow, *second;
 
   Part(const Block& block, const Piece<T>& piece, std::int32_t index, std::int64_t group) {
     const std::int64_t rows = block.out_per_group();
     begin = group * rows > piece.begin ? group * rows : piece.begin;
     end = (group + 1) * rows < piece.end ? (group + 1) * rows : piece.end;
     const Term& term = block.term[index];
-    second = piece.second[index] + (begin - piece.begin) * taps_of_b(term) * padded<T>(term.inner);
+    const std::int64_t before = (begin - piece.begin) * taps_of_b(term);
+    flow = piece.flow[index] + before * padded<T>(width_of(block, term));
+    second = piece.second[index] == nullptr ? nullptr : piece.second[index] + before * term.inner;
   }
 };
 
@@ -206,25 +214,24 @@ template <class T>
 static void composed_backward(const Block& block, std::int32_t index, const T* first, const Piece<T>& piece,
                               const Panel<const T>* g, T* scratch, std::int64_t begin, std::int64_t end) {
   const Term& term = block.term[index];
-  const std::int64_t width = width_of(block, term), taps = taps_of_b(term), step = padded<T>(term.inner);
+  const std::int64_t width = width_of(block, term), taps = taps_of_b(term), inner = term.inner;
   const std::int64_t group = begin / block.out_per_group();
-  if (piece.flow[index] != nullptr)
-    for (std::int64_t o = begin; o < end; ++o)
-      gather(block, term, g[o - begin], piece.flow[index] + (o - piece.begin) * taps * width);
   if (term.grad_b.data != nullptr || (term.scale >= 0 && block.grad_scales.data != nullptr)) {
-    const Left<T> flow = flow_from(block, piece, index, begin);
+    const std::int64_t step = padded<T>(inner);
     T* const spare = scratch + rows_at_once * taps * step;
+    const Left<T> flow = flow_of(block, term, g, begin, end, spare);
     multiply(flow.rows(taps), (end - begin) * taps, {1, 0, width, flow.column}, first + group * width * step,
-             right_tiles<T>(term.inner), scratch, step, false);
+             right_tiles<T>(inner), scratch, step, false);
     for (std::int64_t o = begin; o < end; ++o)
       second_backward(block, term, scratch + (o - begin) * taps * step, o, spare);
   }
-  if (piece.second[index] != nullptr) {
-    const Part<T> part(block, piece, index, group);
-    const std::int64_t depth = (part.end - part.begin) * taps;
-    for (std::int64_t o = begin; o < end; ++o)
-      pack_second(block, term, o, (o - part.begin) * taps, depth, part.second, scratch);
-  }
+  if (piece.flow[index] == nullptr) return;
+  const Part<T> part(block, piece, index, group);
+  const std::int64_t depth = (part.end - part.begin) * taps;
+  for (std::int64_t o = begin; o < end; ++o)
+    pack_flow(block, term, g[o - begin], scale_of<T>(block, term, o), (o - part.begin) * taps, depth, part.flow);
+  if (part.second != nullptr)
+    in_precision(term.b, begin, end, inner, taps, part.second + (begin - part.begin) * taps * inner);
 }
 
 template <class T>
@@ -232,9 +239,10 @@ static void add_to_first(const Block& block, const Piece<T>& piece, std::int32_t
                          bool add, std::int64_t begin, std::int64_t end) {
   const Term& term = block.term[index];
   const Part<T> part(block, piece, index, group);
-  const Left<T> flow = flow_from(block, piece, index, part.begin);
-  const std::int64_t step = padded<T>(term.inner);
-  const Rows<T> channels = {flow.data + begin * flow.column, 1, flow.column, 0};
-  multiply(channels, end - begin, {part.end - part.begin, flow.row, taps_of_b(term), flow.tap},
-           static_cast<const T*>(part.second), right_tiles<T>(term.inner), total + begin * step, step, add);
+  const std::int64_t width = width_of(block, term), step = padded<T>(width), taps = taps_of_b(term);
+  const Left<T> b = part.second == nullptr ? as_it_lies<T>(term.b, part.begin)
+                                           : Left<T>{part.second, taps * term.inner, term.inner, 1};
+  const Rows<T> channels = {b.data + begin * b.column, 1, b.column, 0};
+  multiply(channels, end - begin, {part.end - part.begin, b.row, taps, b.tap}, static_cast<const T*>(part.flow),
+           right_tiles<T>(width), total + begin * step, step, add);
 }

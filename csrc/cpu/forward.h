@@ -115,19 +115,17 @@ static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch
     const std::int64_t own_taps = at.taps(), count = tiles<T>(columns), row = count * lanes<T> * term.inner;
     const T* const dw = packed.depthwise[index] + group * row * own_taps;
     for (std::int64_t o = begin; o < end; ++o) load_expanded(term.b, o, columns, term.inner, spare + (o - begin) * row);
+    T factors[rows_at_once];
+    for (std::int64_t o = begin; o < end; ++o) factors[o - begin] = folds[o - begin] * scale_of<T>(block, term, o);
     for (std::int64_t tile = 0; tile < count; ++tile)
-      for (std::int64_t o = begin; o < end; ++o) {
-        const T* const p = spare + (o - begin) * row + tile * lanes<T> * term.inner;
-        const T* const d = dw + tile * lanes<T> * term.inner * own_taps;
-        const T factor = folds[o - begin] * scale_of<T>(block, term, o);
-        std::int64_t e = 0;
-        for (; e + 8 <= term.inner; e += 8)
-          add_separable<T, 8>(w[o - begin], at, p + e * lanes<T>, d + e * lanes<T>, term.inner, factor, tile * lanes<T>,
-                              columns);
-        for (; e < term.inner; ++e)
-          add_separable<T, 1>(w[o - begin], at, p + e * lanes<T>, d + e * lanes<T>, term.inner, factor, tile * lanes<T>,
-                              columns);
-      }
+      in_steps<shared_rows>(end - begin, [&](std::int64_t first, auto number) {
+        in_steps<8>(term.inner, [&](std::int64_t e, auto expansions) {
+          const std::int64_t place = (tile * term.inner + e) * lanes<T>;
+          const T* const d = dw + tile * lanes<T> * term.inner * own_taps + e * lanes<T>;
+          add_separable<T, expansions, number>(w + first, at, spare + first * row + place, row, d, term.inner,
+                                               factors + first, tile * lanes<T>, columns);
+        });
+      });
   }
   if (direct) return;
   for (std::int64_t o = begin; o < end; ++o) {

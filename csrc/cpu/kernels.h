@@ -31,8 +31,8 @@ struct Sums {
 template <class T>
 struct Piece {
   std::int64_t begin = 0, end = 0;
-  T* second[max_terms] = {};  // b times its scale, packed for `multiply`, group after group
-  T* flow[max_terms] = {};    // [o][tap of b][tap of a][Ig]: dW, where it is not read as it lies
+  T* flow[max_terms] = {};    // dW times the scale, packed for products, group after group
+  T* second[max_terms] = {};  // [o][tap of b][inner]: b, where it is of another type
 };
 
 template <class T>
@@ -53,7 +53,7 @@ struct Kernels {
   void (*pack_first)(const Block& block, const Term& term, std::int64_t group, bool transposed, T* out,
                      std::int64_t begin, std::int64_t end);
 
-  // The gradient of a of one group, channels [begin, end) of its inner ones, from total[taps of a * Ig][inner, padded].
+  // The gradient of a of one group, channels [begin, end) of its inner ones, from total[inner][taps of a * Ig, padded].
   void (*unpack_first)(const Block& block, const Term& term, std::int64_t group, const T* total, std::int64_t begin,
                        std::int64_t end);
 
@@ -65,7 +65,7 @@ struct Kernels {
   void (*backward)(const Block& block, const Packed<T>& packed, const Sums<T>& sums, const Piece<T>& piece, T* scratch,
                    std::int64_t begin, std::int64_t end);
 
-  // total[c][inner, padded] for c of [begin, end), of taps of a * Ig: what a piece's part of one group contributes to the
+  // total[m][taps of a * Ig, padded] for m of [begin, end), of inner: what a piece's part of one group contributes to the
   // gradient of a; added, or written where `add` is false.
   void (*add_to_first)(const Block& block, const Piece<T>& piece, std::int32_t term, std::int64_t group, T* total,
                        bool add, std::int64_t begin, std::int64_t end);

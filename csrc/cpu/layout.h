@@ -61,6 +61,7 @@ static inline S narrow(T value) {
 template <class T>
 static inline T scalar(const View& view, std::int64_t row, std::int64_t column, T otherwise) {
   if (view.data == nullptr) return otherwise;
+  if (view.type == type_of<T>) return static_cast<const T*>(view.data)[row * view.row + column * view.column];
   T value{};
   with_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
@@ -71,6 +72,10 @@ static inline T scalar(const View& view, std::int64_t row, std::int64_t column, 
 
 template <class T>
 static inline void set_scalar(const View& view, std::int64_t row, std::int64_t column, T value) {
+  if (view.type == type_of<T>) {
+    static_cast<T*>(view.data)[row * view.row + column * view.column] = value;
+    return;
+  }
   with_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     static_cast<S*>(view.data)[row * view.row + column * view.column] = narrow<S>(value);

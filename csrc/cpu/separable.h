@@ -89,59 +89,114 @@ static void unpack_depthwise(const Block& block, const Term& term, std::int64_t 
   });
 }
 
-// panel[tap][i] += factor * sum_e pointwise[e][i] depthwise[tap][e][i], for one tile and E expansions in registers
-template <class T, int E>
-static inline void add_separable(Panel<T> panel, const Centred& at, const T* pointwise, const T* depthwise,
-                                 std::int64_t expand, T factor, std::int64_t begin, std::int64_t columns) {
+// So much of what follows is kept in registers at a time: with AVX-512, two output channels or three taps share what is
+// loaded for one.
+#ifdef __AVX512F__
+constexpr int shared_rows = 2, shared_taps = 3;
+#else
+constexpr int shared_rows = 1, shared_taps = 1;
+#endif
+
+// panel[row][tap][i] += factor[row] * sum_e pointwise[row][e][i] depthwise[tap][e][i], for R output channels, one tile
+// and E expansions
+template <class T, int E, int R>
+static inline void add_separable(const Panel<T>* panels, const Centred& at, const T* pointwise, std::int64_t step,
+                                 const T* depthwise, std::int64_t expand, const T* factor, std::int64_t begin,
+                                 std::int64_t columns) {
   constexpr std::int64_t n = lanes<T>;
   const std::int64_t width = columns - begin < n ? columns - begin : n;
-  Vector<T> p[E];
+  Vector<T> p[R][E];
+#pragma GCC unroll 2
+  for (int row = 0; row < R; ++row)
 #pragma GCC unroll 8
-  for (int e = 0; e < E; ++e) p[e] = load_vector(pointwise + e * n) * factor;
+    for (int e = 0; e < E; ++e) p[row][e] = load_vector(pointwise + row * step + e * n) * factor[row];
   at.each([&](std::int64_t t, std::int64_t place) {
     const T* const own = depthwise + t * expand * n;
-    Vector<T> sum[2] = {};  // two chains of additions hide each other's latency
+    Vector<T> sum[R][2] = {};  // two chains of additions hide each other's latency
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) sum[e % 2] += p[e] * load_vector(own + e * n);
-    T* const to = panel[place] + begin;
-    if (width == n) {
-      store_vector(to, load_vector(static_cast<const T*>(to)) + (sum[0] + sum[1]));
-    } else {
-      T part[n];
-      store_vector(part, sum[0] + sum[1]);
-      for (std::int64_t lane = 0; lane < width; ++lane) to[lane] += part[lane];
+    for (int e = 0; e < E; ++e) {
+      const Vector<T> d = load_vector(own + e * n);
+#pragma GCC unroll 2
+      for (int row = 0; row < R; ++row) sum[row][e % 2] += p[row][e] * d;
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < R; ++row) {
+      T* const to = panels[row][place] + begin;
+      if (width == n) {
+        store_vector(to, load_vector(static_cast<const T*>(to)) + (sum[row][0] + sum[row][1]));
+      } else {
+        T part[n];
+        store_vector(part, sum[row][0] + sum[row][1]);
+        for (std::int64_t lane = 0; lane < width; ++lane) to[lane] += part[lane];
+      }
     }
   });
 }
 
-// grad[e][i] = sum_t upstream[t][i] depthwise[t][e][i], for one output channel and E expansions in registers
-template <class T, int E>
+// grad[row][e][i] = factor[row] * x and dots[row][i] += x * pointwise[row][e][i], with x = sum_t upstream[row][t][i]
+// depthwise[t][e][i], for R output channels and E expansions; rows of pointwise and grad are `step` apart.
+template <class T, int E, int R>
 static inline void pointwise_gradient(const T* upstream, const T* depthwise, std::int64_t expand, std::int64_t taps,
-                                      T* grad) {
+                                      const T* factor, const T* pointwise, T* grad, std::int64_t step, T* dots) {
   constexpr std::int64_t n = lanes<T>;
-  Vector<T> sum[E] = {};
+  Vector<T> sum[R][E] = {};
   for (std::int64_t t = 0; t < taps; ++t) {
-    const Vector<T> g = load_vector(upstream + t * n);
+    Vector<T> g[R];
+#pragma GCC unroll 2
+    for (int row = 0; row < R; ++row) g[row] = load_vector(upstream + (row * taps + t) * n);
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) sum[e] += g * load_vector(depthwise + (t * expand + e) * n);
+    for (int e = 0; e < E; ++e) {
+      const Vector<T> d = load_vector(depthwise + (t * expand + e) * n);
+#pragma GCC unroll 2
+      for (int row = 0; row < R; ++row) sum[row][e] += g[row] * d;
+    }
   }
+#pragma GCC unroll 2
+  for (int row = 0; row < R; ++row) {
+    Vector<T> dot = load_vector(static_cast<const T*>(dots + row * n));
 #pragma GCC unroll 8
-  for (int e = 0; e < E; ++e) store_vector(grad + e * n, sum[e]);
+    for (int e = 0; e < E; ++e) {
+      dot += sum[row][e] * load_vector(pointwise + row * step + e * n);
+      store_vector(grad + row * step + e * n, sum[row][e] * factor[row]);
+    }
+    store_vector(dots + row * n, dot);
+  }
 }
 
-// grad[t][e][i] += sum_o factor[o] upstream[o][t][i] pointwise[o][e][i], for one tap and E expansions in registers
-template <class T, int E>
+// grad[t][e][i] += sum_o factor[o] upstream[o][t][i] pointwise[o][e][i], for N taps and E expansions
+template <class T, int E, int N>
 static inline void depthwise_gradient(const T* upstream, std::int64_t upstream_step, const T* pointwise,
-                                      std::int64_t pointwise_step, const T* factors, std::int64_t rows, T* grad) {
+                                      std::int64_t pointwise_step, const T* factors, std::int64_t rows, T* grad,
+                                      std::int64_t expand) {
   constexpr std::int64_t n = lanes<T>;
-  Vector<T> sum[E];
+  Vector<T> sum[N][E];
+#pragma GCC unroll 3
+  for (int t = 0; t < N; ++t)
 #pragma GCC unroll 8
-  for (int e = 0; e < E; ++e) sum[e] = load_vector(static_cast<const T*>(grad + e * n));
+    for (int e = 0; e < E; ++e) sum[t][e] = load_vector(static_cast<const T*>(grad + (t * expand + e) * n));
   for (std::int64_t row = 0; row < rows; ++row) {
-    const Vector<T> g = load_vector(upstream + row * upstream_step) * factors[row];
+    Vector<T> g[N];
+#pragma GCC unroll 3
+    for (int t = 0; t < N; ++t) g[t] = load_vector(upstream + row * upstream_step + t * n) * factors[row];
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) sum[e] += g * load_vector(pointwise + row * pointwise_step + e * n);
+    for (int e = 0; e < E; ++e) {
+      const Vector<T> p = load_vector(pointwise + row * pointwise_step + e * n);
+#pragma GCC unroll 3
+      for (int t = 0; t < N; ++t) sum[t][e] += g[t] * p;
+    }
   }
+#pragma GCC unroll 3
+  for (int t = 0; t < N; ++t)
 #pragma GCC unroll 8
-  for (int e = 0; e < E; ++e) store_vector(grad + e * n, sum[e]);
+    for (int e = 0; e < E; ++e) store_vector(grad + (t * expand + e) * n, sum[t][e]);
+}
+
+// Calls f(first, number) for all of `count` things, as many at a time as `Most` says and one by one in the end; the number
+// is a constant expression.
+template <int Most, class F>
+static inline void in_steps(std::int64_t count, F f) {
+  std::int64_t first = 0;
+  for (; first + Most <= count; first += Most) f(first, std::integral_constant<int, Most>());
+  if constexpr (Most > 1)
+    for (; first < count; ++first) f(first, std::integral_constant<int, 1>());
 }

@@ -113,6 +113,9 @@ static std::int64_t taps_of(const Term& term) {
   return std::int64_t{term.height} * term.width;
 }
 
+template <class T>
+constexpr Type type_of = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
+
 static bool is_expanded(const Term& term) {
   return term.kind == Kind::separable && term.b.data != nullptr;
 }
@@ -149,7 +152,7 @@ static std::int64_t scratch_size(const Block& block) {
     const Term& term = block.term[index];
     std::int64_t own = term.kind == Kind::pointwise ? columns : panel;
     if (term.kind == Kind::composed) {
-      own = std::int64_t{term.inner} * taps_of_b(term);
+      own = taps_of_b(term) * std::max<std::int64_t>(term.inner, width_of(block, term));
       products += taps_of_b(term) * (padded<T>(width_of(block, term)) + padded<T>(term.inner));
       several = std::max(several, own);
     }
@@ -191,13 +194,6 @@ static Ranges pieces(const Block& block, int threads) {
     for (std::int64_t begin = first; begin < first + stretch; begin += step)
       result.emplace_back(begin, std::min(begin + step, first + stretch));
   return result;
-}
-
-// Whether a composed term multiplies something else than dW as it lies.
-template <class T>
-static bool needs_flow(const Block& block, const Term& term) {
-  const bool plain = block.kernel.type == (sizeof(T) == sizeof(double) ? Type::float64 : Type::float32);
-  return !(plain && taps_of_a(term) == 1 && term.height == block.height && term.width == block.width);
 }
 
 // Each group of a piece is cut into the same runs, whether it is there whole or in part.
@@ -345,70 +341,68 @@ class FirstSums {
  public:
   FirstSums(const Block& block, std::int64_t most_rows) : block_(block) {
     std::int64_t totals = 0, buffers = 0;
-    const auto wanted = [&](const Term& term) { return term.kind == Kind::composed && term.grad_a.data != nullptr; };
-    const auto flows = [&](const Term& term) { return term.kind == Kind::composed && needs_flow<T>(block, term); };
-    for (std::int32_t index = 0; index < block.terms; ++index) {
-      const Term& term = block.term[index];
-      if (wanted(term)) {
-        totals += total_size(term);
-        buffers += most_rows * taps_of_b(term) * padded<T>(term.inner);
-      }
-      if (flows(term)) buffers += most_rows * taps_of_b(term) * width_of(block, term);
-    }
+    each([&](std::int32_t, const Term& term) {
+      totals += total_size(term);
+      buffers += most_rows * (flow_row(term) + second_row(term));
+    });
     T* total = kept<T, for_totals>(totals);
     T* buffer = kept<T, for_pieces>(buffers);
-    for (std::int32_t index = 0; index < block.terms; ++index) {
-      const Term& term = block.term[index];
-      if (wanted(term)) {
-        totals_[index] = total;
-        total += total_size(term);
-        piece.second[index] = buffer;
-        buffer += most_rows * taps_of_b(term) * padded<T>(term.inner);
-      }
-      if (flows(term)) {
-        piece.flow[index] = buffer;
-        buffer += most_rows * taps_of_b(term) * width_of(block, term);
-      }
-    }
+    each([&](std::int32_t index, const Term& term) {
+      totals_[index] = total;
+      total += total_size(term);
+      piece.flow[index] = buffer;
+      buffer += most_rows * flow_row(term);
+      if (second_row(term) > 0) piece.second[index] = buffer;
+      buffer += most_rows * second_row(term);
+    });
   }
 
   // What the piece contributes.
   void add(int threads) {
     const std::int64_t rows = block_.out_per_group();
     const std::int64_t first = piece.begin / rows, groups = (piece.end - 1) / rows + 1 - first;
-    for (std::int32_t index = 0; index < block_.terms; ++index) {
-      const Term& term = block_.term[index];
-      if (totals_[index] == nullptr) continue;
-      const std::int64_t width = width_of(block_, term), depth = (piece.end - piece.begin) / groups * taps_of_b(term);
-      parallel_rows(0, groups * width, depth * term.inner, threads, [&](std::int64_t begin, std::int64_t end) {
-        each_group(begin, end, width, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+    each([&](std::int32_t index, const Term& term) {
+      const std::int64_t work = (piece.end - piece.begin) / groups * flow_row(term);
+      parallel_rows(0, groups * term.inner, work, threads, [&](std::int64_t begin, std::int64_t end) {
+        each_group(begin, end, term.inner, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
           group += first;
-          T* const total = totals_[index] + group * width * padded<T>(term.inner);
-          kernels<T>().add_to_first(block_, piece, index, group, total, group * rows < piece.begin, from, to);
+          kernels<T>().add_to_first(block_, piece, index, group, total(index, group), group * rows < piece.begin, from,
+                                    to);
         });
       });
-    }
+    });
   }
 
   void hand_over(int threads) const {
-    for (std::int32_t index = 0; index < block_.terms; ++index) {
-      const Term& term = block_.term[index];
-      if (totals_[index] == nullptr) continue;
-      const std::int64_t width = width_of(block_, term);
-      parallel_rows(0, block_.groups * term.inner, width, threads, [&](std::int64_t begin, std::int64_t end) {
-        each_group(begin, end, term.inner, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
-          const T* const total = totals_[index] + group * width * padded<T>(term.inner);
-          kernels<T>().unpack_first(block_, term, group, total, from, to);
-        });
-      });
-    }
+    each([&](std::int32_t index, const Term& term) {
+      parallel_rows(0, block_.groups * term.inner, width_of(block_, term), threads,
+                    [&](std::int64_t begin, std::int64_t end) {
+                      each_group(begin, end, term.inner, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+                        kernels<T>().unpack_first(block_, term, group, total(index, group), from, to);
+                      });
+                    });
+    });
   }
 
   Piece<T> piece;
 
  private:
-  std::int64_t total_size(const Term& term) const {
-    return block_.groups * width_of(block_, term) * padded<T>(term.inner);
+  template <class F>
+  void each(F f) const {
+    for (std::int32_t index = 0; index < block_.terms; ++index) {
+      const Term& term = block_.term[index];
+      if (term.kind == Kind::composed && term.grad_a.data != nullptr) f(index, term);
+    }
+  }
+
+  std::int64_t group_size(const Term& term) const { return term.inner * padded<T>(width_of(block_, term)); }
+  std::int64_t total_size(const Term& term) const { return block_.groups * group_size(term); }
+  std::int64_t flow_row(const Term& term) const { return taps_of_b(term) * padded<T>(width_of(block_, term)); }
+  std::int64_t second_row(const Term& term) const {
+    return term.b.type == type_of<T> ? 0 : taps_of_b(term) * term.inner;
+  }
+  T* total(std::int32_t index, std::int64_t group) const {
+    return totals_[index] + group * group_size(block_.term[index]);
   }
 
   const Block& block_;
