@@ -137,7 +137,7 @@ static void compose(const Block& block, const Term& term, const T* first, T* scr
   const std::int64_t width = width_of(block, term), taps = taps_of_b(term), inner = term.inner;
   const Left<T> b = in_precision(term.b, begin, end, inner, taps, scratch);
   const T* const own_first = first + begin / block.out_per_group() * inner * padded<T>(width);
-  multiply(b.rows(taps), (end - begin) * taps, {1, 0, inner, b.column}, own_first, right_tiles<T>(width), out,
+  multiply(b.rows(taps), (end - begin) * taps, Depth::line(inner, b.column), own_first, right_tiles<T>(width), out,
            padded<T>(width), false);
 }
 
@@ -220,7 +220,7 @@ static void composed_backward(const Block& block, std::int32_t index, const T* f
     const std::int64_t step = padded<T>(inner);
     T* const spare = scratch + rows_at_once * taps * step;
     const Left<T> flow = flow_of(block, term, g, begin, end, spare);
-    multiply(flow.rows(taps), (end - begin) * taps, {1, 0, width, flow.column}, first + group * width * step,
+    multiply(flow.rows(taps), (end - begin) * taps, Depth::line(width, flow.column), first + group * width * step,
              right_tiles<T>(inner), scratch, step, false);
     for (std::int64_t o = begin; o < end; ++o)
       second_backward(block, term, scratch + (o - begin) * taps * step, o, spare);
@@ -243,6 +243,6 @@ static void add_to_first(const Block& block, const Piece<T>& piece, std::int32_t
   const Left<T> b = part.second == nullptr ? as_it_lies<T>(term.b, part.begin)
                                            : Left<T>{part.second, taps * term.inner, term.inner, 1};
   const Rows<T> channels = {b.data + begin * b.column, 1, b.column, 0};
-  multiply(channels, end - begin, {part.end - part.begin, b.row, taps, b.tap}, static_cast<const T*>(part.flow),
+  multiply(channels, end - begin, Depth::grid(part.end - part.begin, b.row, taps, b.tap), static_cast<const T*>(part.flow),
            right_tiles<T>(width), total + begin * step, step, add);
 }

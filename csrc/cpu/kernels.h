@@ -12,6 +12,14 @@ namespace orepa::cpu {
 // How many output channels are worked on at once, term by term.
 constexpr std::int64_t rows_at_once = 8;
 
+// Sums over output channels and `taps` taps of each are taken in parts of so many channels, counted from the group's first:
+// of at least 256 products, because the parts have to be added up, and not of many more, because of rounding errors.
+constexpr std::int64_t rows_per_chain(std::int64_t taps) {
+  std::int64_t rows = rows_at_once;
+  while (rows * taps < 256) rows *= 2;
+  return rows;
+}
+
 // What all output channels of a group need, group after group.
 template <class T>
 struct Packed {

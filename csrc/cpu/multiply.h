@@ -30,15 +30,28 @@ struct Rows {
   std::int64_t taps, major, minor;
 };
 
-// The dimension that is summed over: index (u, v) of outer x inner is u * outer_step + v * inner_step elements from the
-// beginning of a left row, and the (u * inner + v)-th of the right matrix.
+// The dimension that is summed over: index (u, v) of outer x inner is begin + u * outer_step + v * inner_step elements from
+// the beginning of a left row, and the (u * inner + v)-th of the right matrix.
+//
+// Long sums are taken in parts, of `chain` indices, and the parts added up: rounding errors of one chain of additions
+// grow with its length. A grid is cut between indices of `outer`, wherever it begins; a line, of which there is one row
+// (outer = 1), is cut anywhere.
 struct Depth {
   std::int64_t outer, outer_step, inner, inner_step;
+  bool is_line;
+  std::int64_t begin = 0;
+
+  static Depth line(std::int64_t size, std::int64_t step) { return {1, 0, size, step, true}; }
+  static Depth grid(std::int64_t outer, std::int64_t outer_step, std::int64_t inner, std::int64_t inner_step) {
+    return {outer, outer_step, inner, inner_step, false};
+  }
 
   std::int64_t size() const { return outer * inner; }
 };
 
-// out[r][column] = sum_d left(r, d) right[d][column] for one tile, or added to it; in the order of d whatever M is.
+constexpr std::int64_t line_chain = 512;
+
+// out[r][column] = sum_d left(r, d) right[d][column] for one tile, or added to it; the same bits whatever M is.
 template <class T, int M>
 static void multiply_tile(const T* const* rows, const Depth& depth, const T* __restrict right, T* out,
                           std::int64_t step, bool add) {
@@ -49,11 +62,10 @@ static void multiply_tile(const T* const* rows, const Depth& depth, const T* __r
   for (int r = 0; r < M; ++r) {
     left[r] = rows[r];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      sum[r][v] = add ? load_vector(static_cast<const T*>(out + r * step + v * lanes<T>)) : Vector<T>{};
+    for (int v = 0; v < V; ++v) sum[r][v] = Vector<T>{};
   }
   for (std::int64_t outer = 0; outer < depth.outer; ++outer) {
-    std::int64_t at = outer * depth.outer_step;
+    std::int64_t at = depth.begin + outer * depth.outer_step;
     for (std::int64_t inner = 0; inner < depth.inner; ++inner, at += depth.inner_step, right += tile_width<T>) {
       Vector<T> x[V];
 #pragma GCC unroll 4
@@ -67,7 +79,10 @@ static void multiply_tile(const T* const* rows, const Depth& depth, const T* __r
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_vector(out + r * step + v * lanes<T>, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      T* const to = out + r * step + v * lanes<T>;
+      store_vector(to, add ? load_vector(static_cast<const T*>(to)) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class T, class Counts>
@@ -92,11 +107,19 @@ static void multiply(const Rows<T>& left, std::int64_t count, const Depth& depth
       if (++minor == left.taps) ++major, minor = 0;
     }
     const int parts = (some + tile_rows - 1) / tile_rows;
-    for (std::int64_t tile = 0; tile < right_tiles; ++tile)
-      for (int part = 0; part < parts; ++part) {  // of equal size, or nearly so
-        const int first = some * part / parts, last = some * (part + 1) / parts;
-        of_rows.of[last - first - 1](rows + first, depth, right + tile * depth.size() * tile_width<T>,
-                              out + (begin + first) * step + tile * tile_width<T>, step, add);
-      }
+    const std::int64_t whole = depth.is_line ? depth.inner : depth.outer;
+    const std::int64_t chain = depth.is_line ? line_chain : rows_per_chain(depth.inner);
+    Depth piece = depth;
+    for (std::int64_t done = 0; done < whole; done += chain) {
+      (depth.is_line ? piece.inner : piece.outer) = whole - done < chain ? whole - done : chain;
+      piece.begin = done * (depth.is_line ? depth.inner_step : depth.outer_step);
+      const T* const own = right + done * (depth.is_line ? 1 : depth.inner) * tile_width<T>;
+      for (std::int64_t tile = 0; tile < right_tiles; ++tile)
+        for (int part = 0; part < parts; ++part) {  // of equal size, or nearly so
+          const int first = some * part / parts, last = some * (part + 1) / parts;
+          of_rows.of[last - first - 1](rows + first, piece, own + tile * depth.size() * tile_width<T>,
+                                       out + (begin + first) * step + tile * tile_width<T>, step, add || done > 0);
+        }
+    }
   }
 }

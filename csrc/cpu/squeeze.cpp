@@ -169,25 +169,27 @@ using Ranges = std::vector<std::pair<std::int64_t, std::int64_t>>;
 // Sums over output channels are taken in runs of this length, and the runs added up in order: enough runs for 16
 // threads, but not so short that adding them up takes as long as what they add.
 static std::int64_t run_length(const Block& block) {
-  return std::max<std::int64_t>(4 * rows_at_once, (block.out_per_group() + 15) / 16);
+  constexpr std::int64_t least = 4 * rows_at_once;
+  return std::max<std::int64_t>((block.out_per_group() / 16 + least - 1) / least, 1) * least;
 }
 
 // The backward pass works on pieces, of so many elements of dW per thread (256 KB in float32), so that these and as much
-// of b are still in the second-level caches when they are multiplied. Which pieces there are does not matter to the
-// results: products are summed up in the order of output channels wherever they are interrupted.
+// of b are still in the second-level caches when they are multiplied. Results do not depend on what the pieces are: they
+// begin where runs begin, and chains of additions.
 constexpr std::int64_t piece_elements = 1 << 16;
 
 static Ranges pieces(const Block& block, int threads) {
-  std::int64_t row = block.taps() * block.in_per_group;
+  std::int64_t row = block.taps() * block.in_per_group, unit = run_length(block);
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
-    if (term.kind == Kind::composed)
-      row = std::max(row, taps_of_b(term) * std::max<std::int64_t>(term.inner, width_of(block, term)));
+    if (term.kind != Kind::composed) continue;
+    row = std::max(row, taps_of_b(term) * std::max<std::int64_t>(term.inner, width_of(block, term)));
+    while (unit % rows_per_chain(taps_of_b(term)) != 0) unit += run_length(block);
   }
-  const std::int64_t group = block.out_per_group(), run = run_length(block);
-  const std::int64_t rows = threads * std::max(run, piece_elements / row);
+  const std::int64_t group = block.out_per_group();
+  const std::int64_t rows = std::max(unit, threads * std::max(run_length(block), piece_elements / row));
   const std::int64_t whole = rows / group * group;  // channels of as many whole groups as fit
-  const std::int64_t step = whole > 0 ? whole : rows / run * run;
+  const std::int64_t step = whole > 0 ? whole : rows / unit * unit;
   const std::int64_t stretch = whole > 0 ? block.out_channels : group;
   Ranges result;
   for (std::int64_t first = 0; first < block.out_channels; first += stretch)
