@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accuracy import check, run
@@ -13,7 +17,18 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import orepa
 from orepa.bench.timing import saved_bytes
-from orepa_kernels import Average, BackendError, Block, Dense, Operand, PointwiseFilter, Separable, backends, squeeze
+from orepa_kernels import (
+    Average,
+    BackendError,
+    Block,
+    Dense,
+    Operand,
+    PointwiseFilter,
+    Separable,
+    backends,
+    native,
+    squeeze,
+)
 
 if not backends()["cpu"]:
     pytest.skip(backends()["cpu"].reason, allow_module_level=True)
@@ -139,27 +154,51 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 1), (96, 200, 2), (320, 384, 1)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 1, 3), (96, 200, 2, 3), (320, 384, 1, 3), (700, 130, 1, 1), (290, 70, 1, 5)]
+)
 def test_the_same_bits_every_time_for_any_number_of_threads(threads, shape):
-    out_channels, in_channels, groups = shape
-    conv = orepa.OREPAConv(in_channels, out_channels, 3, groups=groups, bias=False)
+    out_channels, in_channels, groups, size = shape
+    conv = orepa.OREPAConv(in_channels, out_channels, size, groups=groups, bias=False, topology="orepa")
     tensors, upstream = [torch.randn_like(t) for t in conv.operands()], torch.randn(conv.plan.shape)
-    results = {}
-    for count in (1, 2, 4):
+    threads(1)
+    kernel, gradients = run(conv.plan, tensors, upstream, "cpu")
+    for count in (1, 2, 3, 4):
         threads(count)
-        results[count] = run(conv.plan, tensors, upstream, "cpu")
-        again, gradients = run(conv.plan, tensors, upstream, "cpu")
-        assert torch.equal(again, results[count][0])
-        assert all(torch.equal(a, b) for a, b in zip(gradients, results[count][1], strict=True))
-    # The products are BLAS's; all that is added up here does not depend on the number of threads.
-    other = [t for t, o in zip(range(len(tensors)), conv.plan.operands, strict=True) if o.name not in COMPOSED]
-    for count in (2, 4):
-        assert all(torch.equal(results[count][1][i], results[1][1][i]) for i in other)
+        again, others = run(conv.plan, tensors, upstream, "cpu")
+        assert torch.equal(again, kernel)
+        for operand, one, other in zip(conv.plan.operands, gradients, others, strict=True):
+            assert torch.equal(one, other), f"{operand.name}, {count} threads"
     tensors[0] = tensors[0] * (1 + 2**-22)  # the comparison can fail
-    assert not torch.equal(run(conv.plan, tensors, upstream, "cpu")[0], results[4][0])
+    assert not torch.equal(run(conv.plan, tensors, upstream, "cpu")[0], kernel)
 
 
-COMPOSED = {"conv1x1_kxk_conv1", "conv1x1_kxk_conv2", "scales"}
+# --- for any processor --------------------------------------------------------------------------------------------------------
+
+
+def with_instruction_set(name, *arguments):
+    environment = {**os.environ, "OREPA_CPU_ISA": name}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["baseline", "avx2"])
+def test_other_instruction_sets(name):
+    """The processor that runs the tests would otherwise be the only one whose kernels are tested."""
+    script = "from orepa_kernels import native; print(native.build()['cpu_instruction_set'])"
+    if with_instruction_set(name, "-c", script).stdout.strip() != name:
+        pytest.skip(f"this processor or this build has no {name} kernels")
+    if native.build()["cpu_instruction_set"] == name:
+        pytest.skip(f"all other tests of this file ran with {name}")
+    which = "any_plan or every_topology or in_pieces or same_bits or half_precision"
+    done = with_instruction_set(name, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", which)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_unknown_instruction_set_is_said():
+    done = with_instruction_set("sse9", "-c", "from orepa_kernels import native; native.build()")
+    assert "OREPA_CPU_ISA must be baseline, avx2 or avx512, got sse9" in done.stderr
 
 
 # --- fits in ----------------------------------------------------------------------------------------------------------------

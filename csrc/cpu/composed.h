@@ -108,8 +108,7 @@ template <class T>
 static Left<T> in_precision(const View& view, std::int64_t begin, std::int64_t end, std::int64_t columns,
                             std::int64_t taps, T* copy) {
   if (view.type == type_of<T>) return as_it_lies<T>(view, begin);
-  for (std::int64_t o = begin; o < end; ++o)
-    load(view, o, columns, taps, copy + (o - begin) * taps * columns, columns);
+  for (std::int64_t o = begin; o < end; ++o) load(view, o, columns, taps, copy + (o - begin) * taps * columns, columns);
   return {copy, taps * columns, columns, 1};
 }
 
@@ -149,7 +148,8 @@ static void second_backward(const Block& block, const Term& term, const T* u, st
   if (term.grad_b.data != nullptr && same_runs<T>(term.b, term.grad_b, inner, taps)) {
     store(u, step, inner, taps, term.grad_b, o);
     T* const out = in_place<T>(term.grad_b, o).data;
-    put_scale(block, term, o, scale_and_dot(out, static_cast<const T*>(in_place<T>(term.b, o).data), scale, taps * inner));
+    put_scale(block, term, o,
+              scale_and_dot(out, static_cast<const T*>(in_place<T>(term.b, o).data), scale, taps * inner));
     return;
   }
   const Panel<const T> b = panel<T>(term.b, o, inner, taps, scratch);
@@ -162,8 +162,8 @@ static void second_backward(const Block& block, const Term& term, const T* u, st
     store(static_cast<const T*>(out.data), inner, inner, taps, term.grad_b, o);
 }
 
-// The flow of one output channel times its scale, as rows (o, q) of a right matrix [(o, q), c]. `place`: the first of those
-// rows, of `depth` that the matrix has.
+// The flow of one output channel times its scale, as rows (o, q) of a right matrix [(o, q), c]. `place`: the first of
+// those rows, of `depth` that the matrix has.
 template <class T>
 static void pack_flow(const Block& block, const Term& term, const Panel<const T>& g, T scale, std::int64_t place,
                       std::int64_t depth, T* out) {
@@ -243,6 +243,6 @@ static void add_to_first(const Block& block, const Piece<T>& piece, std::int32_t
   const Left<T> b = part.second == nullptr ? as_it_lies<T>(term.b, part.begin)
                                            : Left<T>{part.second, taps * term.inner, term.inner, 1};
   const Rows<T> channels = {b.data + begin * b.column, 1, b.column, 0};
-  multiply(channels, end - begin, Depth::grid(part.end - part.begin, b.row, taps, b.tap), static_cast<const T*>(part.flow),
-           right_tiles<T>(width), total + begin * step, step, add);
+  multiply(channels, end - begin, Depth::grid(part.end - part.begin, b.row, taps, b.tap),
+           static_cast<const T*>(part.flow), right_tiles<T>(width), total + begin * step, step, add);
 }

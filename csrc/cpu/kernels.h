@@ -1,8 +1,8 @@
 // What the CPU kernels offer to the driver (squeeze.cpp): loops over rows, without threads and without memory of their
 // own.
 //
-// A *panel* is a kernel's row in the layout that sums are computed in: [taps][columns]. T is the precision of composing,
-// float or double. Arrays over terms have null where a term has no such thing.
+// A *panel* is a kernel's row in the layout that sums are computed in: [taps][columns]. T is the precision of
+// composing, float or double. Arrays over terms have null where a term has no such thing.
 #pragma once
 
 #include "../squeeze.h"
@@ -12,8 +12,9 @@ namespace orepa::cpu {
 // How many output channels are worked on at once, term by term.
 constexpr std::int64_t rows_at_once = 8;
 
-// Sums over output channels and `taps` taps of each are taken in parts of so many channels, counted from the group's first:
-// of at least 256 products, because the parts have to be added up, and not of many more, because of rounding errors.
+// Sums over output channels and `taps` taps of each are taken in parts of so many channels, counted from the group's
+// first: of at least 256 products, because the parts have to be added up, and not of many more, because of rounding
+// errors.
 constexpr std::int64_t rows_per_chain(std::int64_t taps) {
   std::int64_t rows = rows_at_once;
   while (rows * taps < 256) rows *= 2;
@@ -34,8 +35,8 @@ struct Sums {
   T* filters[max_terms] = {};    // [O][taps], written, where a filter wants a gradient
 };
 
-// Backward: what the gradients of a are made of, for some output channels, from `begin`. A piece is a part of one group,
-// or one or more whole groups.
+// Backward: what the gradients of a are made of, for some output channels, from `begin`. A piece is a part of one
+// group, or one or more whole groups.
 template <class T>
 struct Piece {
   std::int64_t begin = 0, end = 0;
@@ -45,8 +46,9 @@ struct Piece {
 
 template <class T>
 struct Kernels {
-  // Right matrices of products are padded to a multiple of so many columns.
-  std::int64_t tile_width;
+  // What is packed is padded: depthwise kernels to whole vectors, of so many channels; right matrices of products to
+  // whole tiles, of so many columns.
+  std::int64_t vector_width, tile_width;
 
   // view(row, column, tap) = panels[row][tap][column], for rows [begin, end).
   void (*unpack)(const T* panels, std::int64_t columns, std::int64_t taps, const View& view, std::int64_t begin,
@@ -73,8 +75,8 @@ struct Kernels {
   void (*backward)(const Block& block, const Packed<T>& packed, const Sums<T>& sums, const Piece<T>& piece, T* scratch,
                    std::int64_t begin, std::int64_t end);
 
-  // total[m][taps of a * Ig, padded] for m of [begin, end), of inner: what a piece's part of one group contributes to the
-  // gradient of a; added, or written where `add` is false.
+  // total[m][taps of a * Ig, padded] for m of [begin, end), of inner: what a piece's part of one group contributes to
+  // the gradient of a; added, or written where `add` is false.
   void (*add_to_first)(const Block& block, const Piece<T>& piece, std::int32_t term, std::int64_t group, T* total,
                        bool add, std::int64_t begin, std::int64_t end);
 };

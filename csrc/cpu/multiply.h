@@ -1,10 +1,11 @@
 // Matrix products of any left matrix with a packed right one. Included by rows.cpp only, inside its namespace.
 //
-// BLAS would have to be fed: with matrices transposed for it, through memory, where it packs them once more. Here the left
-// matrix is read as it lies, be it a tensor's own memory, and what comes out is used while it is in the nearest cache.
+// BLAS would have to be fed: with matrices transposed for it, through memory, where it packs them once more. Here the
+// left matrix is read as it lies, be it a tensor's own memory, and what comes out is used while it is in the nearest
+// cache.
 
-// What is computed at a time: so many rows by so many vectors, all in registers. With AVX-512 there are 32 of those, and
-// an instruction that multiplies by a number in memory; else 16.
+// What is computed at a time: so many rows by so many vectors, all in registers. With AVX-512 there are 32 of those,
+// and an instruction that multiplies by a number in memory; else 16.
 #ifdef __AVX512F__
 constexpr int tile_rows = 9, tile_vectors = 1;  // a 3x3 kernel has nine taps
 #else
@@ -30,8 +31,8 @@ struct Rows {
   std::int64_t taps, major, minor;
 };
 
-// The dimension that is summed over: index (u, v) of outer x inner is begin + u * outer_step + v * inner_step elements from
-// the beginning of a left row, and the (u * inner + v)-th of the right matrix.
+// The dimension that is summed over: index (u, v) of outer x inner is begin + u * outer_step + v * inner_step elements
+// from the beginning of a left row, and the (u * inner + v)-th of the right matrix.
 //
 // Long sums are taken in parts, of `chain` indices, and the parts added up: rounding errors of one chain of additions
 // grow with its length. A grid is cut between indices of `outer`, wherever it begins; a line, of which there is one row
@@ -89,7 +90,8 @@ template <class T, class Counts>
 struct Tiles;
 template <class T, int... M>
 struct Tiles<T, std::integer_sequence<int, M...>> {
-  void (*of[sizeof...(M)])(const T* const*, const Depth&, const T*, T*, std::int64_t, bool) = {multiply_tile<T, M + 1>...};
+  void (*of[sizeof...(M)])(const T* const*, const Depth&, const T*, T*, std::int64_t,
+                           bool) = {multiply_tile<T, M + 1>...};
 };
 
 // out[r][column] = sum_d left(r, d) right(d, column), or added to it, for `count` rows and whole tiles of columns;

@@ -75,8 +75,8 @@ class Filter {
 
 template <class T>
 constexpr Kernels<T> table = {
-    tile_width<T>, unpack<T>,  pack_depthwise<T>, unpack_depthwise<T>, pack_first<T>,
-    unpack_first<T>, forward<T>, backward<T>,       add_to_first<T>,
+    lanes<T>,      tile_width<T>,   unpack<T>,  pack_depthwise<T>, unpack_depthwise<T>,
+    pack_first<T>, unpack_first<T>, forward<T>, backward<T>,       add_to_first<T>,
 };
 
 extern const Kernels<float> float_kernels;

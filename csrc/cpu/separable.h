@@ -191,8 +191,8 @@ static inline void depthwise_gradient(const T* upstream, std::int64_t upstream_s
     for (int e = 0; e < E; ++e) store_vector(grad + (t * expand + e) * n, sum[t][e]);
 }
 
-// Calls f(first, number) for all of `count` things, as many at a time as `Most` says and one by one in the end; the number
-// is a constant expression.
+// Calls f(first, number) for all of `count` things, as many at a time as `Most` says and one by one in the end; the
+// number is a constant expression.
 template <int Most, class F>
 static inline void in_steps(std::int64_t count, F f) {
   std::int64_t first = 0;

@@ -1,8 +1,11 @@
 #include "squeeze.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #ifdef _OPENMP
@@ -29,7 +32,9 @@ OREPA_DECLARE(avx512)
 
 enum class Isa { baseline, avx2, avx512 };
 
-static Isa detected() {
+constexpr const char* isa_names[] = {"baseline", "avx2", "avx512"};
+
+static Isa best_isa() {
 #ifdef OREPA_X86_KERNELS
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
@@ -39,17 +44,29 @@ static Isa detected() {
   return Isa::baseline;
 }
 
-static const Isa isa = detected();
+// The best that this processor has, or less where OREPA_CPU_ISA says so.
+static Isa chosen_isa() {
+  const char* const wanted = std::getenv("OREPA_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best_isa();
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (std::strcmp(wanted, isa_names[static_cast<int>(isa)]) == 0) return std::min(isa, best_isa());
+  throw std::invalid_argument("OREPA_CPU_ISA must be baseline, avx2 or avx512, got " + std::string(wanted));
+}
+
+static Isa isa_in_use() {
+  static const Isa isa = chosen_isa();
+  return isa;
+}
 
 const char* instruction_set() {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  return isa_names[static_cast<int>(isa_in_use())];
 }
 
 template <>
 const Kernels<float>& kernels<float>() {
 #ifdef OREPA_X86_KERNELS
-  if (isa == Isa::avx512) return avx512::float_kernels;
-  if (isa == Isa::avx2) return avx2::float_kernels;
+  if (isa_in_use() == Isa::avx512) return avx512::float_kernels;
+  if (isa_in_use() == Isa::avx2) return avx2::float_kernels;
 #endif
   return baseline::float_kernels;
 }
@@ -57,8 +74,8 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
 #ifdef OREPA_X86_KERNELS
-  if (isa == Isa::avx512) return avx512::double_kernels;
-  if (isa == Isa::avx2) return avx2::double_kernels;
+  if (isa_in_use() == Isa::avx512) return avx512::double_kernels;
+  if (isa_in_use() == Isa::avx2) return avx2::double_kernels;
 #endif
   return baseline::double_kernels;
 }
@@ -120,17 +137,20 @@ static bool is_expanded(const Term& term) {
   return term.kind == Kind::separable && term.b.data != nullptr;
 }
 
-// Input channels rounded up to whole vectors, of which the largest have 64 bytes.
-template <class T>
-static std::int64_t padded_vectors(const Block& block) {
-  constexpr std::int64_t lanes = 64 / sizeof(T);
-  return (block.in_per_group + lanes - 1) / lanes * lanes;
+static std::int64_t rounded_up(std::int64_t size, std::int64_t unit) {
+  return (size + unit - 1) / unit * unit;
 }
 
+// Input channels as separable terms have them, in whole vectors.
+template <class T>
+static std::int64_t padded_vectors(const Block& block) {
+  return rounded_up(block.in_per_group, kernels<T>().vector_width);
+}
+
+// Columns of a product's right matrix.
 template <class T>
 static std::int64_t padded(std::int64_t width) {
-  const std::int64_t tile = kernels<T>().tile_width;
-  return (width + tile - 1) / tile * tile;
+  return rounded_up(width, kernels<T>().tile_width);
 }
 
 static std::int64_t width_of(const Block& block, const Term& term) {
@@ -173,23 +193,25 @@ static std::int64_t run_length(const Block& block) {
   return std::max<std::int64_t>((block.out_per_group() / 16 + least - 1) / least, 1) * least;
 }
 
-// The backward pass works on pieces, of so many elements of dW per thread (256 KB in float32), so that these and as much
-// of b are still in the second-level caches when they are multiplied. Results do not depend on what the pieces are: they
-// begin where runs begin, and chains of additions.
+// The backward pass works on pieces, of so many elements of dW per thread (256 KB in float32), so that these and as
+// much of b are still in the second-level caches when they are multiplied. Results do not depend on what the pieces
+// are: they begin where runs begin, and chains of additions.
 constexpr std::int64_t piece_elements = 1 << 16;
 
 static Ranges pieces(const Block& block, int threads) {
-  std::int64_t row = block.taps() * block.in_per_group, unit = run_length(block);
+  const std::int64_t group = block.out_per_group(), run = run_length(block);
+  std::int64_t row = block.taps() * block.in_per_group, unit = run;
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (term.kind != Kind::composed) continue;
     row = std::max(row, taps_of_b(term) * std::max<std::int64_t>(term.inner, width_of(block, term)));
-    while (unit % rows_per_chain(taps_of_b(term)) != 0) unit += run_length(block);
+    while (unit % rows_per_chain(taps_of_b(term)) != 0) unit += run;
   }
-  const std::int64_t group = block.out_per_group();
-  const std::int64_t rows = std::max(unit, threads * std::max(run_length(block), piece_elements / row));
+  std::int64_t shared = unit;  // a run for each thread, or as many for each
+  while (shared % (threads * run) != 0) shared += unit;
+  const std::int64_t rows = std::max(shared, threads * piece_elements / row);
   const std::int64_t whole = rows / group * group;  // channels of as many whole groups as fit
-  const std::int64_t step = whole > 0 ? whole : rows / unit * unit;
+  const std::int64_t step = whole > 0 ? whole : rows / shared * shared;
   const std::int64_t stretch = whole > 0 ? block.out_channels : group;
   Ranges result;
   for (std::int64_t first = 0; first < block.out_channels; first += stretch)

@@ -66,7 +66,11 @@ class CpuBackend(FusedBackend):
 
 
 def _kernel(
-    block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format, fold: Tensor | None
+    block: Block,
+    operands: Sequence[Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    fold: Tensor | None,
 ) -> Tensor:
     """One block's kernel, times ``fold [O]``."""
     kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)

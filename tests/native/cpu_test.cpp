@@ -119,64 +119,22 @@ struct Problem {
            operand[scales].at(2, o, 0) * composed + operand[scales].at(3, o, 0) * separable;
   }
 
-  // out[rows of left][columns of right] per group; what Python leaves to BLAS.
-  static void multiply(const double* left, const double* right, double* out, std::int64_t rows, std::int64_t inner,
-                       std::int64_t columns, bool right_transposed) {
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t c = 0; c < columns; ++c) {
-        double sum = 0;
-        for (std::int64_t k = 0; k < inner; ++k)
-          sum += left[r * inner + k] * (right_transposed ? right[c * inner + k] : right[k * columns + c]);
-        out[r * columns + c] = sum;
-      }
-  }
-
   void forward(Tensor& kernel, int threads) {
-    const cpu::Context context{Type::float64, threads};
-    const std::int64_t taps = block.taps(), inner = size.inner, columns = size.in_per_group;
-    std::vector<double> a(operand[first].memory.size());
-    cpu::pack(operand[first].view(), {}, 0, operand[first].rows, columns, 1, a.data(), context);
     block.kernel = kernel.view();
-    for (const auto& [begin, end] : cpu::pieces(block)) {
-      std::vector<double> b((end - begin) * taps * inner), product((end - begin) * taps * columns);
-      cpu::pack(operand[second].view(), {}, begin, end, inner, taps, b.data(), context);
-      for (std::int64_t o = begin; o < end; ++o)
-        multiply(b.data() + (o - begin) * taps * inner, a.data() + o / size.out_per_group * inner * columns,
-                 product.data() + (o - begin) * taps * columns, taps, inner, columns, false);
-      const void* products[max_terms] = {nullptr, nullptr, product.data(), nullptr};
-      cpu::forward(block, products, begin, end, context);
-    }
+    cpu::forward(block, {Type::float64, threads});
   }
 
   void backward(Tensor& upstream, Tensor* gradient, int threads) {
-    const cpu::Context context{Type::float64, threads};
-    const std::int64_t taps = block.taps(), inner = size.inner, columns = size.in_per_group;
     block.term[0].grad_a = gradient[origin].view();
     block.term[1].grad_a = gradient[pointwise].view();
     block.term[1].grad_b = gradient[filter].view();
+    block.term[2].grad_a = gradient[first].view();
     block.term[2].grad_b = gradient[second].view();
     block.term[3].grad_a = gradient[depthwise].view();
     block.term[3].grad_b = gradient[expanded].view();
     block.grad_scales = gradient[scales].view();
     block.kernel = upstream.view();
-    std::vector<double> a(operand[first].memory.size());
-    cpu::pack(operand[first].view(), {}, 0, operand[first].rows, columns, 1, a.data(), context);
-    gradient[first].memory.assign(gradient[first].memory.size(), 0);
-    for (const auto& [begin, end] : cpu::pieces(block)) {
-      std::vector<double> rows((end - begin) * taps * columns), product((end - begin) * taps * inner);
-      cpu::backward(block, rows.data(), begin, end, context);
-      for (std::int64_t o = begin; o < end; ++o)
-        multiply(rows.data() + (o - begin) * taps * columns, a.data() + o / size.out_per_group * inner * columns,
-                 product.data() + (o - begin) * taps * inner, taps, columns, inner, true);
-      cpu::composed_backward(block, 2, rows.data(), product.data(), begin, end, context);
-      for (std::int64_t o = begin; o < end; ++o)
-        for (std::int64_t m = 0; m < inner; ++m)
-          for (std::int64_t i = 0; i < columns; ++i)
-            for (std::int64_t t = 0; t < taps; ++t)
-              gradient[first].at(o / size.out_per_group * inner + m, i, 0) +=
-                  operand[scales].at(2, o, 0) * operand[second].at(o, m, t) *
-                  rows[((o - begin) * taps + t) * columns + i];
-    }
+    cpu::backward(block, {Type::float64, threads});
   }
 };
 
