@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import YES, Backend, Request, Verdict
+from .backends import YES, Backend, Request, Shortcut, Verdict
 from .plan import Block
 from .stages import Key, Program, Step, program
 
 #: gradients of one block, in the order of its operands; None where none was asked for
 Gradients = list[Tensor | None]
+
+#: what a backend remembers of a call, under names of its own
+Memo = dict[Any, Any]
 
 
 class FusedBackend(Backend):
@@ -60,6 +63,7 @@ class FusedBackend(Backend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
+        memo: Memo | None = None,
     ) -> list[Tensor]:
         """Squeeze flat blocks into new memory. Not differentiable; called without autograd.
 
@@ -70,6 +74,8 @@ class FusedBackend(Backend):
             dtype: of the kernels.
             memory_format: of the kernels.
             folds: per block None, or a contiguous ``[O]`` in `compute_dtype`: a factor of each output channel's kernel.
+            memo: where to keep what depends on none of these but the tensors' memory: the same for calls with one block and no
+                fold that differ in nothing else; empty at first. None for calls that are not expected again.
         """
 
     @abstractmethod
@@ -112,10 +118,50 @@ class FusedBackend(Backend):
             texts, channels_last = [block.text for block in blocks], memory_format == torch.channels_last
             kernels = torch.ops.orepa_kernels.squeeze(list(operands), texts, self.name, emitted, channels_last)
         else:
-            kernels = list(_apply(self, tuple(blocks), emitted, memory_format, *operands))
+            kernels = list(_apply(Call(self, tuple(blocks), emitted, memory_format), *operands))
         if folded:
             kernels = [reference.fold(k, f).to(dtype) for k, f in zip(kernels, folds, strict=True)]
         return kernels
+
+    def shortcut(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Shortcut:
+        call = Call(self, (block,), dtype, memory_format, {})
+        return call.differentiable if _any_requires_grad(operands) else call.forward
+
+
+class Call:
+    """What does not change from call to call of the same blocks.
+
+    Args:
+        backend: who computes them.
+        blocks: the plans.
+        dtype: of the kernels.
+        memory_format: of the kernels.
+        memo: for the backend, see `FusedBackend.forward`; None where the operands' layout may change.
+    """
+
+    def __init__(
+        self,
+        backend: FusedBackend,
+        blocks: tuple[Block, ...],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        memo: Memo | None = None,
+    ) -> None:
+        self.backend, self.blocks = backend, blocks
+        self._how, self._memo, self._no_folds = (dtype, memory_format), memo, [None] * len(blocks)
+        self._flat = program(blocks).flat
+
+    def differentiable(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels, for operands of which some require gradients."""
+        return list(_apply(self, *operands)) if torch.is_grad_enabled() else self.forward(operands)
+
+    def forward(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels, without autograd."""
+        if self._flat is None:
+            return run_forward(self.backend, self.blocks, operands, *self._how, self._no_folds)
+        return self.backend.forward(self._flat, _cut(self._flat, operands), *self._how, self._no_folds, self._memo)
 
 
 class _Squeeze(torch.autograd.Function):
@@ -123,26 +169,19 @@ class _Squeeze(torch.autograd.Function):
 
     # In the older style, without `setup_context`: that one inspects the signature at every call, for 30 microseconds.
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: FusedBackend,
-        blocks: tuple[Block, ...],
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.backend, ctx.blocks = backend, blocks
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
         ctx.save_for_backward(*tensors)
-        return tuple(run_forward(backend, blocks, tensors, dtype, memory_format, [None] * len(blocks)))
+        return tuple(call.forward(tensors))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        call, tensors, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = differentiable_gradients(ctx.blocks, tensors, upstream, needed)
+            gradients = differentiable_gradients(call.blocks, tensors, upstream, needed)
         else:
-            gradients = run_backward(ctx.backend, ctx.blocks, tensors, upstream, needed)
-        return (None, None, None, None, *gradients)
+            gradients = run_backward(call.backend, call.blocks, tensors, upstream, needed)
+        return (None, *gradients)
 
 
 # `_Squeeze.apply` without its Python half, which does nothing here for 3.5 microseconds: it looks after ``torch.func``

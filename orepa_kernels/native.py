@@ -126,9 +126,17 @@ def collapsed(tensor: Tensor) -> Tensor:
     return tensor if is_collapsed(tensor) else tensor.contiguous()
 
 
-def described(block: Block, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Views]:
-    """The operands of a block, collapsed, and their views, one after the other."""
-    return _with_views(block, tensors, collapsed)
+def described(
+    block: Block, tensors: Sequence[Tensor], memo: dict[Any, Any] | None = None
+) -> tuple[Sequence[Tensor], Views]:
+    """The operands of a block, collapsed, and their views, one after the other. ``memo``: see `FusedBackend.forward`."""
+    template = memo.get("views") if memo else None
+    if template is not None:
+        return tensors, _at_addresses(template, tensors)
+    used, numbers = _with_views(block, tensors, collapsed)
+    if memo is not None and used is tensors:
+        memo["views"] = numbers.copy()
+    return used, numbers
 
 
 def places(
@@ -172,9 +180,7 @@ def _with_views(
     )
     template = _templates.get(key)
     if template is not None:
-        numbers = template.copy()
-        numbers[::_FIELDS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return tensors, numbers
+        return tensors, _at_addresses(template, tensors)
     used = [None if tensor is None else described_as(tensor) for tensor in tensors]
     numbers = views(used)
     if all(mine is given for mine, given in zip(used, tensors, strict=True)):
@@ -182,6 +188,12 @@ def _with_views(
             _templates.clear()
         _templates[key] = numbers.copy()
     return used, numbers
+
+
+def _at_addresses(template: Views, tensors: Sequence[Tensor | None]) -> Views:
+    numbers = template.copy()
+    numbers[::_FIELDS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return numbers
 
 
 def hand_over(gradients: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:

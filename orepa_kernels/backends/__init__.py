@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..plan import Block
+from ..signature import signature
 
 log = logging.getLogger("orepa_kernels")
 
@@ -25,6 +27,10 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 
 #: environment variable that replaces ``backend="auto"``
 ENVIRONMENT_VARIABLE = "OREPA_BACKEND"
+
+
+#: one block's operands to its kernel, as a list of one
+Shortcut: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class BackendError(RuntimeError):
@@ -99,6 +105,16 @@ class Backend(ABC):
             One ``[O, I/g, kh, kw]`` per block.
         """
 
+    def shortcut(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Shortcut | None:
+        """`squeeze` of this block alone, without a fold, for other operands of the same signature (`orepa_kernels.signature`).
+
+        Called once for each signature, so that it may work out what is the same every time. None where there is nothing to
+        gain.
+        """
+        return None
+
 
 _REGISTRY: dict[str, Backend] = {}
 #: asked on first use, once: finding out may load a driver (a plain dict, because torch.compile cannot trace functools.cache)
@@ -106,6 +122,9 @@ _AVAILABLE: dict[str, Verdict] = {}
 #: what `choose` found; a training step asks for the same blocks every time
 _CHOICES: dict[tuple[object, ...], Backend] = {}
 _MOST_CHOICES = 1 << 16
+#: `Backend.shortcut` of calls seen before, each after the predicate that its operands have to meet
+_SHORTCUTS: dict[tuple[object, ...], list[tuple[Callable[..., bool], Shortcut]]] = {}
+_MOST_SHORTCUTS, _MOST_SIGNATURES = 1 << 14, 8
 
 
 def register(backend: Backend) -> Backend:
@@ -115,6 +134,7 @@ def register(backend: Backend) -> Backend:
     _REGISTRY[backend.name] = backend
     _AVAILABLE.pop(backend.name, None)
     _CHOICES.clear()
+    _SHORTCUTS.clear()
     return backend
 
 
@@ -191,6 +211,22 @@ def choose(
             _CHOICES.clear()
         _CHOICES[key] = chosen
     return chosen
+
+
+def recall(key: tuple[object, ...], operands: Sequence[Tensor]) -> Shortcut | None:
+    """What `remember` was told for such operands."""
+    for matches, shortcut in _SHORTCUTS.get(key, ()):
+        if matches(*operands):
+            return shortcut
+    return None
+
+
+def remember(key: tuple[object, ...], operands: Sequence[Tensor], shortcut: Shortcut) -> None:
+    """Keep a shortcut for what ``key`` says and operands that look like these. The oldest of a key goes when there are many."""
+    if len(_SHORTCUTS) >= _MOST_SHORTCUTS:
+        _SHORTCUTS.clear()
+    kept = _SHORTCUTS.get(key, [])[-_MOST_SIGNATURES + 1 :]
+    _SHORTCUTS[key] = [*kept, (signature(operands), shortcut)]
 
 
 def _verdict(name: str, request: Request) -> Verdict:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..fused import FusedBackend, Gradients, compute_dtype
+from ..fused import FusedBackend, Gradients, Memo, compute_dtype
 from ..plan import Block
 from . import YES, Verdict
 
@@ -51,9 +51,10 @@ class CpuBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
+        memo: Memo | None = None,
     ) -> list[Tensor]:
         work = zip(blocks, tensors, folds, strict=True)
-        return [_kernel(block, operands, dtype, memory_format, fold) for block, operands, fold in work]
+        return [_kernel(block, operands, dtype, memory_format, fold, memo) for block, operands, fold in work]
 
     def backward(
         self,
@@ -71,10 +72,11 @@ def _kernel(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     fold: Tensor | None,
+    memo: Memo | None,
 ) -> Tensor:
     """One block's kernel, times ``fold [O]``."""
     kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
-    _alive, views = native.described(block, operands)
+    _alive, views = native.described(block, operands, memo)
     factor = () if fold is None else native.view(fold)
     native.module().cpu_forward(native.plan(block), views, native.view(kernel), factor, *_how(operands))
     return kernel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..fused import FusedBackend, Gradients
+from ..fused import FusedBackend, Gradients, Memo
 from ..plan import Block, sources
 from . import YES, Verdict
 
@@ -72,9 +72,10 @@ class CudaBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
+        memo: Memo | None = None,
     ) -> list[Tensor]:
         device = tensors[0][0].device
-        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
+        operands = [native.described(block, own, memo) for block, own in zip(blocks, tensors, strict=True)]
         kernels = [
             torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks
         ]

@@ -40,7 +40,7 @@ class ReferenceBackend(Backend):
             values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
             with _no_autocast(operands[0].device):
                 kernel = reference.fold(reference.squeeze_block(block, values), factor)
-            kernels.append(kernel.to(dtype=dtype, memory_format=memory_format))
+            kernels.append(kernel.to(dtype).contiguous(memory_format=memory_format))
         return kernels
 
 

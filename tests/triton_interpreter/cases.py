@@ -5,6 +5,7 @@ process, because Triton decides at its import whether to interpret. To run it al
 """
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,7 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
     taken.clear()
     monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
     monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    sys.modules["orepa_kernels.backends"]._SHORTCUTS.clear()
     after = run_list([block], [tensors])
     assert launches == ["squeeze_forward"] * 4 + ["squeeze_backward", "add_parts"] * 4
     assert [taken[3], taken[7]] == [own[0 if fastest == "first" else -1] for own in choices.values()]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ...fused import FusedBackend, Gradients
+from ...fused import FusedBackend, Gradients, Memo
 from ...plan import Block, Separable, kernel_size_of, sources
 from .. import YES, Verdict
 from .device import INTERPRET, INTERPRETING, OLDEST
@@ -63,10 +65,9 @@ class TritonBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
+        memo: Memo | None = None,
     ) -> list[Tensor]:
-        from . import launch
-
-        return launch.forward(blocks, tensors, dtype, memory_format, folds)
+        return _launch().forward(blocks, tensors, dtype, memory_format, folds, memo)
 
     def backward(
         self,
@@ -75,9 +76,15 @@ class TritonBackend(FusedBackend):
         upstream: Sequence[Tensor],
         needed: Sequence[Sequence[bool]],
     ) -> list[Gradients]:
-        from . import launch
+        return _launch().backward(blocks, tensors, upstream, needed)
 
-        return launch.backward(blocks, tensors, upstream, needed)
+
+@functools.cache
+def _launch() -> ModuleType:
+    """The module that imports Triton. (The import statement alone takes half a microsecond every time.)"""
+    from . import launch
+
+    return launch
 
 
 def _largest_separable(block: Block) -> int:

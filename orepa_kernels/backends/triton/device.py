@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +57,16 @@ def device_of(device: torch.device) -> Device:
     return Device(device.type)
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether ``device`` is the one that is launched on."""
+    if device.type == "cuda":
+        return device.index == torch.cuda.current_device()
+    return device.type != "xpu" or device.index == torch.xpu.current_device()
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` the one that is launched on, where it is not already."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    if device.type == "xpu" and device.index != torch.xpu.current_device():
-        return torch.xpu.device(device)
-    return nullcontext()
+    """Make ``device``, a GPU, the one that is launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.xpu.device(device)
 
 
 def capturing(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ capturing, as every recipe for graphs says.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -20,10 +21,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ...fused import Memo
 from ...plan import Block
 from . import configs, tables, tuning
 from .backward import squeeze_backward
-from .device import INTERPRETING, capturing, current, device_of, stream_of
+from .device import INTERPRETING, capturing, current, device_of, is_current, stream_of
 from .forward import squeeze_forward
 from .spec import Spec, backward_spec, forward_spec
 from .sums import add_parts
@@ -243,16 +245,48 @@ def _alignment(addresses: Sequence[tuple[int, ...]]) -> tuple[bool, ...] | None:
     return tuple(address % 16 == 0 for own in addresses for address in own) if bits % 16 else None
 
 
+def _run(launches: Sequence[_Launch], addresses: Sequence[tuple[int, ...]], device: torch.device) -> None:
+    if not is_current(device):
+        with current(device):
+            for launch in launches:
+                launch(addresses)
+        return
+    for launch in launches:
+        launch(addresses)
+
+
+class _Seen:
+    """What forward calls for one block have in common where operands have one layout: all but addresses and precision."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.device = kernel.device
+        self.precision = device_of(kernel.device).precision
+        self.new_kernel = functools.partial(
+            torch.empty_strided, kernel.shape, kernel.stride(), dtype=kernel.dtype, device=kernel.device
+        )
+        #: by precision and `_alignment`
+        self.launches: dict[tuple[str, tuple[bool, ...] | None], list[_Forward]] = {}
+
+
 def forward(
     blocks: Sequence[Block],
     operands: Sequence[Sequence[Tensor]],
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     folds: Sequence[Tensor | None],
+    memo: Memo | None = None,
 ) -> list[Tensor]:
     """Kernels of flat blocks, see `orepa_kernels.fused.FusedBackend.forward`; one launch per structure."""
     if not blocks:
         return []
+    if memo:
+        seen: _Seen = memo["triton"]
+        kernels = [seen.new_kernel()]
+        addresses = [tuple([tensor.data_ptr() for tensor in (*operands[0], *kernels)])]
+        what = seen.precision(), _alignment(addresses)
+        if what in seen.launches:
+            _run(seen.launches[what], addresses, seen.device)
+            return kernels
     device = operands[0][0].device
     kernels = [torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks]
     tensors = [
@@ -260,15 +294,11 @@ def forward(
         for own, kernel, fold in zip(operands, kernels, folds, strict=True)
     ]
     addresses = [tuple([tensor.data_ptr() for tensor in own]) for own in tensors]
-    device_kind = device_of(device)
+    what = device_of(device).precision(), _alignment(addresses)
     key = (
-        device,
-        device_kind.precision(),
-        memory_format,
-        tuple(blocks),
+        *(device, memory_format, tuple(blocks), *what),
         tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
         tuple([len(own) for own in tensors]),
-        _alignment(addresses),
     )
 
     def make() -> list[_Forward]:
@@ -276,9 +306,10 @@ def forward(
         how = _Forward, configs.forward_config, configs.forward_choices
         return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
 
-    with current(device):
-        for launch in _forwards.find(key, make):
-            launch(addresses)
+    launches = _forwards.find(key, make)
+    if memo is not None:
+        memo.setdefault("triton", _Seen(kernels[0])).launches[what] = launches
+    _run(launches, addresses, device)
     return kernels
 
 
@@ -314,7 +345,5 @@ def backward(
         how, plans = (_Backward, configs.backward_config, configs.backward_choices), [blocks[i] for i in busy]
         return [_made(*how, spec, own, plans, tensors, addresses) for spec, own in _by_structure(specs)]
 
-    with current(device):
-        for launch in _backwards.find(key, make):
-            launch(addresses)
+    _run(_backwards.find(key, make), addresses, device)
     return gradients
