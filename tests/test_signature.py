@@ -42,6 +42,7 @@ def test_what_matches(make):
     for what, change in CHANGES.items():
         first, *rest = tensors()
         assert not matches(change(first), *rest), what
+
     def inside(x):
         assert not matches(x, *tensors()[1:])
         return x.sum()

@@ -175,13 +175,13 @@ static void pack_flow(const Block& block, const Term& term, const Panel<const T>
     for (std::int64_t i = 0, c = r * columns; i < columns;) {
       const std::int64_t lane = c % n, some = n - lane < columns - i ? n - lane : columns - i;
       T* __restrict to = row + c / n * depth * n + lane;
-      if (some == n)
+      if (some == n) {
 #pragma GCC unroll 2
         for (int v = 0; v < tile_vectors; ++v)
           store_vector(to + v * lanes<T>, load_vector(from + i + v * lanes<T>) * scale);
-
-      else
+      } else {
         for (std::int64_t j = 0; j < some; ++j) to[j] = scale * from[i + j];
+      }
       i += some;
       c += some;
     }
