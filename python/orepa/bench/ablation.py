@@ -25,6 +25,7 @@ from ..conv import OREPAConv
 from ..report import count_parameters
 from ..training.config import DIGITS, Config
 from ..training.data import Loaders, load_data, mix, seed_everything
+from ..training.determinism import threads
 from ..training.errors import UserError
 from ..training.images import ImageData
 from ..training.loop import Diverged, Trainer
@@ -93,7 +94,11 @@ def run(request: Request, say: Callable[[str], None] = print) -> Results:
     unknown = [name for name in request.rows if name not in known]
     if unknown or not request.rows:
         raise UserError(f"--rows must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    torch.set_num_threads(request.threads)
+    with threads(request.threads):
+        return _run(request, say)
+
+
+def _run(request: Request, say: Callable[[str], None]) -> Results:
     config = request.config(0)
     data = load_data(config, None, default_cfg(config.model))
     count = len(data.train) if request.train_images is None else request.train_images
