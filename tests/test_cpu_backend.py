@@ -21,6 +21,7 @@ from orepa_kernels import (
     Average,
     BackendError,
     Block,
+    Composed,
     Dense,
     Operand,
     PointwiseFilter,
@@ -70,6 +71,21 @@ def test_every_topology(topology, groups):
 def test_blocks_that_are_worked_on_in_pieces(out_channels, in_channels, groups):
     conv = orepa.OREPAConv(in_channels, out_channels, 3, groups=groups, bias=False)
     check("cpu", conv.plan, [torch.randn_like(t) for t in conv.operands()], bound=5e-6)
+
+
+@pytest.mark.parametrize(("out_channels", "in_channels", "first_size"), [(512, 64, 1), (64, 512, 3)])
+def test_long_sums_are_as_exact_as_those_of_blas(out_channels, in_channels, first_size):
+    """Errors of one chain of additions grow with its length: here 4,608 products make up one number."""
+    first = Operand("a", (64, in_channels, first_size, first_size))
+    second = Operand("b", (out_channels, 64, 4 - first_size, 4 - first_size))
+    block = Block(out_channels, in_channels, (3, 3), (Composed(first, second),))
+    tensors, upstream = [1 + t for t in drawn(block)], 1 + torch.randn(block.shape)
+    _, exact = run(block, [t.double() for t in tensors], upstream, "reference")
+    _, plain = run(block, tensors, upstream, "reference")
+    _, got = run(block, tensors, upstream, "cpu")
+    for operand, truth, theirs, ours in zip(block.operands, exact, plain, got, strict=True):
+        allowed = 2 * (theirs - truth).norm() + 4 * torch.finfo(F32).eps * truth.norm()
+        assert (ours - truth).norm() <= allowed, operand.name
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -191,7 +207,7 @@ def test_other_instruction_sets(name):
         pytest.skip(f"this processor or this build has no {name} kernels")
     if native.build()["cpu_instruction_set"] == name:
         pytest.skip(f"all other tests of this file ran with {name}")
-    which = "any_plan or every_topology or in_pieces or same_bits or half_precision"
+    which = "long_sums or any_plan or every_topology or in_pieces or same_bits or half_precision"
     done = with_instruction_set(name, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", which)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -75,6 +75,7 @@ def _kernel(
     memo: Memo | None,
 ) -> Tensor:
     """One block's kernel, times ``fold [O]``."""
+    # Views may point into copies, which `_alive` holds until the call is over.
     kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
     _alive, views = native.described(block, operands, memo)
     factor = () if fold is None else native.view(fold)
