@@ -74,8 +74,6 @@ class Plan {
     return block;
   }
 
-  const Block& shape() const { return block_; }
-
  private:
   void check(const Views& views) const {
     if (views.size() != 5 * operands_)

@@ -58,8 +58,10 @@ def test_torch_still_has_the_fast_way():
 
 @pytest.fixture(params=["fast", "in Python"])
 def either_way(request, monkeypatch):
+    backends = sys.modules["orepa_kernels.backends"]
+    monkeypatch.setattr(backends, "_SHORTCUTS", {})  # none that was kept in the other way
     if request.param == "in Python":
-        monkeypatch.setattr(sys.modules["orepa_kernels.backends"], "signature", signature.in_python)
+        monkeypatch.setattr(backends, "signature", signature.in_python)
 
 
 @pytest.mark.usefixtures("either_way")

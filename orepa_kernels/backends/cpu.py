@@ -79,21 +79,19 @@ def _kernel(
     kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
     _alive, views = native.described(block, operands, memo)
     factor = () if fold is None else native.view(fold)
-    native.module().cpu_forward(native.plan(block), views, native.view(kernel), factor, *_how(operands))
+    how = native.TYPES[compute_dtype(operands)], torch.get_num_threads()
+    native.module().cpu_forward(native.plan(block), views, native.view(kernel), factor, *how)
     return kernel
 
 
 def _gradients(block: Block, operands: Sequence[Tensor], upstream: Tensor, needed: Sequence[bool]) -> Gradients:
     """The gradients of one block's operands, given that of its kernel."""
     gradients = [torch.empty_like(t) if need else None for t, need in zip(operands, needed, strict=True)]
+    compute = compute_dtype(operands)
     _alive, views = native.described(block, operands)
-    written, targets = native.places(block, gradients, compute_dtype(operands))
+    written, targets = native.places(block, gradients, compute)
     upstream = native.collapsed(upstream)
-    native.module().cpu_backward(native.plan(block), views, targets, native.view(upstream), *_how(operands))
+    how = native.TYPES[compute], torch.get_num_threads()
+    native.module().cpu_backward(native.plan(block), views, targets, native.view(upstream), *how)
     native.hand_over(gradients, written)
     return gradients
-
-
-def _how(operands: Sequence[Tensor]) -> tuple[int, int]:
-    """What to compose in, and how many threads to use."""
-    return native.TYPES[compute_dtype(operands)], torch.get_num_threads()
