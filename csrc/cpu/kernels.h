@@ -84,5 +84,9 @@ struct Kernels {
 // The kernels for the widest vectors that this processor has.
 template <class T>
 const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>();
+template <>
+const Kernels<double>& kernels<double>();
 
 }  // namespace orepa::cpu
