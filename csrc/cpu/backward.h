@@ -144,12 +144,16 @@ static void backward_rows(const Block& block, const Packed<T>& packed, const Sum
         put_scale(block, term, o, depthwise_backward(block, term, g[o - begin], o, scale));
     }
   }
+  Ahead ahead;  // what follows the products, then what comes before the next ones
+  add_rows(block, true, begin, end, ahead);
+  ahead.add(block.kernel, end, next_rows(block, end), columns * taps);
+  add_rows(block, false, end, next_rows(block, end), ahead);
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (term.kind == Kind::separable && term.b.data != nullptr)
       separable_backward(block, term, g, packed.depthwise[index], sums.depthwise[index], spare, begin, end);
     else if (term.kind == Kind::composed)
-      composed_backward(block, index, packed.first[index], piece, g, spare, begin, end);
+      composed_backward(block, index, packed.first[index], piece, g, spare, begin, end, ahead);
   }
 }
 

@@ -1,23 +1,10 @@
 // Composed terms (paper Eq. 3) as matrix products. Included by rows.cpp only, inside its namespace.
 //
-// Per group, with c a tap of a and an input channel, and (o, q) an output channel and a tap of b:
+// Per group, with c a tap of a and an input channel (`width_of` of them), and (o, q) an output channel and a tap of b:
 //   the kernel     b [(o, q), inner] @ a [inner, c], whose rows then meet in the block's taps
 //   gradient of b  flow [(o, q), c] @ a^T [c, inner], where flow is dW at the taps where q meets those of a
 //   gradient of a  b^T [inner, (o, q)] @ flow [(o, q), c]
 // What stands on the left is read as it lies, what stands on the right is packed.
-
-static std::int64_t taps_of_a(const Term& term) {
-  return std::int64_t{term.first_height} * term.first_width;
-}
-
-static std::int64_t taps_of_b(const Term& term) {
-  return std::int64_t{term.height - term.first_height + 1} * (term.width - term.first_width + 1);
-}
-
-// How many c there are.
-static std::int64_t width_of(const Block& block, const Term& term) {
-  return taps_of_a(term) * block.in_per_group;
-}
 
 template <class T>
 static std::int64_t padded(std::int64_t width) {
@@ -127,17 +114,36 @@ static Left<T> flow_of(const Block& block, const Term& term, const Panel<const T
   return {copy, row, a_taps * columns, 1};
 }
 
+// --- what to ask for ahead of time
+// ---------------------------------------------------------------------------------------
+
+// Rows of all terms that are composed, or of all others.
+static void add_rows(const Block& block, bool composed, std::int64_t begin, std::int64_t end, Ahead& ahead) {
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const Term& term = block.term[index];
+    if ((term.kind == Kind::composed) != composed) continue;
+    const OutputRows rows = output_rows(block, term);
+    ahead.add(rows.factor, begin, end, rows.elements);
+    ahead.add(rows.gradient, begin, end, rows.elements);
+  }
+}
+
+// The output channels after the last that is worked on now.
+static std::int64_t next_rows(const Block& block, std::int64_t end) {
+  return end + rows_at_once < block.out_channels ? end + rows_at_once : block.out_channels;
+}
+
 // --- products -------------------------------------------------------------------------------------------------------
 
 // out [(o, q)][c, padded] for output channels [begin, end) of one group.
 template <class T>
 static void compose(const Block& block, const Term& term, const T* first, T* scratch, T* out, std::int64_t begin,
-                    std::int64_t end) {
+                    std::int64_t end, Ahead& ahead) {
   const std::int64_t width = width_of(block, term), taps = taps_of_b(term), inner = term.inner;
   const Left<T> b = in_precision(term.b, begin, end, inner, taps, scratch);
   const T* const own_first = first + begin / block.out_per_group() * inner * padded<T>(width);
   multiply(b.rows(taps), (end - begin) * taps, Depth::line(inner, b.column), own_first, right_tiles<T>(width), out,
-           padded<T>(width), false);
+           padded<T>(width), false, ahead);
 }
 
 // The gradient of b and of the scale, one output channel, from u = flow a^T, [q][inner, padded].
@@ -212,7 +218,7 @@ struct Part {
 // What output channels [begin, end) of one group (`rows_at_once` of them at most) contribute, given dW as panels.
 template <class T>
 static void composed_backward(const Block& block, std::int32_t index, const T* first, const Piece<T>& piece,
-                              const Panel<const T>* g, T* scratch, std::int64_t begin, std::int64_t end) {
+                              const Panel<const T>* g, T* scratch, std::int64_t begin, std::int64_t end, Ahead& ahead) {
   const Term& term = block.term[index];
   const std::int64_t width = width_of(block, term), taps = taps_of_b(term), inner = term.inner;
   const std::int64_t group = begin / block.out_per_group();
@@ -221,7 +227,7 @@ static void composed_backward(const Block& block, std::int32_t index, const T* f
     T* const spare = scratch + rows_at_once * taps * step;
     const Left<T> flow = flow_of(block, term, g, begin, end, spare);
     multiply(flow.rows(taps), (end - begin) * taps, Depth::line(width, flow.column), first + group * width * step,
-             right_tiles<T>(inner), scratch, step, false);
+             right_tiles<T>(inner), scratch, step, false, ahead);
     for (std::int64_t o = begin; o < end; ++o)
       second_backward(block, term, scratch + (o - begin) * taps * step, o, spare);
   }
@@ -243,6 +249,7 @@ static void add_to_first(const Block& block, const Piece<T>& piece, std::int32_t
   const Left<T> b = part.second == nullptr ? as_it_lies<T>(term.b, part.begin)
                                            : Left<T>{part.second, taps * term.inner, term.inner, 1};
   const Rows<T> channels = {b.data + begin * b.column, 1, b.column, 0};
+  Ahead nothing;
   multiply(channels, end - begin, Depth::grid(part.end - part.begin, b.row, taps, b.tap),
-           static_cast<const T*>(part.flow), right_tiles<T>(width), total + begin * step, step, add);
+           static_cast<const T*>(part.flow), right_tiles<T>(width), total + begin * step, step, add, nothing);
 }

@@ -90,12 +90,16 @@ static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch
   T* const panels = scratch;
   T* spare = scratch + (direct ? 0 : rows_at_once * taps * columns);
   const T* products[max_terms] = {};
+  Ahead ahead;  // what follows the products, then the left matrices of the next ones
+  add_rows(block, false, begin, end, ahead);
+  ahead.add(block.kernel, begin, end, columns * taps);
+  add_rows(block, true, end, next_rows(block, end), ahead);
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (term.kind != Kind::composed) continue;
     T* const product = spare;
     spare += rows_at_once * taps_of_b(term) * padded<T>(width_of(block, term));
-    compose(block, term, packed.first[index], spare, product, begin, end);
+    compose(block, term, packed.first[index], spare, product, begin, end, ahead);
     products[index] = product;
   }
   Panel<T> w[rows_at_once];

@@ -52,10 +52,11 @@ struct Depth {
 
 constexpr std::int64_t line_chain = 512;
 
-// out[r][column] = sum_d left(r, d) right[d][column] for one tile, or added to it; the same bits whatever M is.
+// out[r][column] = sum_d left(r, d) right[d][column] for one tile, or added to it; the same bits whatever M is. What
+// lies at `ahead` is asked for meanwhile: see Ahead.
 template <class T, int M>
 static void multiply_tile(const T* const* rows, const Depth& depth, const T* __restrict right, T* out,
-                          std::int64_t step, bool add) {
+                          std::int64_t step, bool add, const char* ahead) {
   constexpr int V = tile_vectors;
   const T* left[M];
   Vector<T> sum[M][V];
@@ -67,14 +68,19 @@ static void multiply_tile(const T* const* rows, const Depth& depth, const T* __r
   }
   for (std::int64_t outer = 0; outer < depth.outer; ++outer) {
     std::int64_t at = depth.begin + outer * depth.outer_step;
-    for (std::int64_t inner = 0; inner < depth.inner; ++inner, at += depth.inner_step, right += tile_width<T>) {
-      Vector<T> x[V];
+    for (std::int64_t inner = 0; inner < depth.inner;) {
+      const std::int64_t end = inner + steps_between < depth.inner ? inner + steps_between : depth.inner;
+#pragma GCC unroll 8
+      for (int line = 0; line < lines_ahead; ++line, ahead += cache_line) __builtin_prefetch(ahead, 0, 2);
+      for (; inner < end; ++inner, at += depth.inner_step, right += tile_width<T>) {
+        Vector<T> x[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = load_vector(right + v * lanes<T>);
+        for (int v = 0; v < V; ++v) x[v] = load_vector(right + v * lanes<T>);
 #pragma GCC unroll 12
-      for (int r = 0; r < M; ++r)
+        for (int r = 0; r < M; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += x[v] * left[r][at];
+          for (int v = 0; v < V; ++v) sum[r][v] += x[v] * left[r][at];
+      }
     }
   }
 #pragma GCC unroll 12
@@ -90,15 +96,15 @@ template <class T, class Counts>
 struct Tiles;
 template <class T, int... M>
 struct Tiles<T, std::integer_sequence<int, M...>> {
-  void (*of[sizeof...(M)])(const T* const*, const Depth&, const T*, T*, std::int64_t,
-                           bool) = {multiply_tile<T, M + 1>...};
+  void (*of[sizeof...(M)])(const T* const*, const Depth&, const T*, T*, std::int64_t, bool,
+                           const char*) = {multiply_tile<T, M + 1>...};
 };
 
 // out[r][column] = sum_d left(r, d) right(d, column), or added to it, for `count` rows and whole tiles of columns;
-// `step` elements from row to row of out.
+// `step` elements from row to row of out. Meanwhile, `ahead` is asked for.
 template <class T>
 static void multiply(const Rows<T>& left, std::int64_t count, const Depth& depth, const T* right,
-                     std::int64_t right_tiles, T* out, std::int64_t step, bool add) {
+                     std::int64_t right_tiles, T* out, std::int64_t step, bool add, Ahead& ahead) {
   static constexpr Tiles<T, std::make_integer_sequence<int, tile_rows>> of_rows;
   const T* rows[block_rows];
   for (std::int64_t begin = 0; begin < count; begin += block_rows) {
@@ -119,8 +125,10 @@ static void multiply(const Rows<T>& left, std::int64_t count, const Depth& depth
       for (std::int64_t tile = 0; tile < right_tiles; ++tile)
         for (int part = 0; part < parts; ++part) {  // of equal size, or nearly so
           const int first = some * part / parts, last = some * (part + 1) / parts;
-          of_rows.of[last - first - 1](rows + first, piece, own + tile * depth.size() * tile_width<T>,
-                                       out + (begin + first) * step + tile * tile_width<T>, step, add || done > 0);
+          const T* const own_tile = own + tile * depth.size() * tile_width<T>;
+          of_rows.of[last - first - 1](rows + first, piece, own_tile,
+                                       out + (begin + first) * step + tile * tile_width<T>, step, add || done > 0,
+                                       ahead.next(piece.size(), own_tile));
         }
     }
   }

@@ -8,10 +8,13 @@
 #include <utility>
 
 #include "kernels.h"
+#include "terms.h"
 
 namespace orepa::cpu::OREPA_ISA {
 
 #include "layout.h"
+
+#include "ahead.h"
 #include "multiply.h"
 #include "sums.h"
 

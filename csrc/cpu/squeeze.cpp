@@ -9,7 +9,9 @@
 #include <omp.h>
 #endif
 
+#include "huge_pages.h"
 #include "kernels.h"
+#include "terms.h"
 
 namespace orepa::cpu {
 
@@ -43,18 +45,6 @@ static void parallel_rows(std::int64_t begin, std::int64_t end, std::int64_t row
 
 // --- sizes ----------------------------------------------------------------------------------------------------------
 
-static std::int64_t taps_of_a(const Term& term) {
-  return std::int64_t{term.first_height} * term.first_width;
-}
-
-static std::int64_t taps_of_b(const Term& term) {
-  return std::int64_t{term.height - term.first_height + 1} * (term.width - term.first_width + 1);
-}
-
-static std::int64_t taps_of(const Term& term) {
-  return std::int64_t{term.height} * term.width;
-}
-
 template <class T>
 constexpr Type type_of = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
 
@@ -76,10 +66,6 @@ static std::int64_t padded_vectors(const Block& block) {
 template <class T>
 static std::int64_t padded(std::int64_t width) {
   return rounded_up(width, kernels<T>().tile_width);
-}
-
-static std::int64_t width_of(const Block& block, const Term& term) {
-  return taps_of_a(term) * block.in_per_group;
 }
 
 template <class T>
@@ -233,6 +219,7 @@ void forward(const Block& block, const Context& context) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Packed<T> packed = pack<T>(block, false, context.threads);
     const std::int64_t row = block.taps() * block.in_per_group;
+    about_to_fill(block.kernel, block.out_channels, row);
     parallel_rows(0, block.out_channels, row, context.threads, [&](std::int64_t first, std::int64_t last) {
       kernels<T>().forward(block, packed, kept<T, for_rows>(scratch_size<T>(block)), first, last);
     });
@@ -360,6 +347,10 @@ class FirstSums {
 
 void backward(const Block& block, const Context& context) {
   const std::int64_t group_rows = block.out_per_group(), row = block.taps() * block.in_per_group;
+  for (std::int32_t index = 0; index < block.terms; ++index) {
+    const OutputRows rows = output_rows(block, block.term[index]);
+    about_to_fill(rows.gradient, block.out_channels, rows.elements);
+  }
   const Ranges all = pieces(block, context.threads);
   std::int64_t most_rows = 0, most_runs = 0;
   for (const auto& [begin, end] : all) {
