@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import orepa
-import orepa_kernels
 from orepa import OREPAConv, RepVGGBlock
+from orepa_kernels.backends import names_on
 
 pytestmark = pytest.mark.gpu
 
 F64 = torch.float64
-BACKENDS = [name for name, verdict in orepa_kernels.backends().items() if verdict]
+BACKENDS = names_on(torch.device("cuda"))
 
 
 @pytest.fixture(autouse=True)
