@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import native
 from ..fused import FusedBackend, Gradients, Memo
 from ..plan import Block, sources
+from ..precision import float32_precision
 from . import YES, Verdict
 
 #: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
@@ -145,7 +146,7 @@ def _index(device: torch.device) -> int:
 def _where(device: torch.device) -> tuple[int, int, int]:
     """Device, its current stream, and the precision of products."""
     index = _index(device)
-    return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[torch.get_float32_matmul_precision()]
+    return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[float32_precision()]
 
 
 def _most_taps(block: Block) -> int:
