@@ -4,8 +4,9 @@
 #
 #     benchmarks/run_gpu.sh [--dry-run] [--only tests|bench] [OUT]
 #
-# OUT (default benchmarks/results/gpu) gets one JSON file per benchmark, written as it comes, and one log per step. A step
-# that fails does not stop those after it; the exit code tells. The last thing printed is a table of at most 40 lines.
+# OUT (default benchmarks/results/gpu) gets one JSON file per benchmark, written as it comes, and log.txt: few files, of
+# which none is lost if this is killed. A step that fails does not stop those after it; the exit code tells. The last thing
+# printed is a table of at most 40 lines.
 # --dry-run does everything but the timings, without a GPU: benchmarks run on the CPU, on the smallest blocks.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,16 +26,21 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 begun=$SECONDS failed=()
 
-# step NAME SECONDS COMMAND...: one step, in bounded time; its output goes to OUT/NAME.log, the end of it to the terminal
+log=$out/log.txt
+: >"$log" || exit 2
+
+# step NAME SECONDS COMMAND...: one step, in bounded time; its output goes to the log, the end of it to the terminal. What
+# runs out of time is interrupted as from the keyboard: pytest then still says what failed, and why.
 step() {
-    local name=$1 limit=$2 start=$SECONDS
+    local name=$1 limit=$2 start=$SECONDS before
     shift 2
-    printf '=== %s (at %d s)\n' "$name" $((SECONDS - begun))
-    timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+    printf '=== %s (at %d s)\n' "$name" $((SECONDS - begun)) | tee -a "$log"
+    before=$(wc -l <"$log")
+    timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1 </dev/null
     local code=$?
     [[ $code == 0 ]] || failed+=("$name (exit $code)")
-    tail -n 3 "$out/$name.log"
-    printf -- '--- %s: exit %d after %d s\n' "$name" $code $((SECONDS - start))
+    tail -n +$((before + 1)) "$log" | tail -n 3
+    printf -- '--- %s: exit %d after %d s\n' "$name" $code $((SECONDS - start)) | tee -a "$log"
 }
 
 step environment 60 "$python" -m orepa_kernels.info
@@ -44,7 +50,12 @@ if [[ -e CMakeLists.txt ]]; then
 fi
 
 if [[ $only != bench ]]; then
-    step tests 240 "$python" -m pytest -m gpu -q -p no:cacheprovider
+    pytest=("$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider)
+    # Processes of their own: a kernel that reads where it may not takes its process's CUDA down, and every later test.
+    step tests-cuda 100 "${pytest[@]}" tests/test_gpu.py -k "not triton"
+    parallel=()
+    if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi  # compilers use most of the time
+    step tests-others 200 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} -k "triton or not test_gpu"
     # Only kernels of this project are worth the wait; the sanitizer slows them by an order of magnitude.
     sanitize=("$python" benchmarks/sanitize.py)
     if [[ ! $dry ]] && command -v compute-sanitizer >/dev/null; then
@@ -75,11 +86,12 @@ if [[ $only != tests ]]; then
         measure step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
             --contestants plain,orepa-reference --rounds 2 --seconds 1 --out "$out/step-r18.json"
     else
-        measure squeeze-fp32 150 "${bench[@]}" squeeze --device cuda --seconds 60 --out "$out/squeeze-fp32.json"
+        # Not compile-max-autotune, which would take most of the time to tune matrix products.
+        squeeze=("${bench[@]}" squeeze --device cuda --providers eager,compile,reference,triton,cuda,gemms,copy)
+        measure squeeze-fp32 150 "${squeeze[@]}" --seconds 60 --out "$out/squeeze-fp32.json"
         measure step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda,orepa-compile,dbb-offline --out "$out/step-r18.json"
-        measure squeeze-bf16 100 "${bench[@]}" squeeze --device cuda --dtypes bf16 --precision high --seconds 40 \
-            --out "$out/squeeze-bf16.json"
+        measure squeeze-bf16 100 "${squeeze[@]}" --dtypes bf16 --precision high --seconds 40 --out "$out/squeeze-bf16.json"
         measure step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda --out "$out/step-r50.json"
         measure squeeze-models 150 "${bench[@]}" squeeze --device cuda --models all --mode both --seconds 60 \

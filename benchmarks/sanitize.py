@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-import orepa_kernels
 from orepa import OREPAConv
+from orepa_kernels.backends import names_on
 
 #: out, in, kernel, groups
 SHAPES = [(17, 13, 3, 1), (33, 20, 1, 1), (24, 12, 3, 6), (9, 5, 5, 1), (8, 3, 7, 1)]
@@ -42,9 +42,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
     wrong = 0
-    for backend, verdict in orepa_kernels.backends().items():
-        if not verdict:
-            continue
+    for backend in names_on(torch.device(device)):
         for shape in SHAPES:
             error = check(backend, device, *shape)
             wrong += not error < 2e-5

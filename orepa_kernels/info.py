@@ -12,6 +12,7 @@ import torch
 
 from . import __version__, native
 from .backends import ENVIRONMENT_VARIABLE, backends
+from .precision import float32_precision
 
 
 def collect() -> dict[str, Any]:
@@ -25,7 +26,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda_devices": devices,
         "cpu_threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_precision(),
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
         "compiled": native.build(),
         "backends": {name: {"runs": v.ok, "reason": v.reason} for name, v in backends().items()},

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import orepa
-import orepa_kernels
 from orepa import OREPAConv, RepVGGBlock
+from orepa_kernels.backends import names_on
 
 pytestmark = pytest.mark.gpu
 
 F64 = torch.float64
-BACKENDS = [name for name, verdict in orepa_kernels.backends().items() if verdict]
+BACKENDS = names_on(torch.device("cuda"))
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,21 @@ def test_compile_fullgraph_forward_and_backward():
     torch.testing.assert_close(compiled(x), conv(x), rtol=1e-4, atol=1e-4)
     compiled(x).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in conv.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_with_cuda_graphs(backend):
+    """What backends keep must not come from the memory pool of torch.compile's graphs."""
+    conv, x = randomized(16, 32, 3, padding=1, backend=backend), torch.randn(2, 16, 9, 9, device="cuda")
+    step = torch.compile(lambda x: conv(x).square().mean(), mode="reduce-overhead", fullgraph=True)
+    conv(x).square().mean().backward()
+    expected = [parameter.grad.clone() for parameter in conv.parameters()]
+    for _ in range(4):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        conv.zero_grad()
+        step(x).backward()
+        for parameter, gradient in zip(conv.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orepa_kernels import BackendError, Block, Dense, Operand, Verdict, backends, info, squeeze
-from orepa_kernels.backends import NAMES
+from orepa_kernels.backends import NAMES, names_on
 
 BLOCK = Block(4, 2, (3, 3), (Dense(Operand("w", (4, 2, 3, 3))),))
 ABSENT = [name for name, verdict in backends().items() if not verdict]
@@ -60,6 +60,13 @@ def test_backends_are_all_listed_and_absent_ones_say_why():
     assert tuple(table) == NAMES == ("cuda", "triton", "cpu", "reference")
     assert table["reference"] == Verdict(True)
     assert all(verdict.reason for verdict in table.values() if not verdict)
+
+
+def test_the_backends_of_a_device_are_those_that_squeeze_there():
+    """Available is not enough: on a machine with a GPU, the CPU's kernels are available and take no tensor of the GPU."""
+    assert "cpu" not in names_on(torch.device("cuda", 0)) and "reference" in names_on(torch.device("cuda", 0))
+    for name in names_on(torch.device("cpu")):
+        assert squeeze_one(name).shape == (4, 2, 3, 3)
 
 
 @pytest.mark.parametrize("name", ["reference", "auto", ""])

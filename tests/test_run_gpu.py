@@ -43,7 +43,34 @@ def test_a_failed_step_is_named_and_the_others_still_run(tmp_path):
     result = run("--dry-run", "--only", "tests", tmp_path / "out", PYTHON=str(broken))
     assert result.returncode == 1
     assert result.stdout.splitlines()[-1] == "FAILED: sanitizer-shapes (exit 3)"
-    assert "--- tests: exit 0" in result.stdout
+    assert "--- tests-cuda: exit 0" in result.stdout and "--- tests-others: exit 0" in result.stdout
+
+
+def test_few_files_and_what_failed_survives_a_time_limit(tmp_path):
+    """A machine that is lent may hand back only so many files, and takes itself back while a step runs."""
+    slow = tmp_path / "test_slow.py"
+    slow.write_text(
+        "import pytest, time\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_wrong(): assert 1 == 2, 'seen'\n"
+        "def test_endless(): time.sleep(600)\n"
+    )
+    hurried = tmp_path / "bin"
+    hurried.mkdir()
+    (hurried / "timeout").write_text(f'#!/bin/sh\nshift 5\nexec {shutil.which("timeout")} -s INT -k 10 8 "$@"\n')
+    broken = hurried / "python"
+    broken.write_text(
+        f'#!/bin/sh\ncase "$*" in *test_gpu.py*) exec {sys.executable} -m pytest -q -p no:cacheprovider {slow};;\n'
+        "*) exit 0;; esac\n"
+    )
+    for program in hurried.iterdir():
+        program.chmod(0o755)
+    path = f"{hurried}{os.pathsep}{os.environ['PATH']}"
+    result = run("--dry-run", "--only", "tests", tmp_path / "out", PYTHON=str(broken), PATH=path)
+    assert "FAILED: tests-cuda (exit 124)" in result.stdout
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["log.txt"]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "AssertionError: seen" in log and "=== sanitizer-shapes" in log
 
 
 def test_unknown_options_are_refused(tmp_path):

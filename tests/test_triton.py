@@ -68,6 +68,18 @@ def test_importing_the_package_does_not_import_triton():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("way", ["cuda.matmul.", ""])
+def test_precision_follows_the_newer_setting_too(way):
+    """Said that way, PyTorch refuses to answer the older question, and nobody here may ask it."""
+    code = f"import torch; torch.backends.{way}fp32_precision = 'tf32'; import orepa_kernels.info\n"
+    code += "from orepa_kernels.precision import float32_precision\n"
+    code += "from orepa_kernels.backends.triton.device import Device\n"
+    code += "orepa_kernels.info.collect(); print(float32_precision(), Device('cuda', 90).precision())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() == "high tf32"
+
+
 def test_precision_follows_the_setting():
     before = torch.get_float32_matmul_precision()
     try:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..plan import Block
+from ..plan import Block, Dense, Operand
 from ..signature import signature
 
 log = logging.getLogger("orepa_kernels")
@@ -158,6 +158,13 @@ def _available(name: str) -> Verdict:
 def backends() -> dict[str, Verdict]:
     """Every backend by name, fastest first, each with whether it runs here and, if not, why."""
     return {name: _available(name) for name in NAMES}
+
+
+def names_on(device: torch.device) -> list[str]:
+    """The backends that squeeze float32 tensors on ``device``, fastest first; the CPU's are not among those of a GPU."""
+    block = Block(1, 1, (1, 1), (Dense(Operand("weight", (1, 1, 1, 1))),))
+    request = Request(block, device, torch.float32, torch.float32)
+    return [name for name in NAMES if _verdict(name, request)]
 
 
 def resolve(name: str) -> str:

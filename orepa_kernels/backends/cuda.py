@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from .. import native
 from ..fused import FusedBackend, Gradients, Memo
 from ..plan import Block, sources
+from ..precision import float32_precision
 from . import YES, Verdict
+from .memory import kept
 
 #: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -132,10 +135,11 @@ class CudaBackend(FusedBackend):
             # The graph's own: what is kept here could be in use by another stream when the graph is replayed.
             return torch.zeros(size, dtype=torch.uint8, device=device)
         key = _index(device), stream
-        kept = self._counters.get(key)
-        if kept is None or kept.nbytes < size:
-            kept = self._counters[key] = torch.zeros(max(size, 4096), dtype=torch.uint8, device=device)
-        return kept
+        found = self._counters.get(key)
+        if found is None or found.nbytes < size:
+            zeros = functools.partial(torch.zeros, max(size, 4096), dtype=torch.uint8, device=device)
+            found = self._counters[key] = kept(device, zeros)
+        return found
 
 
 def _index(device: torch.device) -> int:
@@ -145,7 +149,7 @@ def _index(device: torch.device) -> int:
 def _where(device: torch.device) -> tuple[int, int, int]:
     """Device, its current stream, and the precision of products."""
     index = _index(device)
-    return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[torch.get_float32_matmul_precision()]
+    return index, torch._C._cuda_getCurrentRawStream(index), _PRECISIONS[float32_precision()]
 
 
 def _most_taps(block: Block) -> int:

@@ -59,14 +59,6 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
 
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i)
-    result |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
-  return result;
-}
-
 template <class T>
 T __ldg(const T* address) {
   if (reinterpret_cast<std::uintptr_t>(address) % sizeof(T) != 0) emulator::machine.fault("a misaligned load");

@@ -165,6 +165,12 @@ class Emulated:
         self._library.orepa_unwritten.restype = ctypes.c_float
         return self._library.orepa_unwritten()
 
+    def mma(self, a: Tensor, b: Tensor, c: Tensor, bfloat16: bool) -> Tensor:
+        """One matrix instruction; arguments are ``[lane, register]``."""
+        d = torch.full((32, 4), float("nan"))
+        self._library.orepa_mma(int(bfloat16), *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, d)))
+        return d
+
     def why_not(self, block: _Block) -> str:
         reason = ctypes.create_string_buffer(512)
         self._library.orepa_why_not(ctypes.byref(block), reason, len(reason))

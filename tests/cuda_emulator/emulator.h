@@ -63,7 +63,8 @@ class Machine {
 #else
   static constexpr std::size_t guard = 256;
 #endif
-  static constexpr unsigned char poison = 0xff;  // as floats of any width, NaN
+  // As a float NaN, as an index far away: all bits set would be -1, which the kernels' tables know as a line of zeros.
+  static constexpr unsigned poison = 0x7fbfbfbf;
 
   Thread* current = nullptr;
   Index block;
@@ -112,10 +113,12 @@ class Machine {
 
   static void entry();
 
+  static unsigned char poison_at(std::size_t byte) { return static_cast<unsigned char>(poison >> (8 * (byte % 4))); }
+
   void run_block(std::uint64_t seed) {
     // Exactly as large as asked for, so that an address sanitizer sees what lies outside.
     shared_.reset(new (std::align_val_t{16}) unsigned char[shared_bytes_ + 2 * guard]);
-    std::memset(shared_.get(), poison, shared_bytes_ + 2 * guard);
+    for (std::size_t i = 0; i < shared_bytes_ + 2 * guard; ++i) shared_[i] = poison_at(i);
     for (Thread& thread : threads_) {
       thread.index = {static_cast<unsigned>(thread.rank), 0, 0};
       thread.wait = Wait::nothing;
@@ -137,7 +140,7 @@ class Machine {
       for (Thread& thread : threads_) thread.wait = Wait::nothing;
     }
     for (std::size_t i = 0; i < guard; ++i)
-      if (shared_[i] != poison || shared_[guard + shared_bytes_ + i] != poison)
+      if (shared_[i] != poison_at(i) || shared_[guard + shared_bytes_ + i] != poison_at(guard + shared_bytes_ + i))
         fail("a write outside of shared memory");
   }
 

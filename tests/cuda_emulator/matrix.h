@@ -25,31 +25,35 @@ struct Fragments {
   unsigned a[4], b[2];
 };
 
-// What both instructions do; `depths(owner fragment, register)` are the values that a register holds.
+// What both instructions do; `value(register, part)` are the values that a register holds. A hardware step adds the
+// products of `Step` lanes' depths to the sum and cuts it off (Fasi et al. 2021, on an A100: 4 of TF32, 8 of bfloat16).
 template <int PerRegister, class Value>
-void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], const Value& value) {
+void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4], const Value& value) {
   const unsigned turn = exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, Wait::matrix_product);
   const int group = own_lane() / 4, pair = own_lane() % 4;
-  double sum[4] = {c[0], c[1], c[2], c[3]};
-  for (int owner = 0; owner < 4; ++owner) {  // of a quarter of the depths
-    const Fragments row = message_of<Fragments>(4 * group + owner, turn);
-    const Fragments columns[2] = {message_of<Fragments>(4 * (2 * pair) + owner, turn),
-                                  message_of<Fragments>(4 * (2 * pair + 1) + owner, turn)};
-    for (int late = 0; late < 2; ++late)
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  for (int late = 0; late < 2; ++late) {
+    double exact[4] = {sum[0], sum[1], sum[2], sum[3]};
+    for (int owner = 0; owner < 4; ++owner) {  // of a quarter of the depths
+      const Fragments row = message_of<Fragments>(4 * group + owner, turn);
+      const Fragments columns[2] = {message_of<Fragments>(4 * (2 * pair) + owner, turn),
+                                    message_of<Fragments>(4 * (2 * pair + 1) + owner, turn)};
       for (int part = 0; part < PerRegister; ++part)
         for (int k = 0; k < 4; ++k)
-          sum[k] += static_cast<double>(value(row.a[2 * late + k / 2], part)) * value(columns[k % 2].b[late], part);
+          exact[k] += static_cast<double>(value(row.a[2 * late + k / 2], part)) * value(columns[k % 2].b[late], part);
+    }
+    for (int k = 0; k < 4; ++k) sum[k] = truncate(exact[k]);
   }
-  for (int k = 0; k < 4; ++k) c[k] = truncate(sum[k]);
+  for (int k = 0; k < 4; ++k) d[k] = sum[k];
 }
 
-inline void mma_m16n8k16_bfloat16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  mma<2>(c, a, b, [](unsigned bits, int half) { return float_from((bits >> (16 * half)) << 16); });
+inline void mma_m16n8k16_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {
+  mma<2>(d, a, b, c, [](unsigned bits, int half) { return float_from((bits >> (16 * half)) << 16); });
 }
 
 // Tensor cores do not look at the last 13 bits.
-inline void mma_m16n8k8_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  mma<1>(c, a, b, [](unsigned bits, int) { return float_from(bits & 0xffffe000u); });
+inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {
+  mma<1>(d, a, b, c, [](unsigned bits, int) { return float_from(bits & 0xffffe000u); });
 }
 
 // cvt.rna: to nearest, ties away from zero

@@ -56,6 +56,17 @@ float orepa_unwritten() {
   return found;
 }
 
+// One matrix instruction: fragments of 32 lanes as they lie in registers, d = a * b + c.
+void orepa_mma(int bfloat16, const unsigned (*a)[4], const unsigned (*b)[2], const float (*c)[4], float (*d)[4]) {
+  emulator::launch(
+      [&] {
+        const unsigned lane = threadIdx.x;
+        bfloat16 != 0 ? emulator::mma_m16n8k16_bfloat16(d[lane], a[lane], b[lane], c[lane])
+                      : emulator::mma_m16n8k8_tf32(d[lane], a[lane], b[lane], c[lane]);
+      },
+      1, 32, 0);
+}
+
 // Sizes, for a caller that declares the structs again.
 void orepa_sizes(int* sizes) {
   sizes[0] = sizeof(View);

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...precision import float32_precision
+
 #: with this variable set before its import, Triton runs kernels in its interpreter, on CPU tensors
 INTERPRET = "TRITON_INTERPRET"
 INTERPRETING = os.environ.get(INTERPRET, "0").lower() in ("1", "true", "yes", "on")
@@ -36,7 +38,7 @@ class Device:
 
         ``"highest"`` is three TF32 products on NVIDIA's tensor cores: the error of float32 at several times its speed.
         """
-        highest = torch.get_float32_matmul_precision() == "highest"
+        highest = float32_precision() == "highest"
         if self.kind == "cuda":
             return "tf32x3" if highest else "tf32"
         if self.kind == "xpu" or self.name.startswith("gfx94"):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...fused import Memo
 from ...plan import Block
+from ..memory import kept
 from . import configs, tables, tuning
 from .backward import squeeze_backward
 from .device import INTERPRETING, capturing, current, device_of, is_current, stream_of
@@ -40,7 +41,7 @@ Launch = TypeVar("Launch", bound="_Launch")
 
 #: launchers kept; a model has one per layer and direction, and again for each dtype
 _LAUNCHERS = 2048
-#: address tables kept per launcher
+#: address tables kept per launcher and stream
 _ADDRESS_TABLES = 16
 #: elements and parts that a program of the second backward launch adds at a time
 SUM_COUNT, SUM_PARTS = 64, 16
@@ -93,11 +94,11 @@ class _Launch:
     def __init__(self, spec: Spec, indices: list[int], device: torch.device) -> None:
         self.spec, self.indices, self.device = spec, indices, device
         self._tables: list[Tensor] = []
-        self._addresses: _Cache[Tensor] = _Cache(_ADDRESS_TABLES)
+        self._addresses: dict[int, _AddressTables] = {}
 
     def upload(self, words: Sequence[int], dtype: torch.dtype) -> int:
         """The address of constant words on the device; they live as long as this does."""
-        self._tables.append(torch.tensor(words, dtype=dtype).to(self.device))
+        self._tables.append(kept(self.device, lambda: torch.tensor(words, dtype=dtype).to(self.device)))
         return self._tables[-1].data_ptr()
 
     def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
@@ -114,16 +115,43 @@ class _Launch:
         words = [address for block in own for address in block]
         if recorded:
             return _copied(words, self.device, _pinned)
-        key = (stream_of(self.device), tuple(words))
-        return self._addresses.find(key, lambda: _copied(words, self.device, []))
+        stream = stream_of(self.device)
+        tables = self._addresses.get(stream)
+        if tables is None:
+            tables = self._addresses[stream] = _AddressTables(len(words), self.device)
+        return tables.of(tuple(words))
+
+
+class _AddressTables:
+    """The address tables used last on one stream, whose order lets one be written over another."""
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        pitch = words + words % 2  # Triton was told that tables are aligned to 16 bytes
+        self._rows = kept(device, lambda: torch.empty(_ADDRESS_TABLES, pitch, dtype=torch.int64, device=device))
+        self._words = words
+        self._used: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def of(self, words: tuple[int, ...]) -> Tensor:
+        """The table of these words."""
+        row = self._used.get(words)
+        if row is not None:
+            self._used.move_to_end(words)
+            return row
+        full = len(self._used) == _ADDRESS_TABLES
+        row = self._used.popitem(last=False)[1] if full else self._rows[len(self._used), : self._words]
+        self._used[words] = row.copy_(_host(words, self._rows.device), non_blocking=True)
+        return row
+
+
+def _host(words: Sequence[int], device: torch.device) -> Tensor:
+    """Words in memory that a device may copy from while the host goes on."""
+    table = torch.tensor(words, dtype=torch.int64)
+    return table if device.type == "cpu" else table.pin_memory()
 
 
 def _copied(words: list[int], device: torch.device, keep: list[Tensor]) -> Tensor:
-    """Words on the device, in the order of its current stream; the host does not wait, and ``keep`` gets what it reads."""
-    table = torch.tensor(words, dtype=torch.int64)
-    if device.type == "cpu":
-        return table
-    keep.append(table.pin_memory())
+    """Words on the device, in the order of its current stream; ``keep`` gets what they are copied from."""
+    keep.append(_host(words, device))
     return keep[-1].to(device, non_blocking=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import orepa_kernels
+from orepa_kernels.precision import float32_precision
 
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -33,7 +34,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_precision(),
         "device": device,
     }
     if device == "cuda":
