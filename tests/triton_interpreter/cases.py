@@ -334,13 +334,13 @@ def run_list(blocks, tensors):
 def launches(monkeypatch):
     """The names of the kernels launched."""
     names = []
-    call = launch._Kernel.__call__
+    call = launch.Kernel.__call__
 
     def counted(self, *arguments):
         names.append(self._function.__name__)
         call(self, *arguments)
 
-    monkeypatch.setattr(launch._Kernel, "__call__", counted)
+    monkeypatch.setattr(launch.Kernel, "__call__", counted)
     return names
 
 
