@@ -198,22 +198,20 @@ class Repeated:
 
     def __init__(self, backend: FusedBackend, block: Block, forward: ForwardAgain) -> None:
         self.backend, self.blocks, self.forward = backend, (block,), forward
-        #: by which gradients are asked for
-        self._seen: dict[tuple[bool, ...], list[tuple[Callable[..., bool], BackwardAgain]]] = {}
+        self._seen: list[tuple[Callable[..., bool], BackwardAgain]] = []
 
-    def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: tuple[bool, ...]) -> Gradients:
-        """The gradients of the operands, without autograd."""
+    def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]) -> Gradients:
+        """The gradients of the operands that require one, as ``needed`` says; without autograd."""
         # Saved tensors need not look as they did (hooks may bring them back with other strides), and gradients come in
         # many shapes: expanded, of subclasses, inside a ``vmap``.
         (gradient,) = upstream
-        seen = self._seen.get(needed, ())
-        for matches, again in seen:
+        for matches, again in self._seen:
             if matches(*tensors, gradient):
                 return again(tensors, gradient)
         found = run_backward(self.backend, self.blocks, tensors, upstream, needed)
-        if len(seen) < _MOST_GRADIENTS and is_plain((*tensors, gradient)):
+        if len(self._seen) < _MOST_GRADIENTS and is_plain((*tensors, gradient)):
             again = self.backend.backward_again(self.blocks[0], tensors, gradient, needed)
-            self._seen[needed] = [*seen, (signature((*tensors, gradient)), again)]
+            self._seen.append((signature((*tensors, gradient)), again))
         return found
 
 

@@ -195,12 +195,12 @@ def test_gradients_of_all_looks(taken):
     operands = [t.clone().requires_grad_() for t in operands]
     base = torch.randn(block.shape)
     looks = {
+        "subclass": base.as_subclass(Subclass),
         "contiguous": base,
         "channels_last": strided(base, "channels_last"),
         "expanded": base[:1, :1].expand_as(base),
         "transposed": strided(base, "transposed"),
         "gaps": strided(base, "gaps"),
-        "subclass": base.as_subclass(Subclass),
     }
     for name in [*looks, *reversed(looks)]:
         assert equal(*seen(block, operands, looks[name])), name
