@@ -69,7 +69,7 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
         put(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", bool)
         put(backend, "INTERPRETING", True)  # the tensors may be on the CPU
         put(launch, "device_of", lambda _: hopper)
-        questions = device.Asked(0, torch.cuda.current_device, torch.cuda.is_current_stream_capturing)
+        questions = device.Asked(0, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
         put(launch, "asked", lambda _: questions)
         for kept in ("_forwards", "_backwards"):
             put(launch, kept, launch._Cache(64))

@@ -77,7 +77,8 @@ class Asked:
 def asked(device: torch.device) -> Asked:
     """The questions for a device of a tensor."""
     if device.type == "cuda":
-        return Asked(device.index, torch.cuda.current_device, torch.cuda.is_current_stream_capturing)
+        # `torch.cuda.current_device` without the question whether CUDA is initialised: there is a tensor.
+        return Asked(device.index, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
     if device.type == "xpu":
         return Asked(device.index, torch.xpu.current_device, lambda: False)
     return Asked(None, lambda: None, lambda: False)

@@ -38,6 +38,7 @@ class Kernel:
         self._function, self._options, self._index = function, options, index
         self._programs, self._tables = programs, tuple(tables)
         self._named, self._constants = constants, tuple(constants.values())
+        self._tail = self._tables + self._constants
         self._compiled: Any = None
         #: how to run what was compiled: the launcher, what finds a device's stream, the function's handle, what it needs
         self._direct: tuple[Callable[..., object], Callable[[int | None], int], object, object] | None = None
@@ -45,16 +46,13 @@ class Kernel:
     def __call__(self, addresses: int | tuple[int, ...], *workspace: int) -> None:
         """Launch on the current stream; addresses of tensors are integers, in one tuple, or that of a table of them."""
         direct = self._direct
-        if direct is None or _hooked(_runtime.launch_enter_hook) or _hooked(_runtime.launch_exit_hook):
+        if direct is None or _hooked():
             self._by_triton(addresses, *self._tables, *workspace)
             return
         # As Inductor launches its kernels. Triton's runner would ask for the device first, and make what hooks want to know.
         run, stream_of, handle, metadata = direct
-        nobody = (None, None, None)
-        run(
-            *(self._programs, 1, 1, stream_of(self._index), handle, metadata, *nobody),
-            *(addresses, *self._tables, *workspace, *self._constants),
-        )
+        tail = (*self._tables, *workspace, *self._constants) if workspace else self._tail
+        run(self._programs, 1, 1, stream_of(self._index), handle, metadata, None, None, None, addresses, *tail)
 
     def _by_triton(self, *arguments: object) -> None:
         grid = (self._programs, 1, 1)
@@ -70,6 +68,7 @@ class Kernel:
             self._direct = compiled.run, stream_of, compiled.function, compiled.packed_metadata
 
 
-def _hooked(hook: Any) -> bool:
+def _hooked() -> bool:
     """Whether anyone is to be told of launches. A hook is a chain, which may be empty, or (Triton 3.4) a function or None."""
-    return bool(getattr(hook, "calls", hook))
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

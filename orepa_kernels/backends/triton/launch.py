@@ -71,6 +71,9 @@ class _Cache(Generic[Value]):
 class _Launch:
     """What launches of one structure share, forward and backward: which blocks, and tables on the device."""
 
+    #: what launches, with the addresses of one block, or that of a table of those of many
+    launch: Callable[[int | tuple[int, ...]], None]
+
     def __init__(self, spec: Spec, indices: list[int], device: torch.device) -> None:
         self.spec, self.indices, self.device = spec, indices, device
         self._tables: list[Tensor] = []
@@ -92,10 +95,6 @@ class _Launch:
             return
         table = self._table([address for block in own for address in block], recorded)
         self.launch(table.data_ptr())
-
-    def launch(self, addresses: int | tuple[int, ...]) -> None:
-        """Launch, with the addresses of one block, or that of a table of those of many."""
-        raise NotImplementedError
 
     def keep(self) -> None:
         """Never release this, because a graph reads its tables."""
@@ -136,10 +135,7 @@ class _Forward(_Launch):
         uploaded = self.upload([word for row in words for word in row], torch.int64), self.upload(tiles, torch.int32)
         constants, options = split(config, SPEC=spec, PRECISION=precision)
         programs = len(tiles) // tables.TILE_WORDS
-        self._kernel = Kernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
-
-    def launch(self, addresses: int | tuple[int, ...]) -> None:
-        self._kernel(addresses)
+        self.launch = Kernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
 
 
 class _Backward(_Launch):
@@ -159,7 +155,8 @@ class _Backward(_Launch):
         uploaded = self.upload(plan.words, torch.int64), self.upload(plan.tiles, torch.int32)
         constants, options = split(config, SPEC=spec, PRECISION=precision)
         programs = len(plan.tiles) // tables.TILE_WORDS
-        self._kernel = Kernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
+        self.launch = self._both
+        self._parts = Kernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
         self._new_workspace = maker([max(1, plan.workspace)], torch.float32, self.device)
         sum_tiles = plan.sum_tiles(SUM_COUNT)
         self._sums: Kernel | None = None
@@ -169,10 +166,10 @@ class _Backward(_Launch):
             constants = {"SPEC": spec, "PARTS": SUM_PARTS, "COUNT": SUM_COUNT}
             self._sums = Kernel(add_parts, len(sum_tiles) // 2, uploaded, constants, SUM_OPTIONS, self.device.index)
 
-    def launch(self, addresses: int | tuple[int, ...]) -> None:
+    def _both(self, addresses: int | tuple[int, ...]) -> None:
         workspace = self._new_workspace()
         address = workspace.data_ptr()
-        self._kernel(addresses, address)
+        self._parts(addresses, address)
         if self._sums is not None:
             self._sums(addresses, address)
 
@@ -257,13 +254,28 @@ class _Again(Generic[Launch]):
         self._index, self._current, self._capturing = questions.index, questions.current, questions.capturing
         self._device = device
         self._launches: dict[object, Launch] = {}
+        #: the last addresses of operands that were multiples of 16: parameters stay where they are
+        self._aligned: tuple[int, ...] = ()
 
-    def run(self, addresses: tuple[int, ...]) -> bool:
-        """Launch, if that has been done before."""
+    def run(self, operands: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+        """Launch for operands and tensors made for this call, if that has been done before.
+
+        In as few calls as can be: the kernel of a small block takes no longer than the host does here.
+        """
         if self._current() != self._index:
             with current(self._device):
-                return self.run(addresses)
-        launch = self._launches.get(_circumstances(addresses))
+                return self.run(operands, others)
+        bits, addresses, made = 0, _addresses(operands), _addresses(others)
+        if addresses != self._aligned:
+            for address in addresses:
+                bits |= address
+            if bits % 16 == 0:
+                self._aligned = addresses
+        for address in made:
+            bits |= address
+        addresses += made
+        setting = torch.get_float32_matmul_precision()
+        launch = self._launches.get((setting, _alignment([addresses])) if bits % 16 else setting)
         if launch is None:
             return False
         if self._capturing():
@@ -273,16 +285,9 @@ class _Again(Generic[Launch]):
 
     def run_first(self, launches: Sequence[Launch], addresses: Sequence[tuple[int, ...]]) -> None:
         """Launch what the whole key has found, and keep it."""
-        (self._launches[_circumstances(addresses[0])],) = launches
+        setting, alignment = torch.get_float32_matmul_precision(), _alignment(addresses)
+        (self._launches[setting if alignment is None else (setting, alignment)],) = launches
         _run(launches, addresses, self._device)
-
-
-def _circumstances(addresses: tuple[int, ...]) -> object:
-    bits = 0
-    for address in addresses:
-        bits |= address
-    setting = torch.get_float32_matmul_precision()
-    return (setting, _alignment([addresses])) if bits % 16 else setting
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ def forward_again(
 
     def again(own: Sequence[Tensor]) -> Tensor:
         kernel = new()
-        if not launches.run(_addresses((*own, kernel))):
+        if not launches.run(own, (kernel,)):
             launches.run_first(*_forward_launches((block,), (own,), (kernel,), (None,)))
         return kernel
 
@@ -409,7 +414,7 @@ def backward_again(device: torch.device, block: Block, needed: Sequence[bool]) -
         gradients: list[Tensor | None] = [None] * len(own)
         for index, gradient in zip(wanted, made, strict=True):
             gradients[index] = gradient
-        if not launches.run(_addresses((*own, upstream, *made))):
+        if not launches.run(own, (upstream, *made)):
             launches.run_first(*_backward_launches((block,), (own,), (upstream,), (gradients,)))
         return gradients
 
