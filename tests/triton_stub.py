@@ -27,6 +27,8 @@ from orepa_kernels.backends.triton.sums import add_parts
 #: what launches are handed to by default: takes whatever comes and does nothing, without a Python frame
 NOTHING: Callable[..., object] = itertools.chain
 
+KERNELS = (squeeze_forward, squeeze_backward, add_parts)
+
 
 class _Driver:
     """As much of Triton's driver as launching needs; launchers are Triton's own."""
@@ -75,7 +77,7 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
             put(launch, kept, launch._Cache(64))
         for kept in ("_SHORTCUTS", "_CHOICES", "_AVAILABLE"):
             put(backends, kept, {})
-        for function in (squeeze_forward, squeeze_backward, add_parts):  # not what was compiled for another launcher
+        for function in KERNELS:  # not what was compiled for another launcher
             put(function, "device_caches", defaultdict(function.create_binder))
         # Up to Triton 3.6 each launcher is compiled for its signature, later there is one for all.
         put(nvidia, "library_dirs", list)
@@ -85,5 +87,8 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
         try:
             yield
         finally:
+            for function in KERNELS:
+                for compiled in [kernel for own, *_ in function.device_caches.values() for kernel in own.values()]:
+                    compiled.module = None  # which Triton would unload, from 3.8 on
             vars(driver).clear()  # no `reset_active`, which looks for a GPU
             vars(driver).update(before)
