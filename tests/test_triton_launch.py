@@ -17,7 +17,7 @@ from triton_stub import pretend
 
 from orepa import OREPAConv
 from orepa_kernels import squeeze
-from orepa_kernels.backends.triton import device, kernel, launch
+from orepa_kernels.backends.triton import again, device, kernel, launch
 
 
 @pytest.fixture
@@ -152,7 +152,14 @@ def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launche
     for _ in range(2):
         run(conv, backward=False)
         assert len(launch._forwards._values) == 2, name
+    used = []
+    for which, launches in enumerate(launch._forwards._values.values()):
+        for own in launches:
+            own.launch = lambda addresses, which=which, go=own.launch: (used.append(which), go(addresses))
+    run(conv, backward=False)
     parameter.data = old
+    run(conv, backward=False)
+    assert used == [1, 0]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -161,7 +168,7 @@ def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launche
             assert len(launch._forwards._values) == 3
     finally:
         torch.set_float32_matmul_precision(before)
-    assert len(launched) == 6
+    assert len(launched) == 8
 
 
 def test_another_device_is_made_current(launched, conv, monkeypatch):
@@ -178,12 +185,12 @@ def test_another_device_is_made_current(launched, conv, monkeypatch):
             current["index"] = 1
 
     questions = device.Asked(0, lambda: current["index"], lambda: False)
-    monkeypatch.setattr(launch, "asked", lambda _: questions)
-    monkeypatch.setattr(launch, "current", lambda _: Guard())
-    again = launch.forward_again(conv.plan, conv.operands(), torch.float32, torch.contiguous_format)
+    monkeypatch.setattr(again, "asked", lambda _: questions)
+    monkeypatch.setattr(again, "current", lambda _: Guard())
+    call = launch.forward_again(conv.plan, conv.operands(), torch.float32, torch.contiguous_format)
     for turn in range(3):
         entered.clear()
-        again(conv.operands())
+        call(conv.operands())
         assert current["index"] == 1 and entered and set(entered) == {1}, turn
 
 
@@ -191,7 +198,7 @@ def test_what_a_graph_has_recorded_is_kept(launched, conv, monkeypatch):
     monkeypatch.setattr(launch, "_captured", set())
     recording = SimpleNamespace(now=False)
     questions = device.Asked(0, lambda: 0, lambda: recording.now)
-    monkeypatch.setattr(launch, "asked", lambda _: questions)
+    monkeypatch.setattr(again, "asked", lambda _: questions)
     monkeypatch.setattr(launch, "capturing", lambda _: recording.now)
     run(conv)
     run(conv)

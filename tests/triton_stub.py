@@ -19,7 +19,7 @@ import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from orepa_kernels.backends.triton import backend, device, launch
+from orepa_kernels.backends.triton import again, backend, device, launch
 from orepa_kernels.backends.triton.backward import squeeze_backward
 from orepa_kernels.backends.triton.forward import squeeze_forward
 from orepa_kernels.backends.triton.sums import add_parts
@@ -72,7 +72,7 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
         put(backend, "INTERPRETING", True)  # the tensors may be on the CPU
         put(launch, "device_of", lambda _: hopper)
         questions = device.Asked(0, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
-        put(launch, "asked", lambda _: questions)
+        put(again, "asked", lambda _: questions)
         for kept in ("_forwards", "_backwards"):
             put(launch, kept, launch._Cache(64))
         for kept in ("_SHORTCUTS", "_CHOICES", "_AVAILABLE"):

@@ -23,8 +23,9 @@ from torch import Tensor
 from ...fused import BackwardAgain, ForwardAgain, maker
 from ...plan import Block
 from . import configs, tables, tuning
+from .again import Again, addresses_of, alignment, run
 from .backward import squeeze_backward
-from .device import INTERPRETING, asked, capturing, current, device_of, stream_of
+from .device import INTERPRETING, capturing, device_of, stream_of
 from .forward import squeeze_forward
 from .kernel import Kernel
 from .spec import Spec, backward_spec, forward_spec
@@ -222,74 +223,6 @@ def _made(
     return kind(spec, indices, plans, own, precision, config)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(Tensor.data_ptr, tensors))
-
-
-def _alignment(addresses: Sequence[tuple[int, ...]]) -> tuple[bool, ...] | None:
-    """Which addresses are multiples of 16; None where all are, as nearly always."""
-    bits = 0
-    for own in addresses:
-        for address in own:
-            bits |= address
-    return tuple(address % 16 == 0 for own in addresses for address in own) if bits % 16 else None
-
-
-def _run(launches: Sequence[_Launch], addresses: Sequence[tuple[int, ...]], device: torch.device) -> None:
-    questions = asked(device)
-    if questions.current() != questions.index:
-        with current(device):
-            for launch in launches:
-                launch(addresses)
-        return
-    for launch in launches:
-        launch(addresses)
-
-
-class _Again(Generic[Launch]):
-    """The launches of one block whose tensors have one layout: by what else they depend on, precision and alignment."""
-
-    def __init__(self, device: torch.device) -> None:
-        questions = asked(device)
-        self._index, self._current, self._capturing = questions.index, questions.current, questions.capturing
-        self._device = device
-        self._launches: dict[object, Launch] = {}
-        #: the last addresses of operands that were multiples of 16: parameters stay where they are
-        self._aligned: tuple[int, ...] = ()
-
-    def run(self, operands: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-        """Launch for operands and tensors made for this call, if that has been done before.
-
-        In as few calls as can be: the kernel of a small block takes no longer than the host does here.
-        """
-        if self._current() != self._index:
-            with current(self._device):
-                return self.run(operands, others)
-        bits, addresses, made = 0, _addresses(operands), _addresses(others)
-        if addresses != self._aligned:
-            for address in addresses:
-                bits |= address
-            if bits % 16 == 0:
-                self._aligned = addresses
-        for address in made:
-            bits |= address
-        addresses += made
-        setting = torch.get_float32_matmul_precision()
-        launch = self._launches.get((setting, _alignment([addresses])) if bits % 16 else setting)
-        if launch is None:
-            return False
-        if self._capturing():
-            launch.keep()
-        launch.launch(addresses)
-        return True
-
-    def run_first(self, launches: Sequence[Launch], addresses: Sequence[tuple[int, ...]]) -> None:
-        """Launch what the whole key has found, and keep it."""
-        setting, alignment = torch.get_float32_matmul_precision(), _alignment(addresses)
-        (self._launches[setting if alignment is None else (setting, alignment)],) = launches
-        _run(launches, addresses, self._device)
-
-
 # --- forward ------------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +238,7 @@ def forward(
         return []
     device = operands[0][0].device
     kernels = [torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks]
-    _run(*_forward_launches(blocks, operands, kernels, folds), device)
+    run(*_forward_launches(blocks, operands, kernels, folds), device)
     return kernels
 
 
@@ -320,10 +253,10 @@ def _forward_launches(
         [*own, kernel] if fold is None else [*own, kernel, fold]
         for own, kernel, fold in zip(operands, kernels, folds, strict=True)
     ]
-    addresses = [_addresses(own) for own in tensors]
+    addresses = [addresses_of(own) for own in tensors]
     device = kernels[0].device
     key = (
-        *(device, device_of(device).precision(), tuple(blocks), _alignment(addresses)),
+        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
         tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
         tuple([len(own) for own in tensors]),
     )
@@ -342,7 +275,7 @@ def forward_again(
     """See `orepa_kernels.fused.FusedBackend.forward_again`."""
     device = operands[0].device
     new = maker(block.shape, dtype, device, memory_format)
-    launches: _Again[_Forward] = _Again(device)
+    launches: Again[_Forward] = Again(device)
 
     def again(own: Sequence[Tensor]) -> Tensor:
         kernel = new()
@@ -373,7 +306,7 @@ def backward(
             [upstream[i] for i in busy],
             [gradients[i] for i in busy],
         )
-        _run(*found, operands[0][0].device)
+        run(*found, operands[0][0].device)
     return gradients
 
 
@@ -388,10 +321,10 @@ def _backward_launches(
         [*own, gradient, *(g for g in wanted if g is not None)]
         for own, gradient, wanted in zip(operands, upstream, gradients, strict=True)
     ]
-    addresses = [_addresses(own) for own in tensors]
+    addresses = [addresses_of(own) for own in tensors]
     device = upstream[0].device
     key = (
-        *(device, device_of(device).precision(), tuple(blocks), _alignment(addresses)),
+        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
         tuple([tuple([gradient is not None for gradient in own]) for own in gradients]),
         tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
     )
@@ -407,7 +340,7 @@ def _backward_launches(
 def backward_again(device: torch.device, block: Block, needed: Sequence[bool]) -> BackwardAgain:
     """See `orepa_kernels.fused.FusedBackend.backward_again`."""
     wanted = [index for index, need in enumerate(needed) if need]
-    launches: _Again[_Backward] = _Again(device)
+    launches: Again[_Backward] = Again(device)
 
     def again(own: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
         made = [torch.empty_like(own[index]) for index in wanted]
