@@ -4,8 +4,8 @@
     python benchmarks/render.py --check   exit with 1 where that would change anything
 
 ``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
-``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py`` and
-``ablation.py``, and the ``metrics.json`` of an ``orepa train``.
+``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py``,
+``host_overhead.py`` and ``ablation.py``, and the ``metrics.json`` of an ``orepa train``.
 """
 
 from __future__ import annotations
@@ -135,6 +135,19 @@ def _eval_cache(results: Results) -> str:
     return _markdown(["µs, eval forward, one image", "`OREPAConv`, kernel kept", "`nn.Conv2d`", "ratio"], lines)
 
 
+def _host_overhead(results: Results) -> str:
+    """A line per backend, a column per mode: medians, and the least."""
+    modes = list(dict.fromkeys(row.mode for row in results.timed))
+    lines: dict[str, dict[str, str]] = {}
+    for row in results.timed:
+        name = f"{row.provider} (floor)" if row.floor else f"`{row.provider}`"
+        least = _number(1e6 * min(row.seconds))
+        lines.setdefault(name, {})[row.mode] = f"{_number(row.median_us)} ±{100 * row.spread:.0f}%, least {least}"
+    operands = results.rows[0].case["operands"]
+    header = [f"µs of the host, {operands} operands; left out: {results.settings['missing']}", *modes]
+    return _markdown(header, [[name, *(cells.get(mode, "") for mode in modes)] for name, cells in lines.items()])
+
+
 def _training(metrics: dict[str, Any]) -> str:
     try:
         outcome, config, facts = metrics["outcome"], metrics["config"], metrics["environment"]
@@ -159,7 +172,12 @@ def _training(metrics: dict[str, Any]) -> str:
     return f"{_markdown(header, lines)}\n\n{where}."
 
 
-TABLES: dict[str, Callable[[Results], str]] = {"squeeze": _squeeze, "step": _step, "eval_cache": _eval_cache}
+TABLES: dict[str, Callable[[Results], str]] = {
+    "squeeze": _squeeze,
+    "step": _step,
+    "eval_cache": _eval_cache,
+    "host_overhead": _host_overhead,
+}
 
 
 def _conditions(results: Results) -> str:

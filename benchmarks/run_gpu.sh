@@ -91,6 +91,7 @@ if [[ $only != tests ]]; then
         measure squeeze-fp32 150 "${squeeze[@]}" --seconds 60 --out "$out/squeeze-fp32.json"
         measure step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda,orepa-compile,dbb-offline --out "$out/step-r18.json"
+        measure host-overhead 30 "$python" benchmarks/host_overhead.py --out "$out/host-overhead.json"
         measure squeeze-bf16 100 "${squeeze[@]}" --dtypes bf16 --precision high --seconds 40 --out "$out/squeeze-bf16.json"
         measure step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
             --contestants plain,orepa-reference,orepa-triton,orepa-cuda --out "$out/step-r50.json"

@@ -6,10 +6,11 @@ A backend computes flat blocks forward and backward on plain tensors; everything
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +18,20 @@ from torch import Tensor
 from . import reference
 from .backends import YES, Backend, Request, Shortcut, Verdict
 from .plan import Block
+from .signature import is_plain, signature
 from .stages import Key, Program, Step, program
 
 #: gradients of one block, in the order of its operands; None where none was asked for
 Gradients = list[Tensor | None]
 
-#: what a backend remembers of a call, under names of its own
-Memo = dict[Any, Any]
+#: `FusedBackend.forward` of one block, for operands that look like those it was made for
+ForwardAgain: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
+
+#: `FusedBackend.backward` of one block, for operands and an upstream gradient that look like those it was made for
+BackwardAgain: TypeAlias = Callable[[Sequence[Tensor], Tensor], Gradients]
+
+#: kinds of upstream gradients that a repeated call keeps a shortcut for; a training step has one
+_MOST_GRADIENTS = 4
 
 
 class FusedBackend(Backend):
@@ -63,7 +71,6 @@ class FusedBackend(Backend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
-        memo: Memo | None = None,
     ) -> list[Tensor]:
         """Squeeze flat blocks into new memory. Not differentiable; called without autograd.
 
@@ -74,8 +81,6 @@ class FusedBackend(Backend):
             dtype: of the kernels.
             memory_format: of the kernels.
             folds: per block None, or a contiguous ``[O]`` in `compute_dtype`: a factor of each output channel's kernel.
-            memo: where to keep what depends on none of these but the tensors' memory: the same for calls with one block and no
-                fold that differ in nothing else; empty at first. None for calls that are not expected again.
         """
 
     @abstractmethod
@@ -97,6 +102,22 @@ class FusedBackend(Backend):
         Returns:
             Per block and operand the gradient, with the shape, dtype and strides of ``torch.empty_like(operand)``.
         """
+
+    def forward_again(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> ForwardAgain:
+        """`forward` of one flat block without a fold, for calls that will be made many times.
+
+        What operands of one signature (`orepa_kernels.signature`) have in common may be worked out here: everything but
+        their addresses. Global settings, the stream and the device that is current may differ from call to call.
+        """
+        return lambda own: self.forward((block,), (own,), dtype, memory_format, (None,))[0]
+
+    def backward_again(
+        self, block: Block, operands: Sequence[Tensor], upstream: Tensor, needed: Sequence[bool]
+    ) -> BackwardAgain:
+        """`backward` of one flat block, for calls that will be made many times; see `forward_again`."""
+        return lambda own, gradient: self.backward((block,), (own,), (gradient,), (needed,))[0]
 
     def squeeze(
         self,
@@ -126,32 +147,32 @@ class FusedBackend(Backend):
     def shortcut(
         self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
     ) -> Shortcut:
-        call = Call(self, (block,), dtype, memory_format, {})
-        return call.differentiable if _any_requires_grad(operands) else call.forward
+        flat = program((block,)).flat
+        if flat is None:
+            call = Call(self, (block,), dtype, memory_format)
+            return call.differentiable if _any_requires_grad(operands) else call.forward
+        again = self.forward_again(flat[0], operands, dtype, memory_format)
+        if not _any_requires_grad(operands):
+            return lambda own: [again(own)]
+        repeated = Repeated(self, flat[0], again)
+        return lambda own: [_apply_again(repeated, *own)] if torch.is_grad_enabled() else [again(own)]
 
 
 class Call:
-    """What does not change from call to call of the same blocks.
+    """Blocks to be squeezed, and how.
 
     Args:
         backend: who computes them.
         blocks: the plans.
         dtype: of the kernels.
         memory_format: of the kernels.
-        memo: for the backend, see `FusedBackend.forward`; None where the operands' layout may change.
     """
 
     def __init__(
-        self,
-        backend: FusedBackend,
-        blocks: tuple[Block, ...],
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        memo: Memo | None = None,
+        self, backend: FusedBackend, blocks: tuple[Block, ...], dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         self.backend, self.blocks = backend, blocks
-        self._how, self._memo, self._no_folds = (dtype, memory_format), memo, [None] * len(blocks)
-        self._flat = program(blocks).flat
+        self._how = dtype, memory_format, [None] * len(blocks)
 
     def differentiable(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The kernels, for operands of which some require gradients."""
@@ -159,9 +180,39 @@ class Call:
 
     def forward(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The kernels, without autograd."""
-        if self._flat is None:
-            return run_forward(self.backend, self.blocks, operands, *self._how, self._no_folds)
-        return self.backend.forward(self._flat, _cut(self._flat, operands), *self._how, self._no_folds, self._memo)
+        return run_forward(self.backend, self.blocks, operands, *self._how)
+
+    def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]) -> Gradients:
+        """The gradients of the operands, without autograd."""
+        return run_backward(self.backend, self.blocks, tensors, upstream, needed)
+
+
+class Repeated:
+    """One flat block that is squeezed again and again, from operands of one signature.
+
+    Args:
+        backend: who computes it.
+        block: the plan.
+        forward: its kernel, without autograd.
+    """
+
+    def __init__(self, backend: FusedBackend, block: Block, forward: ForwardAgain) -> None:
+        self.backend, self.blocks, self.forward = backend, (block,), forward
+        self._seen: list[tuple[Callable[..., bool], BackwardAgain]] = []
+
+    def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]) -> Gradients:
+        """The gradients of the operands that require one, as ``needed`` says; without autograd."""
+        # Saved tensors need not look as they did (hooks may bring them back with other strides), and gradients come in
+        # many shapes: expanded, of subclasses, inside a ``vmap``.
+        (gradient,) = upstream
+        for matches, again in self._seen:
+            if matches(*tensors, gradient):
+                return again(tensors, gradient)
+        found = run_backward(self.backend, self.blocks, tensors, upstream, needed)
+        if len(self._seen) < _MOST_GRADIENTS and is_plain((*tensors, gradient)):
+            again = self.backend.backward_again(self.blocks[0], tensors, gradient, needed)
+            self._seen.append((signature((*tensors, gradient)), again))
+        return found
 
 
 class _Squeeze(torch.autograd.Function):
@@ -178,15 +229,35 @@ class _Squeeze(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         call, tensors, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = differentiable_gradients(call.blocks, tensors, upstream, needed)
-        else:
-            gradients = run_backward(call.backend, call.blocks, tensors, upstream, needed)
-        return (None, *gradients)
+            return (None, *differentiable_gradients(call.blocks, tensors, upstream, needed))
+        return (None, *call.backward(tensors, upstream, needed))
+
+
+class _SqueezeAgain(_Squeeze):
+    """The same for calls that were made before, of one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Repeated, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        return call.forward(tensors)
 
 
 # `_Squeeze.apply` without its Python half, which does nothing here for 3.5 microseconds: it looks after ``torch.func``
 # transforms, and tensors inside one are not plain (see `orepa_kernels.backends.Request`).
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Squeeze).apply
+_apply_again: Callable[..., Tensor] = super(torch.autograd.Function, _SqueezeAgain).apply
+
+
+def maker(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], Tensor]:
+    """Makes new tensors, uninitialised, one after the other, in half the time that `torch.empty` takes to find out how."""
+    strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
+    return functools.partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:

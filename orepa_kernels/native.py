@@ -126,17 +126,19 @@ def collapsed(tensor: Tensor) -> Tensor:
     return tensor if is_collapsed(tensor) else tensor.contiguous()
 
 
-def described(
-    block: Block, tensors: Sequence[Tensor], memo: dict[Any, Any] | None = None
-) -> tuple[Sequence[Tensor], Views]:
-    """The operands of a block, collapsed, and their views, one after the other. ``memo``: see `FusedBackend.forward`."""
-    template = memo.get("views") if memo else None
-    if template is not None:
-        return tensors, _at_addresses(template, tensors)
-    used, numbers = _with_views(block, tensors, collapsed)
-    if memo is not None and used is tensors:
-        memo["views"] = numbers.copy()
-    return used, numbers
+def described(block: Block, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Views]:
+    """The operands of a block, collapsed, and their views, one after the other."""
+    return _with_views(block, tensors, collapsed)
+
+
+def described_again(
+    block: Block, tensors: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], Views]]:
+    """`described` for operands that look like these (`orepa_kernels.signature`)."""
+    used, template = described(block, tensors)
+    if used is not tensors:
+        return lambda own: described(block, own)
+    return lambda own: (own, _at_addresses(template, own))
 
 
 def places(

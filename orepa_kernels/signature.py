@@ -17,6 +17,14 @@ except (ImportError, AttributeError):
     pass
 
 
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether raw memory may be read: not of tensor subclasses, nor inside ``torch.func`` transforms."""
+    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, tensors))
+
+
 def signature(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A predicate ``matches(*tensors)`` of ordinary tensors, outside of ``torch.func`` transforms.
 

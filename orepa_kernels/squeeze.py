@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .backends import Backend, choose, recall, remember, resolve
 from .plan import Block, Operand
-
-_ORDINARY = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+from .signature import is_plain
 
 #: dtypes that operands and kernels can have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -131,7 +130,7 @@ def _check_operands(block: Block, operands: Sequence[Tensor], index: int) -> boo
             _check_operand(block, operand, tensor, operands[0], f"blocks[{index}]")
     if torch.compiler.is_compiling():
         return True  # the registered operators are traced, and run on what the tensors then are
-    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, operands))
+    return is_plain(operands)
 
 
 def _check_count(block: Block, operands: Sequence[Tensor], where: str) -> None:

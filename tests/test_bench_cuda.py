@@ -106,6 +106,21 @@ def test_the_cache_is_cold_and_only_the_run_is_timed(log: list[str], graphed: bo
     assert watch.calls(task) == 1
 
 
+def test_the_host_is_timed_while_nothing_is_waited_for(log: list[str]) -> None:
+    seconds = iter([1.0, 7.0, 10.0, 13.0])
+
+    def clock() -> float:
+        log.append("clock")
+        return next(seconds)
+
+    task = Task(lambda: log.append("prepare"), lambda _: log.append("run"))
+    assert cuda.host_us(task, calls=3, rounds=2, clock=clock) == pytest.approx(
+        1e6
+    )  # three in three seconds, the better
+    turn = [*["prepare"] * 3, "synchronize", "clock", *["run"] * 3, "clock"]
+    assert log == [*turn, *turn, "synchronize"]
+
+
 # --- on a device ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +158,7 @@ def test_everything_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [row for row in results.rows if row.status in ("wrong", "failed")], results.rows
     assert {row.launch for row in results.timed} == {"graph", "plain"}
     eager = [row for row in results.timed if row.provider == "eager" and row.launch == "plain"]
-    assert all(row.facts["launches"] > 1 for row in eager)
+    assert all(row.facts["launches"] > 1 and row.facts["host_us"] > 1 for row in eager)
 
 
 @pytest.mark.gpu

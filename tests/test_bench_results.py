@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -142,6 +143,16 @@ def test_partial_results_are_written_as_they_come(tmp_path: Path) -> None:
     bench.run(request(out=path), {"eager": Eager()}, stopwatch=Watch())
     assert [(len(r.rows), r.complete) for r in seen] == [(1, False), (2, False)]
     assert load(path).complete and len(load(path).rows) == 3
+
+
+def test_what_the_host_takes_is_shown_where_it_was_measured() -> None:
+    tables = pytest.importorskip("orepa.bench.tables")
+    console = tables.Console(width=200, record=True, file=io.StringIO())
+    tables.show(results(row(facts={"launches": 3, "host_us": 12.34}), row("compile", facts={"launches": 1})), console)
+    text = console.export_text()
+    assert "host µs" in text and "12.3" in text
+    tables.show(results(row()), console)
+    assert "host µs" not in console.export_text()
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------------

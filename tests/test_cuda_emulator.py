@@ -531,6 +531,13 @@ def test_backend(backend: cuda_backend.CudaBackend) -> None:
     ):
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert error(found, reference.fold(case.reference(), fold)) <= FORWARD
+    for block, own in zip(blocks, tensors, strict=True):
+        how = torch.float32, torch.channels_last
+        again = backend.forward_again(block, own, *how)
+        for operands in (own, [tensor.clone() for tensor in own], [tensor + 1 for tensor in own]):
+            (expected,) = backend.forward([block], [operands], *how, [None])
+            found_again = again(operands)
+            assert torch.equal(found_again, expected) and found_again.stride() == expected.stride()
     for turn in range(2):  # the second finds what the first has kept
         needed = [[(index + turn) % 3 > 0 for index in range(len(own))] for own in tensors]
         found = backend.backward(blocks, tensors, [spread(c.upstream) for c in cases], needed)

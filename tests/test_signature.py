@@ -10,7 +10,8 @@ from strategies import strided
 from test_squeeze import every_term
 
 import orepa
-from orepa_kernels import Block, Dense, Operand, signature, squeeze
+from orepa_kernels import Block, Dense, Operand, fused, signature, squeeze
+from orepa_kernels.backends.cpu import CpuBackend
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -62,6 +63,7 @@ def either_way(request, monkeypatch):
     monkeypatch.setattr(backends, "_SHORTCUTS", {})  # none that was kept in the other way
     if request.param == "in Python":
         monkeypatch.setattr(backends, "signature", signature.in_python)
+        monkeypatch.setattr(fused, "signature", signature.in_python)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -120,3 +122,128 @@ def test_bad_operands_are_refused_after_good_ones():
         squeeze([block], [[torch.zeros(4, 4, 3, 3)] * 2])
     with pytest.raises(ValueError, match="backend must be one of"):
         squeeze([block], [[torch.zeros(4, 4, 3, 3)]], backend="fortran")
+
+
+# --- calls made again ---------------------------------------------------------------------------------------------------
+
+
+def flat(dtype=F32):
+    """A block without another in it, and operands for it."""
+    block = orepa.OREPAConv(6, 8, 3, groups=2, bias=False).plan
+    return block, [torch.randn(operand.shape, dtype=dtype) for operand in block.operands]
+
+
+def seen(block, operands, upstream):
+    """Kernel and gradients of one call after others like it, and of the way that is taken without having seen any."""
+    backend = sys.modules["orepa_kernels.backends"].get("cpu")
+    wanted = [t for t in operands if t.requires_grad]
+    for _ in range(3):  # the first finds the shortcut forward, the second that backward
+        (kernel,) = squeeze([block], [operands], backend="cpu")
+        found = torch.autograd.grad(kernel, wanted, upstream)
+    call = fused.Call(backend, (block,), kernel.dtype, torch.contiguous_format)
+    needed = [t.requires_grad for t in operands]
+    with torch.no_grad():
+        alone = [*call.forward(operands), *call.backward(operands, [upstream], needed)]
+    return [kernel.detach(), *found], [t for t in alone if t is not None]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """One entry for each time that a shortcut was taken backward; by tensors that look like those it was made for."""
+    taken = []
+    make = CpuBackend.backward_again
+
+    def look(tensors):
+        assert all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        return [(t.dtype, t.shape, t.stride()) for t in tensors]
+
+    def checked(self, block, operands, upstream, needed):
+        again, expected = make(self, block, operands, upstream, needed), look((*operands, upstream))
+
+        def call(own, gradient):
+            assert look((*own, gradient)) == expected
+            taken.append(needed)
+            return again(own, gradient)
+
+        return call
+
+    monkeypatch.setattr(CpuBackend, "backward_again", checked)
+    monkeypatch.setattr(sys.modules["orepa_kernels.backends"], "_SHORTCUTS", {})
+    return taken
+
+
+def equal(found, expected):
+    pairs = list(zip(found, expected, strict=True))
+    return all(a.stride() == b.stride() and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_the_same_bits_again(taken):
+    block, operands = flat()
+    upstream = torch.randn(block.shape)
+    for change in (lambda t: t, lambda t: strided(t, "channels_last"), lambda t: strided(t, "gaps")):
+        for index in (None, 0, 3):
+            own = [change(t.detach().clone()).requires_grad_(n != index) for n, t in enumerate(operands)]
+            taken.clear()
+            assert equal(*seen(block, own, upstream))
+            assert taken == [tuple(n != index for n in range(len(operands)))]
+
+
+@pytest.mark.usefixtures("either_way")
+def test_gradients_of_all_looks(taken):
+    block, operands = flat()
+    operands = [t.clone().requires_grad_() for t in operands]
+    base = torch.randn(block.shape)
+    looks = {
+        "subclass": base.as_subclass(Subclass),
+        "contiguous": base,
+        "channels_last": strided(base, "channels_last"),
+        "expanded": base[:1, :1].expand_as(base),
+        "transposed": strided(base, "transposed"),
+        "gaps": strided(base, "gaps"),
+    }
+    for name in [*looks, *reversed(looks)]:
+        assert equal(*seen(block, operands, looks[name])), name
+    assert len(taken) > 4
+
+
+def test_saved_tensors_may_come_back_with_other_strides(taken):
+    """As from a disk, or from another device: the values count, not what they looked like."""
+    block, operands = flat()
+    operands = [strided(t, "channels_last").requires_grad_() for t in operands]
+    upstream = torch.randn(block.shape)
+    (kernel, *expected), _ = seen(block, operands, upstream)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous(), lambda t: t):
+        for _ in range(3):
+            (kernel,) = squeeze([block], [operands], backend="cpu")
+            found = torch.autograd.grad(kernel, operands, upstream)
+            for mine, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, other)
+
+
+def test_a_changed_operand_is_noticed_backward():
+    block, operands = flat()
+    operands = [t.clone().requires_grad_() for t in operands]
+    for _ in range(3):
+        (kernel,) = squeeze([block], [operands], backend="cpu")
+        with torch.no_grad():
+            operands[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kernel.sum().backward()
+
+
+@pytest.mark.usefixtures("either_way")
+def test_double_backward_after_other_calls():
+    block, operands = flat(F64)
+    operands = [t.clone().requires_grad_() for t in operands]
+    upstream = torch.randn(block.shape, dtype=F64)
+    seen(block, operands, upstream)
+    found = []
+    for backend in ("cpu", "reference"):
+        (kernel,) = squeeze([block], [operands], backend=backend)
+        (first,) = torch.autograd.grad(kernel.square().sum(), operands[0], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), operands, allow_unused=True))
+    for mine, true in zip(*found, strict=True):
+        assert (mine is None) == (true is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, true)

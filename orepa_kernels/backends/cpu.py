@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..fused import FusedBackend, Gradients, Memo, compute_dtype
+from ..fused import ForwardAgain, FusedBackend, Gradients, compute_dtype, maker
 from ..plan import Block
 from . import YES, Verdict
 
@@ -51,10 +51,24 @@ class CpuBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
-        memo: Memo | None = None,
     ) -> list[Tensor]:
         work = zip(blocks, tensors, folds, strict=True)
-        return [_kernel(block, operands, dtype, memory_format, fold, memo) for block, operands, fold in work]
+        return [_kernel(block, operands, dtype, memory_format, fold) for block, operands, fold in work]
+
+    def forward_again(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> ForwardAgain:
+        describe = native.described_again(block, operands)
+        new = maker(block.shape, dtype, operands[0].device, memory_format)
+        run, plan, compute = native.module().cpu_forward, native.plan(block), native.TYPES[compute_dtype(operands)]
+
+        def again(own: Sequence[Tensor]) -> Tensor:
+            kernel = new()
+            _alive, views = describe(own)
+            run(plan, views, native.view(kernel), (), compute, torch.get_num_threads())
+            return kernel
+
+        return again
 
     def backward(
         self,
@@ -72,12 +86,11 @@ def _kernel(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     fold: Tensor | None,
-    memo: Memo | None,
 ) -> Tensor:
     """One block's kernel, times ``fold [O]``."""
     # Views may point into copies, which `_alive` holds until the call is over.
     kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
-    _alive, views = native.described(block, operands, memo)
+    _alive, views = native.described(block, operands)
     factor = () if fold is None else native.view(fold)
     how = native.TYPES[compute_dtype(operands)], torch.get_num_threads()
     native.module().cpu_forward(native.plan(block), views, native.view(kernel), factor, *how)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..fused import FusedBackend, Gradients, Memo
+from ..fused import ForwardAgain, FusedBackend, Gradients, maker
 from ..plan import Block, sources
 from ..precision import float32_precision
 from . import YES, Verdict
@@ -75,10 +75,9 @@ class CudaBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
-        memo: Memo | None = None,
     ) -> list[Tensor]:
         device = tensors[0][0].device
-        operands = [native.described(block, own, memo) for block, own in zip(blocks, tensors, strict=True)]
+        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
         kernels = [
             torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks
         ]
@@ -90,6 +89,21 @@ class CudaBackend(FusedBackend):
             *_where(device),
         )
         return kernels
+
+    def forward_again(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> ForwardAgain:
+        device, describe = operands[0].device, native.described_again(block, operands)
+        new = maker(block.shape, dtype, device, memory_format)
+        run, plans, no_folds = native.module().cuda_forward, [native.plan(block)], native.views([None])
+
+        def again(own: Sequence[Tensor]) -> Tensor:
+            kernel = new()
+            _alive, views = describe(own)
+            run(plans, [views], native.view(kernel), no_folds, *_where(device))
+            return kernel
+
+        return again
 
     def backward(
         self,

@@ -334,13 +334,13 @@ def run_list(blocks, tensors):
 def launches(monkeypatch):
     """The names of the kernels launched."""
     names = []
-    call = launch._Kernel.__call__
+    call = launch.Kernel.__call__
 
     def counted(self, *arguments):
         names.append(self._function.__name__)
         call(self, *arguments)
 
-    monkeypatch.setattr(launch._Kernel, "__call__", counted)
+    monkeypatch.setattr(launch.Kernel, "__call__", counted)
     return names
 
 
@@ -402,6 +402,25 @@ def test_bitwise_repeatable_and_the_comparison_can_fail():
     changed = run_list([block], [tensors])
     assert not torch.equal(runs[0][0][0], changed[0][0])
     assert not all(torch.equal(a, b) for a, b in zip(runs[0][1], changed[1], strict=True))
+
+
+@pytest.mark.parametrize("layout", [lambda t: t, misaligned, strided])
+def test_calls_made_again_give_the_bits_of_the_first(layout):
+    block = one_of_each()
+    operands, upstream = [layout(t) for t in tensors_of(block)], torch.randn(block.shape)
+    needed = [index != 3 for index in range(len(operands))]
+    how = F32, torch.contiguous_format
+    (kernel,) = launch.forward([block], [operands], *how, [None])
+    (gradients,) = launch.backward([block], [operands], [upstream], [needed])
+    forward = launch.forward_again(block, operands, *how)
+    backward = launch.backward_again(upstream.device, block, needed)
+    for _ in range(2):
+        assert torch.equal(forward(operands), kernel)
+        for again, first in zip(backward(operands, upstream), gradients, strict=True):
+            assert (again is None) == (first is None)
+            assert again is None or (torch.equal(again, first) and again.stride() == first.stride())
+    other = [t + 1 for t in operands]
+    assert not torch.equal(forward(other), kernel)
 
 
 def test_a_block_larger_than_a_term_keeps_out_what_is_not_its_own():

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...fused import FusedBackend, Gradients, Memo
+from ...fused import BackwardAgain, ForwardAgain, FusedBackend, Gradients
 from ...plan import Block, Separable, kernel_size_of, sources
 from .. import YES, Verdict
 from .device import INTERPRET, INTERPRETING, OLDEST
@@ -65,9 +65,13 @@ class TritonBackend(FusedBackend):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         folds: Sequence[Tensor | None],
-        memo: Memo | None = None,
     ) -> list[Tensor]:
-        return _launch().forward(blocks, tensors, dtype, memory_format, folds, memo)
+        return _launch().forward(blocks, tensors, dtype, memory_format, folds)
+
+    def forward_again(
+        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> ForwardAgain:
+        return _launch().forward_again(block, operands, dtype, memory_format)
 
     def backward(
         self,
@@ -77,6 +81,11 @@ class TritonBackend(FusedBackend):
         needed: Sequence[Sequence[bool]],
     ) -> list[Gradients]:
         return _launch().backward(blocks, tensors, upstream, needed)
+
+    def backward_again(
+        self, block: Block, operands: Sequence[Tensor], upstream: Tensor, needed: Sequence[bool]
+    ) -> BackwardAgain:
+        return _launch().backward_again(upstream.device, block, needed)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -59,11 +60,30 @@ def device_of(device: torch.device) -> Device:
     return Device(device.type)
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether ``device`` is the one that is launched on."""
+@dataclass(frozen=True)
+class Asked:
+    """What has to be asked before every launch on a device, with as few calls as that takes.
+
+    Args:
+        index: of the device.
+        current: the index of the device that is launched on.
+        capturing: whether the launches of this stream are being recorded in a graph.
+    """
+
+    index: int | None
+    current: Callable[[], int | None]
+    capturing: Callable[[], bool]
+
+
+@functools.lru_cache(maxsize=64)
+def asked(device: torch.device) -> Asked:
+    """The questions for a device of a tensor."""
     if device.type == "cuda":
-        return device.index == torch.cuda.current_device()
-    return device.type != "xpu" or device.index == torch.xpu.current_device()
+        # `torch.cuda.current_device` without the question whether CUDA is initialised: there is a tensor.
+        return Asked(device.index, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
+    if device.type == "xpu":
+        return Asked(device.index, torch.xpu.current_device, lambda: False)
+    return Asked(None, lambda: None, lambda: False)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -73,7 +93,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 def capturing(device: torch.device) -> bool:
     """Whether the launches of this stream are being recorded in a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return asked(device).capturing()
 
 
 def stream_of(device: torch.device) -> int:

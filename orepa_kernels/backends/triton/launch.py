@@ -12,7 +12,6 @@ capturing, as every recipe for graphs says.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,13 +20,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...fused import Memo
+from ...fused import BackwardAgain, ForwardAgain, maker
 from ...plan import Block
 from ..memory import kept
 from . import configs, tables, tuning
+from .again import Again, addresses_of, alignment, run
 from .backward import squeeze_backward
-from .device import INTERPRETING, capturing, current, device_of, is_current, stream_of
+from .device import INTERPRETING, capturing, device_of, stream_of
 from .forward import squeeze_forward
+from .kernel import Kernel
 from .spec import Spec, backward_spec, forward_spec
 from .sums import add_parts
 
@@ -69,27 +70,11 @@ class _Cache(Generic[Value]):
         return value
 
 
-class _Kernel:
-    """A Triton kernel, its constants and its grid."""
-
-    def __init__(self, function: Any, programs: int, constants: dict[str, Any], options: dict[str, int]) -> None:
-        self._function, self._grid = function, (programs, 1, 1)
-        self._constants, self._options = constants, options
-        self._run: Callable[..., object] | None = None
-
-    def __call__(self, *arguments: object) -> None:
-        """Launch on the current stream; addresses are integers, in one tuple or one by one."""
-        if self._run is not None:
-            self._run(*arguments, *self._constants.values())
-            return
-        compiled = self._function[self._grid](*arguments, **self._constants, **self._options)
-        # From here on without the front end's look at each argument: all that it could find out is part of our key.
-        if compiled is not None:  # the interpreter compiles nothing
-            self._run = compiled[self._grid]
-
-
 class _Launch:
     """What launches of one structure share, forward and backward: which blocks, and tables on the device."""
+
+    #: what launches, with the addresses of one block, or that of a table of those of many
+    launch: Callable[[int | tuple[int, ...]], None]
 
     def __init__(self, spec: Spec, indices: list[int], device: torch.device) -> None:
         self.spec, self.indices, self.device = spec, indices, device
@@ -102,17 +87,23 @@ class _Launch:
         return self._tables[-1].data_ptr()
 
     def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
-        """Launch, with the addresses of all blocks of the call."""
-        raise NotImplementedError
-
-    def addresses(self, own: Sequence[tuple[int, ...]]) -> tuple[int, ...] | Tensor:
-        """The first kernel argument: addresses of one block, or a table of those of many."""
+        """Launch, with the addresses of all blocks of the call. The device is the current one."""
+        own = [addresses[index] for index in self.indices]
         recorded = capturing(self.device)
         if recorded:
-            _captured.add(self)
+            self.keep()
         if not self.spec.listed:
-            return own[0]
-        words = [address for block in own for address in block]
+            self.launch(own[0])
+            return
+        table = self._table([address for block in own for address in block], recorded)
+        self.launch(table.data_ptr())
+
+    def keep(self) -> None:
+        """Never release this, because a graph reads its tables."""
+        _captured.add(self)
+
+    def _table(self, words: list[int], recorded: bool) -> Tensor:
+        """Addresses on the device."""
         if recorded:
             return _copied(words, self.device, _pinned)
         stream = stream_of(self.device)
@@ -170,14 +161,10 @@ class _Forward(_Launch):
         super().__init__(spec, indices, tensors[0][0].device)
         tiles = tables.forward_tiles(blocks, spec, tensors, config)
         words = [tables.block_words(block, spec, own) for block, own in zip(blocks, tensors, strict=True)]
-        self._words = self.upload([word for row in words for word in row], torch.int64)
-        self._tiles = self.upload(tiles, torch.int32)
+        uploaded = self.upload([word for row in words for word in row], torch.int64), self.upload(tiles, torch.int32)
         constants, options = split(config, SPEC=spec, PRECISION=precision)
-        self._kernel = _Kernel(squeeze_forward, len(tiles) // tables.TILE_WORDS, constants, options)
-
-    def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
-        own = self.addresses([addresses[index] for index in self.indices])
-        self._kernel(own if isinstance(own, tuple) else own.data_ptr(), self._words, self._tiles)
+        programs = len(tiles) // tables.TILE_WORDS
+        self.launch = Kernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
 
 
 class _Backward(_Launch):
@@ -194,26 +181,26 @@ class _Backward(_Launch):
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
         plan = tables.backward_tables(blocks, spec, tensors, config)
-        self._words = self.upload(plan.words, torch.int64)
-        self._tiles = self.upload(plan.tiles, torch.int32)
+        uploaded = self.upload(plan.words, torch.int64), self.upload(plan.tiles, torch.int32)
         constants, options = split(config, SPEC=spec, PRECISION=precision)
-        self._kernel = _Kernel(squeeze_backward, len(plan.tiles) // tables.TILE_WORDS, constants, options)
-        self._workspace = plan.workspace
+        programs = len(plan.tiles) // tables.TILE_WORDS
+        self.launch = self._both
+        self._parts = Kernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
+        self._new_workspace = maker([max(1, plan.workspace)], torch.float32, self.device)
         sum_tiles = plan.sum_tiles(SUM_COUNT)
-        self._sums: _Kernel | None = None
+        self._sums: Kernel | None = None
         if sum_tiles:
-            self._jobs = self.upload([word for job in plan.jobs for word in job], torch.int64)
-            self._sum_tiles = self.upload(sum_tiles, torch.int32)
+            jobs = [word for job in plan.jobs for word in job]
+            uploaded = self.upload(jobs, torch.int64), self.upload(sum_tiles, torch.int32)
             constants = {"SPEC": spec, "PARTS": SUM_PARTS, "COUNT": SUM_COUNT}
-            self._sums = _Kernel(add_parts, len(sum_tiles) // 2, constants, SUM_OPTIONS)
+            self._sums = Kernel(add_parts, len(sum_tiles) // 2, uploaded, constants, SUM_OPTIONS, self.device.index)
 
-    def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
-        table = self.addresses([addresses[index] for index in self.indices])
-        own = table if isinstance(table, tuple) else table.data_ptr()
-        workspace = torch.empty(max(1, self._workspace), dtype=torch.float32, device=self.device)
-        self._kernel(own, self._words, self._tiles, workspace.data_ptr())
+    def _both(self, addresses: int | tuple[int, ...]) -> None:
+        workspace = self._new_workspace()
+        address = workspace.data_ptr()
+        self._parts(addresses, address)
         if self._sums is not None:
-            self._sums(own, self._jobs, self._sum_tiles, workspace.data_ptr())
+            self._sums(addresses, address)
 
 
 def split(config: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
@@ -264,36 +251,7 @@ def _made(
     return kind(spec, indices, plans, own, precision, config)
 
 
-def _alignment(addresses: Sequence[tuple[int, ...]]) -> tuple[bool, ...] | None:
-    """Which addresses are multiples of 16; None where all are, as nearly always."""
-    bits = 0
-    for own in addresses:
-        for address in own:
-            bits |= address
-    return tuple(address % 16 == 0 for own in addresses for address in own) if bits % 16 else None
-
-
-def _run(launches: Sequence[_Launch], addresses: Sequence[tuple[int, ...]], device: torch.device) -> None:
-    if not is_current(device):
-        with current(device):
-            for launch in launches:
-                launch(addresses)
-        return
-    for launch in launches:
-        launch(addresses)
-
-
-class _Seen:
-    """What forward calls for one block have in common where operands have one layout: all but addresses and precision."""
-
-    def __init__(self, kernel: Tensor) -> None:
-        self.device = kernel.device
-        self.precision = device_of(kernel.device).precision
-        self.new_kernel = functools.partial(
-            torch.empty_strided, kernel.shape, kernel.stride(), dtype=kernel.dtype, device=kernel.device
-        )
-        #: by precision and `_alignment`
-        self.launches: dict[tuple[str, tuple[bool, ...] | None], list[_Forward]] = {}
+# --- forward ------------------------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -302,29 +260,31 @@ def forward(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     folds: Sequence[Tensor | None],
-    memo: Memo | None = None,
 ) -> list[Tensor]:
     """Kernels of flat blocks, see `orepa_kernels.fused.FusedBackend.forward`; one launch per structure."""
     if not blocks:
         return []
-    if memo:
-        seen: _Seen = memo["triton"]
-        kernels = [seen.new_kernel()]
-        addresses = [tuple([tensor.data_ptr() for tensor in (*operands[0], *kernels)])]
-        what = seen.precision(), _alignment(addresses)
-        if what in seen.launches:
-            _run(seen.launches[what], addresses, seen.device)
-            return kernels
     device = operands[0][0].device
     kernels = [torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks]
+    run(*_forward_launches(blocks, operands, kernels, folds), device)
+    return kernels
+
+
+def _forward_launches(
+    blocks: Sequence[Block],
+    operands: Sequence[Sequence[Tensor]],
+    kernels: Sequence[Tensor],
+    folds: Sequence[Tensor | None],
+) -> tuple[list[_Forward], list[tuple[int, ...]]]:
+    """The launches that write kernels, and the addresses of each block."""
     tensors = [
         [*own, kernel] if fold is None else [*own, kernel, fold]
         for own, kernel, fold in zip(operands, kernels, folds, strict=True)
     ]
-    addresses = [tuple([tensor.data_ptr() for tensor in own]) for own in tensors]
-    what = device_of(device).precision(), _alignment(addresses)
+    addresses = [addresses_of(own) for own in tensors]
+    device = kernels[0].device
     key = (
-        *(device, memory_format, tuple(blocks), *what),
+        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
         tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
         tuple([len(own) for own in tensors]),
     )
@@ -334,13 +294,27 @@ def forward(
         how = _Forward, configs.forward_config, configs.forward_choices
         return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
 
-    launches = _forwards.find(key, make)
-    if memo is not None:
-        memo.setdefault("triton", _Seen(kernels[0])).launches[what] = launches
-    _run(launches, addresses, device)
-    return kernels
+    return _forwards.find(key, make), addresses
 
 
+def forward_again(
+    block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
+) -> ForwardAgain:
+    """See `orepa_kernels.fused.FusedBackend.forward_again`."""
+    device = operands[0].device
+    new = maker(block.shape, dtype, device, memory_format)
+    launches: Again[_Forward] = Again(device)
+
+    def again(own: Sequence[Tensor]) -> Tensor:
+        kernel = new()
+        if not launches.run(own, (kernel,)):
+            launches.run_first(*_forward_launches((block,), (own,), (kernel,), (None,)))
+        return kernel
+
+    return again
+
+
+# --- backward -----------------------------------------------------------------------------------------------------------
 def backward(
     blocks: Sequence[Block],
     operands: Sequence[Sequence[Tensor]],
@@ -353,25 +327,56 @@ def backward(
         for own, wanted in zip(operands, needed, strict=True)
     ]
     busy = [index for index, own in enumerate(gradients) if any(gradient is not None for gradient in own)]
-    if not busy:
-        return gradients
-    device = operands[0][0].device
-    tensors = [[*operands[i], upstream[i], *(g for g in gradients[i] if g is not None)] for i in busy]
-    addresses = [tuple([tensor.data_ptr() for tensor in own]) for own in tensors]
-    device_kind = device_of(device)
+    if busy:
+        found = _backward_launches(
+            [blocks[i] for i in busy],
+            [operands[i] for i in busy],
+            [upstream[i] for i in busy],
+            [gradients[i] for i in busy],
+        )
+        run(*found, operands[0][0].device)
+    return gradients
+
+
+def _backward_launches(
+    blocks: Sequence[Block],
+    operands: Sequence[Sequence[Tensor]],
+    upstream: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor | None]],
+) -> tuple[list[_Backward], list[tuple[int, ...]]]:
+    """The launches that write gradients, of which each block has one at least, and the addresses of each block."""
+    tensors = [
+        [*own, gradient, *(g for g in wanted if g is not None)]
+        for own, gradient, wanted in zip(operands, upstream, gradients, strict=True)
+    ]
+    addresses = [addresses_of(own) for own in tensors]
+    device = upstream[0].device
     key = (
-        device,
-        device_kind.precision(),
-        tuple([blocks[i] for i in busy]),
-        tuple([tuple(needed[i]) for i in busy]),
+        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
+        tuple([tuple([gradient is not None for gradient in own]) for own in gradients]),
         tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
-        _alignment(addresses),
     )
 
     def make() -> list[_Backward]:
-        specs = [backward_spec(blocks[i], operands[i], upstream[i], gradients[i]) for i in busy]
-        how, plans = (_Backward, configs.backward_config, configs.backward_choices), [blocks[i] for i in busy]
-        return [_made(*how, spec, own, plans, tensors, addresses) for spec, own in _by_structure(specs)]
+        specs = [backward_spec(*of) for of in zip(blocks, operands, upstream, gradients, strict=True)]
+        how = _Backward, configs.backward_config, configs.backward_choices
+        return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
 
-    _run(_backwards.find(key, make), addresses, device)
-    return gradients
+    return _backwards.find(key, make), addresses
+
+
+def backward_again(device: torch.device, block: Block, needed: Sequence[bool]) -> BackwardAgain:
+    """See `orepa_kernels.fused.FusedBackend.backward_again`."""
+    wanted = [index for index, need in enumerate(needed) if need]
+    launches: Again[_Backward] = Again(device)
+
+    def again(own: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
+        made = [torch.empty_like(own[index]) for index in wanted]
+        gradients: list[Tensor | None] = [None] * len(own)
+        for index, gradient in zip(wanted, made, strict=True):
+            gradients[index] = gradient
+        if not launches.run(own, (upstream, *made)):
+            launches.run_first(*_backward_launches((block,), (own,), (upstream,), (gradients,)))
+        return gradients
+
+    return again

@@ -1,7 +1,9 @@
-"""Timing on CUDA: cold caches, events, plain launches and graph replays; launches counted by the profiler."""
+"""Timing on CUDA: cold caches, events, plain launches and graph replays; launches counted by the profiler; the host alone."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +91,27 @@ def count_launches(call: Callable[[], object]) -> int:
         torch.cuda.synchronize()
     on_device = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     return sum(not e.is_user_annotation for e in on_device)
+
+
+def host_us(task: Task, calls: int = 10, rounds: int = 10, clock: Callable[[], float] = time.perf_counter) -> float:
+    """What the host takes for one call, in microseconds: the least of some rounds, none of which times the device.
+
+    Args:
+        task: what to call; ``task.prepare`` does not count.
+        calls: enqueued one after another. So few that the device's queue does not fill, which would make the host wait.
+        rounds: how often.
+        clock: in seconds.
+    """
+    least = math.inf
+    for _ in range(rounds):
+        states = [task.prepare() for _ in range(calls)]
+        torch.cuda.synchronize()
+        begin = clock()
+        for state in states:
+            task.run(state)
+        least = min(least, (clock() - begin) / calls)
+    torch.cuda.synchronize()
+    return least * 1e6
 
 
 def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:

@@ -30,7 +30,7 @@ class Row:
         reason: why it has none.
         processes: raw samples of each process, seconds per call.
         floor: whether it is a lower bound rather than a way to do the work.
-        facts: further measurements: ``flops``, ``bytes``, ``saved_bytes``, ``launches``, errors.
+        facts: further measurements: ``flops``, ``bytes``, ``saved_bytes``, ``launches``, ``host_us``, errors.
     """
 
     case: dict[str, Any]

@@ -230,6 +230,7 @@ def _measure(
         try:
             if work.case.device == "cuda" and launch == "plain":
                 facts["launches"] = _launches(task)
+                facts["host_us"] = cuda.host_us(task)
             tasks[entry.provider.name] = cuda.capture(task) if launch == "graph" else task
         except Exception as error:  # a provider that cannot be captured still has its plain launches
             row.status, row.reason = "failed", _first_line(error)

@@ -114,15 +114,23 @@ def _details(results: Results) -> Table:
     modes = _distinct(row.mode for row in results.timed)
     mode = "both" if "both" in modes else (modes[-1] if modes else "")
     top = results.ceilings
+    on_gpu = any("launches" in row.facts for row in results.timed)
     table = Table(
         title=f"{mode}: rates (% of what this machine does on large data), memory, errors against float64",
-        caption="saved: kept for the backward pass, parameters themselves not counted",
+        caption="saved: kept for the backward pass, parameters themselves not counted"
+        + ("; host: of one call enqueued after another, nothing waited for" if on_gpu else ""),
     )
-    on_gpu = any("launches" in row.facts for row in results.timed)
     common = _common(results.rows)
     for name in ("block", *(["launch"] if on_gpu else []), "provider"):
         table.add_column(name, no_wrap=True)
-    for name in ("GB/s", "GFLOP/s", *(["launches"] if on_gpu else []), "saved MB", "error of W", "of gradients"):
+    for name in (
+        "GB/s",
+        "GFLOP/s",
+        *(["launches", "host µs"] if on_gpu else []),
+        "saved MB",
+        "error of W",
+        "of gradients",
+    ):
         table.add_column(name, justify="right")
     before = None
     for row in results.timed:
@@ -134,7 +142,7 @@ def _details(results: Results) -> Table:
         cells = [
             _rate(f.get("bytes"), seconds, top.get("copy_bytes_per_second")),
             _rate(f.get("flops"), seconds, top.get("gemm_flops_per_second")),
-            *([str(f.get("launches", ""))] if on_gpu else []),
+            *([str(f.get("launches", "")), f"{f['host_us']:.1f}" if "host_us" in f else ""] if on_gpu else []),
             f"{f['saved_bytes'] / 1e6:.2f}" if "saved_bytes" in f else "",
             f"{f['weight_error']:.1e}" if "weight_error" in f else "",
             f"{f['gradient_error']:.1e}" if "gradient_error" in f else "",

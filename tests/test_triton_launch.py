@@ -1,0 +1,208 @@
+"""How Triton kernels are launched, without a GPU: with which arguments, and who is told. See ``triton_stub``."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, which this torch does not bring")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton import knobs
+from triton_stub import pretend
+
+from orepa import OREPAConv
+from orepa_kernels import squeeze
+from orepa_kernels.backends.triton import again, device, kernel, launch
+
+
+@pytest.fixture
+def launched():
+    """The arguments of every launch, as they would reach compiled code."""
+    calls = []
+    with pretend(lambda *arguments: calls.append(arguments)):
+        yield calls
+
+
+@pytest.fixture
+def conv():
+    return OREPAConv(8, 8, 3, bias=False, topology="plain", backend="triton")
+
+
+def run(conv, backward=True):
+    """Addresses of operands and kernel; those of the gradients where there are any."""
+    (out,) = squeeze([conv.plan], [conv.operands()], backend="triton")
+    grads = torch.autograd.grad(out, list(conv.parameters()), torch.ones_like(out)) if backward else []
+    return [t.data_ptr() for t in (*conv.operands(), out)], [g.data_ptr() for g in grads]
+
+
+def numbers(arguments):
+    """All integers among the arguments, however they are nested."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from numbers(argument)
+        elif type(argument) is int:
+            yield argument
+
+
+def addresses(arguments):
+    return [number for number in numbers(arguments) if number > 1 << 20]
+
+
+def told_of(arguments):
+    """What a launch has for hooks: a chain of them, and what they are told."""
+    return [a for a in arguments if type(a).__name__ in ("LazyDict", "HookChain")]
+
+
+def without_addresses(arguments):
+    """The arguments without what differs from call to call, and what is for hooks."""
+    if isinstance(arguments, tuple):
+        return [without_addresses(a) for a in arguments]
+    return None if told_of([arguments]) or (type(arguments) is int and arguments > 1 << 20) else arguments
+
+
+def tell(monkeypatch, name, told):
+    """Have a hook told of launches, the way profilers do in this Triton."""
+    hook = getattr(knobs.runtime, name)
+    if hook is None:  # Triton 3.4
+        monkeypatch.setattr(knobs.runtime, name, told)
+    else:
+        monkeypatch.setattr(hook, "calls", [told])
+
+
+def test_launches_around_the_runner_say_what_the_runner_says(launched, conv, monkeypatch):
+    run(conv)  # by Triton's front end
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_hooked", lambda: True)
+        run(conv)  # by Triton's runner
+    run(conv)
+    count = len(launched) // 3
+    assert count >= 2
+    by_front_end, by_runner, around = (launched[n * count : (n + 1) * count] for n in range(3))
+    said = without_addresses(tuple(by_front_end))
+    assert said == without_addresses(tuple(by_runner)) == without_addresses(tuple(around))
+    assert not any(told_of(arguments) for arguments in around)
+
+
+def test_addresses_are_those_of_the_tensors(launched, conv):
+    for _ in range(3):
+        launched.clear()
+        operands, gradients = run(conv)
+        forward, backward = launched[0], launched[1]
+        assert addresses(forward)[: len(operands)] == operands
+        # the workspace is not the caller's, and the kernel was freed: the upstream gradient may have any address
+        assert set(operands[:-1]) | set(gradients) <= set(addresses(backward))
+
+
+def test_hooks_are_told_of_every_launch(launched, conv, monkeypatch):
+    told = []
+    run(conv)
+    run(conv)
+    count = len(launched) // 2
+    launched.clear()
+    with monkeypatch.context() as patch:
+        tell(patch, "launch_enter_hook", lambda metadata: told.append(metadata))
+        run(conv)
+        assert len(launched) == count
+        for arguments in launched:
+            # Compiled code calls the hooks that it is given, with what it is given for them.
+            (metadata,) = [a for a in arguments if type(a).__name__ == "LazyDict"]
+            next(a for a in arguments if a is knobs.runtime.launch_enter_hook)(metadata)
+    names = [metadata.get()["name"] for metadata in told]
+    assert names[:2] == ["squeeze_forward", "squeeze_backward"] and len(names) == count
+    launched.clear()
+    with monkeypatch.context() as patch:
+        tell(patch, "launch_exit_hook", lambda metadata: None)
+        run(conv, backward=False)
+        assert knobs.runtime.launch_exit_hook in launched[0]
+    launched.clear()
+    run(conv, backward=False)  # nobody listens any more
+    assert not told_of(launched[0])
+
+
+def test_a_triton_that_keeps_its_launcher_elsewhere_is_left_to_its_runner():
+    ran = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: ran.append((grid, arguments))
+
+    function = {(3, 1, 1): lambda *arguments, **named: Compiled()}
+    own = kernel.Kernel(function, 3, (5, 6), {"C": 7}, {"num_warps": 4}, 0)
+    with pretend():
+        own((1, 2))
+        own((3, 4), 9)
+    assert ran == [((3, 1, 1), ((3, 4), 5, 6, 9, 7))]
+
+
+def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launched, conv):
+    """The same layout, but addresses that are no multiple of 16, or another precision: another kernel has to run."""
+    run(conv, backward=False)
+    run(conv, backward=False)
+    assert len(launch._forwards._values) == 1
+    (name, parameter), *_ = conv.named_parameters()
+    elements = parameter.numel()
+    moved = torch.empty(elements + 1)[1:].view(parameter.shape)
+    assert moved.data_ptr() % 16 and moved.stride() == parameter.stride()
+    old, parameter.data = parameter.data, moved
+    for _ in range(2):
+        run(conv, backward=False)
+        assert len(launch._forwards._values) == 2, name
+    used = []
+    for which, launches in enumerate(launch._forwards._values.values()):
+        for own in launches:
+            own.launch = lambda addresses, which=which, go=own.launch: (used.append(which), go(addresses))
+    run(conv, backward=False)
+    parameter.data = old
+    run(conv, backward=False)
+    assert used == [1, 0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for _ in range(2):
+            run(conv, backward=False)
+            assert len(launch._forwards._values) == 3
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(launched) == 8
+
+
+def test_another_device_is_made_current(launched, conv, monkeypatch):
+    run(conv)
+    run(conv)
+    current, entered = {"index": 1}, []
+
+    class Guard:
+        def __enter__(self):
+            entered.append(current["index"])
+            current["index"] = 0
+
+        def __exit__(self, *_):
+            current["index"] = 1
+
+    questions = device.Asked(0, lambda: current["index"], lambda: False)
+    monkeypatch.setattr(again, "asked", lambda _: questions)
+    monkeypatch.setattr(again, "current", lambda _: Guard())
+    call = launch.forward_again(conv.plan, conv.operands(), torch.float32, torch.contiguous_format)
+    for turn in range(3):
+        entered.clear()
+        call(conv.operands())
+        assert current["index"] == 1 and entered and set(entered) == {1}, turn
+
+
+def test_what_a_graph_has_recorded_is_kept(launched, conv, monkeypatch):
+    monkeypatch.setattr(launch, "_captured", set())
+    recording = SimpleNamespace(now=False)
+    questions = device.Asked(0, lambda: 0, lambda: recording.now)
+    monkeypatch.setattr(again, "asked", lambda _: questions)
+    monkeypatch.setattr(launch, "capturing", lambda _: recording.now)
+    run(conv)
+    run(conv)
+    assert not launch._captured
+    recording.now = True
+    run(conv)
+    assert len(launch._captured) == 2  # one forward, one backward
