@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ...precision import float32_precision
 from .device import asked, current
 
 
@@ -81,7 +82,7 @@ class Again(Generic[Launch]):
         for address in made:
             bits |= address
         addresses += made
-        setting = torch.get_float32_matmul_precision()
+        setting = float32_precision()
         launch = self._launches.get((setting, alignment([addresses])) if bits % 16 else setting)
         if launch is None:
             return False
@@ -92,6 +93,6 @@ class Again(Generic[Launch]):
 
     def run_first(self, launches: Sequence[Launch], addresses: Sequence[tuple[int, ...]]) -> None:
         """Launch what the whole key has found, and keep it."""
-        setting, pattern = torch.get_float32_matmul_precision(), alignment(addresses)
+        setting, pattern = float32_precision(), alignment(addresses)
         (self._launches[setting if pattern is None else (setting, pattern)],) = launches
         run(launches, addresses, self._device)
