@@ -1,49 +1,108 @@
 """What the Triton kernels need of a GPU: registers, spills and shared memory of every tile, compiled ahead of time.
 
-    python benchmarks/triton_resources.py --targets sm_80 sm_90 --blocks orepa:3 rep1x1:1
+    python benchmarks/triton_resources.py                                  the whole catalogue, however its tensors lie
+    python benchmarks/triton_resources.py --out benchmarks/results/triton
+    python benchmarks/triton_resources.py --blocks orepa:3 --memory channels_last --table
 
-Needs Triton, no GPU. Prints a Markdown table.
+Needs Triton, no GPU. Prints a summary, or with --table a Markdown table of everything; with --out, writes a JSON file named
+after the version of Triton, too. Exits with 1 where a kernel spills registers, or wants more shared memory than there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from triton_aot import TARGETS, kernels_of, structures
+import triton
+from triton_aot import LARGEST_SHARED, MEMORY, PRECISIONS, catalogue, kernels_of, structures
+
+from orepa.bench.machine import environment
+
+Row = dict[str, Any]
 
 
-def main() -> None:
-    """Compile and print."""
+def rows_of(topology: str, size: int, memory: str, target: str) -> list[Row]:
+    """All kernels of one block, one GPU."""
+    found = []
+    for forward, backward in structures(topology, size, **MEMORY[memory]):
+        for precision in PRECISIONS:
+            for kernel, tile, need in kernels_of(forward, backward, target, precision):
+                row = {"block": f"{topology} {size}x{size}", "memory": memory, "gpu": target, "precision": precision}
+                row |= {"kernel": kernel, "tile": text_of(tile), "digest": need.digest[:12]}
+                found.append(row | {"registers": need.registers, "spills": need.spills, "shared": need.shared})
+    return found
+
+
+def text_of(tile: dict[str, Any]) -> str:
+    """``BO=32 BI=64 ...``."""
+    return " ".join(f"{key}={value}" for key, value in tile.items() if key != "enable_fp_fusion")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown, a line per kernel."""
+    columns = ("block", "memory", "gpu", "precision", "kernel", "tile", "registers", "spills", "shared")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(str(row[name]) for name in columns)} |" for row in rows)])
+
+
+def summary(rows: list[Row]) -> str:
+    """Markdown, a line per GPU and kernel: how many, and the most that any of them needs."""
+    lines = ["| GPU | kernel | tile | compiled | most registers | spilled bytes | most shared KiB |", "|" + "---|" * 7]
+    for (gpu, kernel, tile), own in itertools.groupby(sorted(rows, key=_kind), _kind):
+        same = list(own)
+        most = {name: max(row[name] for row in same) for name in ("registers", "spills", "shared")}
+        numbers = f"{len(same)} | {most['registers']} | {most['spills']} | {most['shared'] / 1024:.0f}"
+        lines.append(f"| {gpu} | {kernel} | {tile} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _kind(row: Row) -> tuple[str, str, str]:
+    return row["gpu"], row["kernel"], row["tile"]
+
+
+def main() -> int:
+    """Compile, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_80", "sm_90"])
-    parser.add_argument("--blocks", nargs="+", default=["orepa:3", "rep1x1:1"], help="topology:kernel size")
-    parser.add_argument("--precisions", nargs="+", default=["tf32x3", "tf32"])
+    parser.add_argument("--targets", nargs="+", choices=("sm_80", "sm_90", "sm_100"), default=["sm_80", "sm_90"])
+    blocks = [f"{topology}:{size}" for topology, size in catalogue()]
+    parser.add_argument("--blocks", nargs="+", default=blocks, metavar="TOPOLOGY:SIZE", help="default: the catalogue")
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=[*MEMORY], help="how tensors lie; default: all")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
+    parser.add_argument("--table", action="store_true", help="print every kernel")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a JSON file there")
     args = parser.parse_args()
-    print("| block | GPU | precision | kernel | tile | registers | spilled bytes | shared KiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in args.blocks:
-        topology, size = name.split(":")
-        for forward, backward in structures(topology, int(size)):
-            for target in args.targets:
-                for precision in args.precisions:
-                    for kernel, tile, need in kernels_of(forward, backward, target, precision):
-                        text = " ".join(f"{key}={value}" for key, value in tile.items() if key != "enable_fp_fusion")
-                        row = (
-                            name,
-                            target,
-                            precision,
-                            kernel,
-                            text,
-                            need.registers,
-                            need.spills,
-                            f"{need.shared / 1024:.0f}",
-                        )
-                        print("|", " | ".join(map(str, row)), "|", flush=True)
+    sizes = [(name, int(size)) for name, size in (block.split(":") for block in args.blocks)]
+    jobs = [(*block, memory, target) for memory in args.memory for block in sizes for target in args.targets]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        for done, (job, found) in enumerate(zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True), 1):
+            print(f"{done}/{len(jobs)}: {' '.join(map(str, job))}", file=sys.stderr, flush=True)
+            rows += found
+    print(table(rows) if args.table else summary(rows))
+    wrong = [row for row in rows if row["spills"] or row["shared"] > LARGEST_SHARED[row["gpu"]]]
+    different = len({row["digest"] for row in rows})
+    print(f"\n{len(rows)} kernels, {different} of them different; {len(wrong)} spill or do not fit.")
+    if wrong and not args.table:
+        print("\n" + table(wrong))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        about = {"triton": triton.__version__}
+        about |= {name: value for name, value in environment().items() if name in ("date", "commit", "torch")}
+        path = args.out / f"resources_{triton.__version__}.json"
+        text = ",\n".join(json.dumps(row) for row in rows)
+        path.write_text(f'{{"environment": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n', encoding="utf-8")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,14 +9,23 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from triton.runtime import driver
-from triton_aot import LARGEST_SHARED, TARGETS, kernels_of, source_of, structures
+from triton_aot import (
+    LARGEST_SHARED,
+    MEMORY,
+    PRECISIONS,
+    TARGETS,
+    catalogue,
+    compile_and_listen,
+    compile_kernel,
+    kernels_of,
+    source_of,
+    structures,
+)
 
-import orepa
 from orepa_kernels.backends.triton import configs, launch
 from orepa_kernels.backends.triton.forward import squeeze_forward
 
-PAPER = [("orepa", 3), ("rep1x1", 1)]
-CATALOGUE = [(topology, 3) for topology in orepa.topologies() if "stem" not in topology and topology not in dict(PAPER)]
+NVIDIA = ["sm_80", "sm_90"]
 
 
 def check(target, precision, topology, size, **options):
@@ -31,36 +40,55 @@ def check(target, precision, topology, size, **options):
     assert count
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-@pytest.mark.parametrize(("topology", "size"), PAPER)
-def test_the_blocks_of_the_paper(target, precision, topology, size):
-    check(target, precision, topology, size)
-
-
 def test_one_block_for_each_nvidia_generation():
     check("sm_80", "tf32x3", "plain", 3)
     check("sm_90", "tf32x3", "plain", 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "size"), [*CATALOGUE, ("deep_stem", 7), ("plain_stem", 7), ("orepa", 5)])
-def test_the_whole_catalogue(topology, size):
-    check("sm_80", "tf32x3", topology, size)  # the precision and the generation that leave the fewest registers
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("topology", "size"), catalogue())
+def test_the_whole_catalogue(topology, size, target):
+    for precision in PRECISIONS:
+        check(target, precision, topology, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("options", [{"listed": True}, {"groups": 32}, {"contiguous": True}, {"half": True}])
-def test_other_memory_and_many_blocks(target, options):
-    check(target, "tf32x3", "orepa", 3, **options)
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("memory", [name for name, options in MEMORY.items() if options])
+def test_other_memory_and_many_blocks(target, memory):
+    check(target, "tf32x3", "orepa", 3, **MEMORY[memory])  # benchmarks/triton_resources.py has the other blocks as well
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "size"), PAPER)
+@pytest.mark.parametrize(("topology", "size"), [("orepa", 3), ("rep1x1", 1)])
 def test_amd_is_not_shut_out(topology, size):
     check("gfx942", "ieee", topology, size)
+
+
+def test_without_products_there_is_no_precision():
+    """Where `kernels_of` compiles one kernel for all precisions, they have one."""
+    forward, _ = next(structures("plain", 3))
+    split = [launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION=precision) for precision in PRECISIONS]
+    one, other = (
+        compile_and_listen(source_of(squeeze_forward, forward, constants), "sm_80", options)[0].asm["ptx"]
+        for constants, options in split
+    )
+    assert one == other
+
+
+def test_resources_are_those_of_the_kernel_wherever_it_comes_from(monkeypatch, tmp_path):
+    """Compiled now, asked for again, and out of a cache that another program has filled; and spills would be seen."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    forward, _ = next(structures("orepa", 3))
+    constants, options = launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION="tf32x3")
+    kernel = squeeze_forward, "sm_80", forward, constants
+    found = [compile_kernel(*kernel, options) for _ in range(2)]
+    (kept,) = tmp_path.rglob("ptxas.log")
+    kept.unlink()
+    found.append(compile_kernel(*kernel, options))
+    assert found[0] == found[1] == found[2] and found[0].spills == 0 and found[0].registers > 16
+    assert compile_kernel(*kernel, {**options, "maxnreg": 32}).spills > 0
 
 
 class _Hopper:

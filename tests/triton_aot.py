@@ -5,19 +5,20 @@ A helper of the tests and of ``benchmarks/triton_resources.py``; needs Triton, a
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 import orepa
 from orepa_kernels.backends.triton import configs, launch
@@ -38,6 +39,18 @@ TARGETS = {
 #: shared memory that one program can have, bytes
 LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
+#: of matrix products, what `device.Device.precision` can choose on NVIDIA's GPUs
+PRECISIONS = ("tf32x3", "tf32")
+
+#: how the tensors of a block may lie, as options of `structures`: the first is what training on a GPU has
+MEMORY: dict[str, dict[str, Any]] = {
+    "channels_last": {},
+    "many blocks": {"listed": True},
+    "32 groups": {"groups": 32},
+    "contiguous": {"contiguous": True},
+    "bfloat16": {"half": True},
+}
+
 #: arguments of the kernels that are addresses, in order; the rest are constants
 ADDRESSES = {
     "squeeze_forward": ("table", "tiles"),
@@ -48,21 +61,50 @@ ADDRESSES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: registers per thread, bytes spilled and read back, bytes of shared memory."""
+    """What a compiled kernel needs: registers per thread, bytes spilled and read back, bytes of shared memory.
+
+    ``digest`` is the kernel's name in Triton's cache: what is asked for twice has one.
+    """
 
     registers: int
     spills: int
     shared: int
+    digest: str
 
 
 def compile_kernel(
     function: Any, target: str, spec: Spec, constants: dict[str, Any], options: dict[str, int]
 ) -> Resources:
     """Compile a kernel as a launcher would ask for it, all addresses aligned."""
-    compiled = triton.compile(source_of(function, spec, constants), target=TARGETS[target], options=options)
-    asm = compiled.asm
-    read = _nvidia(asm["ptx"], TARGETS[target].arch) if "ptx" in asm else _amd(asm["amdgcn"])
-    return Resources(*read, compiled.metadata.shared)
+    source = source_of(function, spec, constants)
+    compiled, log = compile_and_listen(source, target, options)
+    if "amdgcn" in compiled.asm:
+        return Resources(*_amd(compiled.asm["amdgcn"]), compiled.metadata.shared, compiled.hash)
+    # What ptxas says of the very run that makes the kernel: another run might be given other options than Triton gives it.
+    # Triton keeps the kernel in its cache, but not this, so it is put there, for the tests of other processes too.
+    kept = get_cache_manager(compiled.hash)
+    path = kept.get_file(_LOG)
+    if path is not None:
+        log = Path(path).read_text()
+    else:
+        if not log:  # out of a cache that somebody else has filled
+            compiled, log = compile_and_listen(source, target, options, always=True)
+        kept.put(log, _LOG, binary=False)
+    return Resources(*_nvidia(log), compiled.metadata.shared, compiled.hash)
+
+
+_LOG = "ptxas.log"
+
+
+def compile_and_listen(
+    source: ASTSource, target: str, options: dict[str, int], always: bool = False
+) -> tuple[Any, str]:
+    """A kernel, and what ptxas printed, which is nothing where the kernel comes from the cache."""
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = knobs.compilation.always_compile or always
+        return triton.compile(source, target=TARGETS[target], options=options), printed.getvalue()
 
 
 def source_of(function: Any, spec: Spec, constants: dict[str, Any]) -> ASTSource:
@@ -87,19 +129,17 @@ def _amd(assembly: str) -> tuple[int, int]:
     return max(registers), 4 * sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly))
 
 
-def _nvidia(ptx: str, arch: int) -> tuple[int, int]:
-    ptxas = get_ptxas(*[arch][: len(inspect.signature(get_ptxas).parameters)]).path  # Triton 3.5 has one for all
-    name = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert name is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [ptxas, "-v", f"--gpu-name={name[1]}", file.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _nvidia(log: str) -> tuple[int, int]:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spills is not None and registers is not None, log
     return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def catalogue() -> list[tuple[str, int]]:
+    """Every topology, with the kernel size that it is for; and the paper's block with larger kernels, more than 9 taps."""
+    sizes = {name: 1 if name == "rep1x1" else 7 if name.endswith("stem") else 3 for name in orepa.topologies()}
+    return [*sizes.items(), ("orepa", 5)]
 
 
 def structures(
@@ -138,6 +178,8 @@ def kernels_of(
 ) -> Iterator[tuple[str, dict[str, Any], Resources]]:
     """Compile all that a launcher may: (kernel, its tile, what it needs)."""
     arch = 0 if target == "gfx942" else TARGETS[target].arch
+    if not has_products(forward):
+        precision = PRECISIONS[0]  # one kernel for all of them
     for function, spec, choices in (
         (squeeze_forward, forward, configs.forward_choices(forward, arch)),
         (squeeze_backward, backward, configs.backward_choices(backward, arch)),
@@ -148,3 +190,8 @@ def kernels_of(
             yield function.__name__, tile, compile_kernel(function, target, spec, constants, options)
     constants = {"SPEC": backward, "PARTS": launch.SUM_PARTS, "COUNT": launch.SUM_COUNT}
     yield add_parts.__name__, {}, compile_kernel(add_parts, target, backward, constants, launch.SUM_OPTIONS)
+
+
+def has_products(spec: Spec) -> bool:
+    """Whether there is a matrix product in its kernels, whose precision can be chosen."""
+    return any(branch.kind == "composed" for branch in spec.terms)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_TERMS = 12
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FULL, TF32, BF16 = range(3)
-#: more for the compiler, such as -fsanitize=address,undefined (then preload libasan and set ASAN_OPTIONS=detect_leaks=0)
+#: more for the compiler, such as -fsanitize=address,undefined; then preload libasan and, for exceptions to get through it,
+#: libstdc++, and set ASAN_OPTIONS=detect_leaks=0, as `.ci/run` does
 FLAGS = os.environ.get("OREPA_EMULATOR_FLAGS", "").split()
 
 

@@ -73,7 +73,12 @@ inline void prepare(Stack& stack, char* memory, std::size_t bytes, void (*entry)
 // Memory for stacks, taken once and kept.
 class StackMemory {
  public:
-  static constexpr std::size_t bytes = 64 * 1024;  // of each
+  // Of each. The sanitizer surrounds variables with space of its own, several times theirs.
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr std::size_t bytes = 1024 * 1024;
+#else
+  static constexpr std::size_t bytes = 64 * 1024;
+#endif
 
   char* of(std::size_t index, std::size_t count) {
     if (count > count_) {

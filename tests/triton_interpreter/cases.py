@@ -10,12 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from once import patch_once
 from torch.autograd import grad
 
 import orepa
 from orepa import OREPAConv
 from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, squeeze
 from orepa_kernels.backends.triton import configs, launch, spec, tuning
+
+patch_once()
 
 F32, F64 = torch.float32, torch.float64
 LIMIT = 5e-6
