@@ -73,13 +73,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 # --- devices ------------------------------------------------------------------------------------------------------------
 
 
-# What takes minutes, longest first: among several processes it must not begin last.
+# What takes longest, in this order: among several processes it must not begin last.
 _LONG = (
-    "test_triton.py",
     "test_triton_aot.py",
-    "test_packaging.py",
+    "test_triton.py",
     "test_train_resume.py",
+    "test_cpu_backend.py",
     "test_train_distributed.py",
+    "test_prepare.py",
+    "test_docs.py",
+    "test_train.py",
+    "test_examples.py",
+    "test_packaging.py",
+    "test_models.py",
+    "test_official_models.py",
+    "test_conv.py",
+    "test_cuda_emulator.py",
+    "test_bench_step.py",
+    "test_bench_results.py",
 )
 
 

@@ -58,8 +58,8 @@ def measure(nvcc: str, source: str, arch: int) -> list[Kernel]:
     """Every kernel of one source file, from ptxas' report."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"arch=compute_{arch},code=sm_{arch}"
-        command = [nvcc, "-std=c++17", "-O3", "-gencode", code, "-Xptxas", "-v", "-c", str(SOURCES / source)]
-        done = subprocess.run([*command, "-o", f"{folder}/object.o"], capture_output=True, text=True)
+        command = [nvcc, "-std=c++17", "-O3", "-gencode", code, "-Xptxas", "-v", "-cubin", str(SOURCES / source)]
+        done = subprocess.run([*command, "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     found = re.findall(
