@@ -54,8 +54,9 @@ struct Kernels {
   void (*unpack)(const T* panels, std::int64_t columns, std::int64_t taps, const View& view, std::int64_t begin,
                  std::int64_t end);
 
-  // The depthwise kernels of one group, input channels padded to whole vectors.
-  void (*pack_depthwise)(const Block& block, const Term& term, std::int64_t group, T* out);
+  // The depthwise kernels of one group, vectors [begin, end) of its input channels, the last padded.
+  void (*pack_depthwise)(const Block& block, const Term& term, std::int64_t group, T* out, std::int64_t begin,
+                         std::int64_t end);
   void (*unpack_depthwise)(const Block& block, const Term& term, std::int64_t group, const T* in);
 
   // a of one group (plus the identity where the term has it) as the right matrix of a product, tiles [begin, end):

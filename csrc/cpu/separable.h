@@ -56,15 +56,16 @@ static void store_expanded(const T* from, std::int64_t columns, std::int64_t exp
   });
 }
 
-// The depthwise kernels of one group as [tile][tap][e][lane].
+// The depthwise kernels of one group as [tile][tap][e][lane], tiles [begin, end).
 template <class T>
-static void pack_depthwise(const Block& block, const Term& term, std::int64_t group, T* out) {
+static void pack_depthwise(const Block& block, const Term& term, std::int64_t group, T* out, std::int64_t begin,
+                           std::int64_t end) {
   const std::int64_t columns = block.in_per_group, expand = term.inner, taps = term.height * term.width;
   const View& a = term.a;
   with_type(a.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const S* from = static_cast<const S*>(a.data) + group * columns * expand * a.row;
-    for (std::int64_t i = 0; i < tiles<T>(columns) * lanes<T>; ++i)
+    for (std::int64_t i = begin * lanes<T>; i < end * lanes<T>; ++i)
       for (std::int64_t e = 0; e < expand; ++e)
         for (std::int64_t t = 0; t < taps; ++t) {
           const std::int64_t place = ((i / lanes<T> * taps + t) * expand + e) * lanes<T> + i % lanes<T>;

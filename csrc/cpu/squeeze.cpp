@@ -183,9 +183,16 @@ static Packed<T> pack(const Block& block, bool for_backward, int threads) {
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     if (is_expanded(term)) {
-      packed.depthwise[index] = depthwise_memory;
-      for (std::int64_t group = 0; group < block.groups; ++group, depthwise_memory += depthwise_size<T>(block, term))
-        kernels<T>().pack_depthwise(block, term, group, depthwise_memory);
+      const std::int64_t size = depthwise_size<T>(block, term);
+      const std::int64_t tiles = padded_vectors<T>(block) / kernels<T>().vector_width;
+      T* const memory = depthwise_memory;
+      parallel_rows(0, block.groups * tiles, size / tiles, threads, [&](std::int64_t begin, std::int64_t end) {
+        each_group(begin, end, tiles, [&](std::int64_t group, std::int64_t from, std::int64_t to) {
+          kernels<T>().pack_depthwise(block, term, group, memory + group * size, from, to);
+        });
+      });
+      packed.depthwise[index] = memory;
+      depthwise_memory += block.groups * size;
     } else if (term.kind == Kind::composed) {
       const std::int64_t size = depth(term) * width(term), tiles = width(term) / kernels<T>().tile_width;
       T* const memory = first_memory;
