@@ -26,6 +26,11 @@ from orepa_kernels.backends.triton import configs, launch
 from orepa_kernels.backends.triton.forward import squeeze_forward
 
 NVIDIA = ["sm_80", "sm_90"]
+#: the paper's block with each, and those that spilled with larger tiles
+OTHER_MEMORY = [
+    *(("orepa", memory) for memory, options in MEMORY.items() if options),
+    *(("acnet", "contiguous"), ("ecb", "contiguous"), ("repvgg_dense", "bfloat16")),
+]
 
 
 def check(target, precision, topology, size, **options):
@@ -55,9 +60,10 @@ def test_the_whole_catalogue(topology, size, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("memory", [name for name, options in MEMORY.items() if options])
-def test_other_memory_and_many_blocks(target, memory):
-    check(target, "tf32x3", "orepa", 3, **MEMORY[memory])  # benchmarks/triton_resources.py has the other blocks as well
+@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
+def test_other_memory_and_many_blocks(topology, memory, target):
+    """Of all other blocks: benchmarks/triton_resources.py."""
+    check(target, "tf32x3", topology, 3, **MEMORY[memory])
 
 
 @pytest.mark.slow

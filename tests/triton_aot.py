@@ -48,6 +48,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "many blocks": {"listed": True},
     "32 groups": {"groups": 32},
     "contiguous": {"contiguous": True},
+    "autocast": {"autocast": True},
     "bfloat16": {"half": True},
 }
 
@@ -149,6 +150,7 @@ def structures(
     groups: int = 1,
     listed: bool = False,
     contiguous: bool = False,
+    autocast: bool = False,
     half: bool = False,
 ) -> Iterator[tuple[Spec, Spec]]:
     """Forward and backward structures of a block of the catalogue and of those nested in it, 512 channels wide."""
@@ -158,17 +160,20 @@ def structures(
     seen = set()
     for step in (*(step for level in plan.inner for step in level), *plan.last):
         own = [name in constants for _, name in step.inputs]
-        forward, backward = _structure(step.block, own, contiguous, torch.bfloat16 if half else torch.float32)
+        dtypes = (torch.bfloat16 if half else torch.float32, torch.bfloat16 if half or autocast else torch.float32)
+        forward, backward = _structure(step.block, own, contiguous, *dtypes)
         if forward not in seen:
             seen.add(forward)
             yield replace(forward, listed=listed), replace(backward, listed=listed)
 
 
-def _structure(block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype) -> tuple[Spec, Spec]:
+def _structure(
+    block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype, of_kernel: torch.dtype
+) -> tuple[Spec, Spec]:
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
     tensors = [torch.empty(operand.shape, dtype=dtype) for operand in block.operands]
     tensors = [t.to(memory_format=memory_format) if t.dim() == 4 else t.float() if t.dim() == 3 else t for t in tensors]
-    kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
+    kernel = torch.empty(block.shape, dtype=of_kernel, memory_format=memory_format)
     wanted = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
     return forward_spec(block, tensors, kernel, None), backward_spec(block, tensors, kernel, wanted)
 

@@ -73,7 +73,10 @@ def forward_choices(spec: Spec, arch: int) -> tuple[Forward, ...]:
     small = replace(FORWARD_SMALL, TAPS=taps)
     if arch == 0:
         return (small,)
-    return FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER], small
+    large = FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER]
+    if arch != _HOPPER and taps > 1 and _of_halves(spec):
+        large = replace(large, num_stages=2)  # with one more, Triton 3.7 spills
+    return large, small
 
 
 def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
@@ -83,8 +86,8 @@ def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
         large, small = replace(large, TAPS=1), replace(small, TAPS=1)
     if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
         large, small = replace(large, SO=2), replace(small, SO=2)
-    if arch == _HOPPER and _taps_innermost(spec):
-        large = replace(large, BM=32)  # twice as wide, Triton 3.7 spills
+    if _taps_innermost(spec):  # what is halved here, Triton 3.7 would spill
+        large = replace(large, BM=32) if arch == _HOPPER else replace(large, BI=16, EO=8)
     return (small,) if arch == 0 else (large, small)
 
 
@@ -106,6 +109,12 @@ def _taps_innermost(spec: Spec) -> bool:
     """Whether kernels are contiguous, not channels_last: their addresses along channels take more registers."""
     slots = {spec.upstream, *(slot for branch in spec.terms for slot in (branch.second, branch.d_second))}
     return any(spec.views[slot].unit == _X for slot in slots if slot != ABSENT)
+
+
+def _of_halves(spec: Spec) -> bool:
+    """Whether there are matrix products of tensors in half precision."""
+    factors = [slot for branch in spec.terms for slot in (branch.first, branch.second) if slot != ABSENT]
+    return any(spec.views[slot].dtype in ("bfloat16", "float16") for slot in factors)
 
 
 def _one_tap(spec: Spec) -> bool:
