@@ -48,6 +48,15 @@ def text_of(tile: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in tile.items() if key != "enable_fp_fusion")
 
 
+def compact(rows: list[Row], about: dict[str, Any]) -> str:
+    """JSON, a line per kernel: values in the order of ``columns``, with a number for the tile."""
+    columns = [name for name in rows[0] if name != "digest"]
+    tiles = list(dict.fromkeys(row["tile"] for row in rows))
+    lines = [[tiles.index(row[name]) if name == "tile" else row[name] for name in columns] for row in rows]
+    head = {"environment": about, "tiles": tiles, "columns": columns}
+    return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + ",\n".join(map(json.dumps, lines)) + "\n]}\n"
+
+
 def table(rows: Iterable[Row]) -> str:
     """Markdown, a line per kernel."""
     columns = ("block", "memory", "gpu", "precision", "kernel", "tile", "registers", "spills", "shared")
@@ -99,8 +108,7 @@ def main() -> int:
         about = {"triton": triton.__version__}
         about |= {name: value for name, value in environment().items() if name in ("date", "commit", "torch")}
         path = args.out / f"resources_{triton.__version__}.json"
-        text = ",\n".join(json.dumps(row) for row in rows)
-        path.write_text(f'{{"environment": {json.dumps(about)},\n"rows": [\n{text}\n]}}\n', encoding="utf-8")
+        path.write_text(compact(rows, about), encoding="utf-8")
     return 1 if wrong else 0
 
 

@@ -29,7 +29,7 @@ NVIDIA = ["sm_80", "sm_90"]
 #: the paper's block with each, and those that spilled with larger tiles
 OTHER_MEMORY = [
     *(("orepa", memory) for memory, options in MEMORY.items() if options),
-    *(("acnet", "contiguous"), ("ecb", "contiguous"), ("repvgg_dense", "bfloat16")),
+    *(("acnet", "contiguous"), ("ecb", "contiguous"), ("expandnet", "contiguous"), ("repvgg_dense", "bfloat16")),
 ]
 
 
@@ -63,7 +63,8 @@ def test_the_whole_catalogue(topology, size, target):
 @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
 def test_other_memory_and_many_blocks(topology, memory, target):
     """Of all other blocks: benchmarks/triton_resources.py."""
-    check(target, "tf32x3", topology, 3, **MEMORY[memory])
+    for precision in PRECISIONS:
+        check(target, precision, topology, 3, **MEMORY[memory])
 
 
 @pytest.mark.slow

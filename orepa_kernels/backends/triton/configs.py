@@ -86,8 +86,11 @@ def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
         large, small = replace(large, TAPS=1), replace(small, TAPS=1)
     if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
         large, small = replace(large, SO=2), replace(small, SO=2)
-    if _taps_innermost(spec):  # what is halved here, Triton 3.7 would spill
-        large = replace(large, BM=32) if arch == _HOPPER else replace(large, BI=16, EO=8)
+    if _taps_innermost(spec):  # larger ones spill, with one version of Triton or another
+        if arch == _HOPPER:
+            large, small = replace(large, BM=32), replace(small, FO=16)
+        else:
+            large = replace(large, BI=16, EO=8)
     return (small,) if arch == 0 else (large, small)
 
 
