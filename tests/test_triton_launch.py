@@ -206,3 +206,17 @@ def test_what_a_graph_has_recorded_is_kept(launched, conv, monkeypatch):
     recording.now = True
     run(conv)
     assert len(launch._captured) == 2  # one forward, one backward
+
+
+@pytest.mark.parametrize(("size", "forward", "backward"), [(7, 2 + 2, 3 + 2 * 4), (9, 2 + 3, 4 + 2 * 5)])
+def test_a_deep_stem_takes_a_launch_for_each_thing_that_waits_for_another(launched, size, forward, backward):
+    """Its blocks at once (but the first, whose few channels make it another structure), then a composition after the other.
+
+    Backward, all but the last composition is computed again; then come two launches for each of the forward's.
+    """
+    stem = OREPAConv(3, 16, size, bias=False, topology="deep_stem", backend="triton")
+    (out,) = squeeze([stem.plan], [stem.operands()], backend="triton")
+    assert len(launched) == forward
+    launched.clear()
+    torch.autograd.grad(out, list(stem.parameters()), torch.ones_like(out))
+    assert len(launched) == backward
