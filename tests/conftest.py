@@ -76,6 +76,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 # What takes longest, in this order: among several processes it must not begin last.
 _LONG = (
     "test_triton_aot.py",
+    "test_triton_aot_sm90.py",
     "test_triton.py",
     "test_train_resume.py",
     "test_cpu_backend.py",

@@ -25,7 +25,6 @@ from triton_aot import (
 from orepa_kernels.backends.triton import configs, launch
 from orepa_kernels.backends.triton.forward import squeeze_forward
 
-NVIDIA = ["sm_80", "sm_90"]
 #: the paper's block with each, and those that spilled with larger tiles
 OTHER_MEMORY = [
     *(("orepa", memory) for memory, options in MEMORY.items() if options),
@@ -50,21 +49,30 @@ def test_one_block_for_each_nvidia_generation():
     check("sm_90", "tf32x3", "plain", 3)
 
 
+# Those for sm_90 are in test_triton_aot_sm90.py, for another process.
 @pytest.mark.slow
-@pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize(("topology", "size"), catalogue())
-def test_the_whole_catalogue(topology, size, target):
-    for precision in PRECISIONS:
-        check(target, precision, topology, size)
+def test_the_whole_catalogue(topology, size):
+    check("sm_80", "tf32x3", topology, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("topology", "size"), catalogue())
+def test_the_whole_catalogue_in_tf32(topology, size):
+    check("sm_80", "tf32", topology, size)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-def test_other_memory_and_many_blocks(topology, memory, target):
+def test_other_memory_and_many_blocks(topology, memory):
     """Of all other blocks: benchmarks/triton_resources.py."""
-    for precision in PRECISIONS:
-        check(target, precision, topology, 3, **MEMORY[memory])
+    check("sm_80", "tf32x3", topology, 3, **MEMORY[memory])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
+def test_other_memory_and_many_blocks_in_tf32(topology, memory):
+    check("sm_80", "tf32", topology, 3, **MEMORY[memory])
 
 
 @pytest.mark.slow
