@@ -114,8 +114,7 @@ static Left<T> flow_of(const Block& block, const Term& term, const Panel<const T
   return {copy, row, a_taps * columns, 1};
 }
 
-// --- what to ask for ahead of time
-// ---------------------------------------------------------------------------------------
+// --- what to ask for ahead of time -----------------------------------------------------------------------------------
 
 // Rows of all terms that are composed, or of all others.
 static void add_rows(const Block& block, bool composed, std::int64_t begin, std::int64_t end, Ahead& ahead) {
