@@ -49,30 +49,35 @@ def test_one_block_for_each_nvidia_generation():
     check("sm_90", "tf32x3", "plain", 3)
 
 
-# Those for sm_90 are in test_triton_aot_sm90.py, for another process.
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "size"), catalogue())
-def test_the_whole_catalogue(topology, size):
-    check("sm_80", "tf32x3", topology, size)
+class Everything:
+    """All tiles for one generation of GPUs; a test file for each, so that two processes can share the work."""
+
+    target: str
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("topology", "size"), catalogue())
+    def test_the_whole_catalogue(self, topology, size):
+        check(self.target, "tf32x3", topology, size)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("topology", "size"), catalogue())
+    def test_the_whole_catalogue_in_tf32(self, topology, size):
+        check(self.target, "tf32", topology, size)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
+    def test_other_memory_and_many_blocks(self, topology, memory):
+        """Of all other blocks: benchmarks/triton_resources.py."""
+        check(self.target, "tf32x3", topology, 3, **MEMORY[memory])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
+    def test_other_memory_and_many_blocks_in_tf32(self, topology, memory):
+        check(self.target, "tf32", topology, 3, **MEMORY[memory])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "size"), catalogue())
-def test_the_whole_catalogue_in_tf32(topology, size):
-    check("sm_80", "tf32", topology, size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-def test_other_memory_and_many_blocks(topology, memory):
-    """Of all other blocks: benchmarks/triton_resources.py."""
-    check("sm_80", "tf32x3", topology, 3, **MEMORY[memory])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-def test_other_memory_and_many_blocks_in_tf32(topology, memory):
-    check("sm_80", "tf32", topology, 3, **MEMORY[memory])
+class TestAmpere(Everything):
+    target = "sm_80"
 
 
 @pytest.mark.slow
