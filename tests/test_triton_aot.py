@@ -67,13 +67,8 @@ class Everything:
     @pytest.mark.slow
     @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
     def test_other_memory_and_many_blocks(self, topology, memory):
-        """Of all other blocks: benchmarks/triton_resources.py."""
+        """At the precision that needs the most registers; the other, and all other blocks: benchmarks/triton_resources.py."""
         check(self.target, "tf32x3", topology, 3, **MEMORY[memory])
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-    def test_other_memory_and_many_blocks_in_tf32(self, topology, memory):
-        check(self.target, "tf32", topology, 3, **MEMORY[memory])
 
 
 class TestAmpere(Everything):
