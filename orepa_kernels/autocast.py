@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 # Asked once, at import: torch.compile cannot trace the question.
@@ -17,3 +19,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would run the matrix products in half precision; the squeeze rounds once, at its end."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

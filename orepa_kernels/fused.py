@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autocast import no_autocast
 from .backends import YES, Backend, Request, Shortcut, Verdict
 from .plan import Block
-from .signature import is_plain, signature
+from .signature import is_dispatched, is_plain, is_watched, signature
 from .stages import Key, Program, Step, program
 
 #: gradients of one block, in the order of its operands; None where none was asked for
@@ -56,7 +57,7 @@ class FusedBackend(Backend):
         if not verdict:
             return verdict
         if not request.plain:
-            return Verdict(False, "the operands are tensor subclasses, or inside a torch.func transform")
+            return Verdict(False, "tensor subclasses, torch.func, torch.jit and forward-mode AD need plain operations")
         for dtype in (request.dtype, request.out_dtype):
             verdict = self.knows(dtype)
             if not verdict:
@@ -130,7 +131,7 @@ class FusedBackend(Backend):
         operands = [tensor for own in tensors for tensor in own] if len(tensors) > 1 else tensors[0]
         # A fold is for deployment. Where it has to be seen by autograd or the compiler, it is a product like any other.
         folded = any([fold is not None for fold in folds])
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or is_dispatched()
         differentiable = torch.is_grad_enabled() and (_any_requires_grad(operands) or _any_requires_grad(folds))
         if not (compiling or differentiable):
             return run_forward(self, tuple(blocks), operands, dtype, memory_format, folds)
@@ -184,7 +185,7 @@ class Call:
 
     def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]) -> Gradients:
         """The gradients of the operands, without autograd."""
-        return run_backward(self.backend, self.blocks, tensors, upstream, needed)
+        return _gradients_seen(self.backend, self.blocks, tensors, upstream, needed)
 
 
 class Repeated:
@@ -205,11 +206,12 @@ class Repeated:
         # Saved tensors need not look as they did (hooks may bring them back with other strides), and gradients come in
         # many shapes: expanded, of subclasses, inside a ``vmap``.
         (gradient,) = upstream
+        watched = is_watched()
         for matches, again in self._seen:
-            if matches(*tensors, gradient):
+            if not watched and matches(*tensors, gradient):
                 return again(tensors, gradient)
-        found = run_backward(self.backend, self.blocks, tensors, upstream, needed)
-        if len(self._seen) < _MOST_GRADIENTS and is_plain((*tensors, gradient)):
+        found = _gradients_seen(self.backend, self.blocks, tensors, upstream, needed)
+        if len(self._seen) < _MOST_GRADIENTS and not watched and is_plain((*tensors, gradient)):
             again = self.backend.backward_again(self.blocks[0], tensors, gradient, needed)
             self._seen.append((signature((*tensors, gradient)), again))
         return found
@@ -264,18 +266,41 @@ def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def differentiable_gradients(
-    blocks: tuple[Block, ...], tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]
+def _gradients_seen(
+    backend: FusedBackend,
+    blocks: tuple[Block, ...],
+    tensors: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    needed: Sequence[bool],
 ) -> Gradients:
-    """Gradients that can be differentiated again, through the reference: double backward is rare."""
+    """`run_backward`, or the reference's where raw memory may not be read or somebody has to see the operations.
+
+    Gradients can come from inside a ``vmap`` (``is_grads_batched=True``) though the operands do not.
+    """
+    if is_plain((*tensors, *upstream)) and not is_dispatched():
+        return run_backward(backend, blocks, tensors, upstream, needed)
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+        return differentiable_gradients(blocks, leaves, upstream, needed, create_graph=False)
+
+
+def differentiable_gradients(
+    blocks: tuple[Block, ...],
+    tensors: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    needed: Sequence[bool],
+    create_graph: bool = True,
+) -> Gradients:
+    """Gradients through the reference, which can be differentiated again: double backward is rare."""
     kernels = []
-    for block, operands in zip(blocks, _cut(blocks, tensors), strict=True):
-        compute = compute_dtype(operands)
-        values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
-        kernels.append(reference.squeeze_block(block, values))
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    outputs = [gradient.to(kernel.dtype) for kernel, gradient in zip(kernels, upstream, strict=True)]
-    found = iter(torch.autograd.grad(kernels, wanted, outputs, create_graph=True, allow_unused=True))
+    with no_autocast(tensors[0].device.type):
+        for block, operands in zip(blocks, _cut(blocks, tensors), strict=True):
+            compute = compute_dtype(operands)
+            values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
+            kernels.append(reference.squeeze_block(block, values))
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        outputs = [gradient.to(kernel.dtype) for kernel, gradient in zip(kernels, upstream, strict=True)]
+        found = iter(torch.autograd.grad(kernels, wanted, outputs, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needed]
 
 

@@ -142,6 +142,8 @@ class Block:
     operands: tuple[Operand, ...] = field(init=False, compare=False, repr=False)
     #: their shapes
     shapes: list[tuple[int, ...]] = field(init=False, compare=False, repr=False)
+    #: the place of the first that is no filter, whose dtype is the block's: filters may be wider
+    leading: int = field(init=False, compare=False, repr=False)
     #: the most terms that this block or one nested in it has
     most_terms: int = field(init=False, compare=False, repr=False)
     #: the plan as text, see `orepa_kernels.plan_text`
@@ -159,6 +161,8 @@ class Block:
                 raise ValueError(f"operand {operand.name!r} is used with two shapes, {shapes}")
         object.__setattr__(self, "operands", tuple(unique.values()))
         object.__setattr__(self, "shapes", [operand.shape for operand in self.operands])
+        parameters = [index for index, shape in enumerate(self.shapes) if len(shape) != 3]
+        object.__setattr__(self, "leading", parameters[0] if parameters else 0)
         nested = [s.most_terms for term in self.terms for s in sources(term) if isinstance(s, Block)]
         object.__setattr__(self, "most_terms", max(len(self.terms), *nested, 0))
         object.__setattr__(self, "text", encode(self))

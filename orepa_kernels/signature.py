@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _TensorGuards: Any = None
 try:  # what torch.compile asks before it reuses code: all tensors in one call, in a microsecond
@@ -17,12 +18,37 @@ except (ImportError, AttributeError):
     pass
 
 
+# Asked before every call, so each is looked up once.
+_transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether raw memory may be read: not of tensor subclasses, nor inside ``torch.func`` transforms."""
-    return torch._C._functorch.peek_interpreter_stack() is None and _ORDINARY.issuperset(map(type, tensors))
+    """Whether raw memory may be read.
+
+    Not of tensor subclasses, of tensors that stand for others (a batch of them, or a negative), inside ``torch.func``
+    transforms or ``torch.jit.trace``, nor where derivatives go forward: all of these have to see what is computed.
+    """
+    return (
+        _transforms() is None
+        and not _tracing()
+        and forward_ad._current_level < 0
+        and _ORDINARY.issuperset(map(type, tensors))
+        and all(map(torch._C._has_storage, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+    )
+
+
+def is_dispatched() -> bool:
+    """Whether a ``TorchDispatchMode`` is active, such as a counter of operations or a tracer: it has to see an operator."""
+    return _modes() > 0
+
+
+def is_watched() -> bool:
+    """Whether anything but the tensors forbids to read raw memory unseen: see `is_plain` and `is_dispatched`."""
+    return _modes() > 0 or _tracing() or forward_ad._current_level >= 0
 
 
 def signature(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -48,11 +74,12 @@ def in_python(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     looks = [_look(tensor) for tensor in tensors]
 
     def matches(*others: Tensor) -> bool:
-        outside = torch._C._functorch.peek_interpreter_stack() is None
+        outside = _transforms() is None
         return outside and len(others) == len(looks) and [_look(tensor) for tensor in others] == looks
 
     return matches
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
-    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.requires_grad)
+    how = tensor.requires_grad, tensor.is_neg()
+    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), *how)

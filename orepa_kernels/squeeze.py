@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import Backend, choose, recall, remember, resolve
 from .plan import Block, Operand
-from .signature import is_plain
+from .signature import is_plain, is_watched
 
 #: dtypes that operands and kernels can have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,8 +30,8 @@ def squeeze(
         blocks: what to compute, one plan per block; a single block is a list of one.
         tensors: per block, one tensor per operand, in the order of ``block.operands``: all of one device and one of
             float64, float32, bfloat16, float16, any strides. Filters may be of a wider dtype than the rest.
-        dtype: of the returned kernels; by default that of each block's first operand. Half-precision operands are
-            composed in float32 and rounded once.
+        dtype: of the returned kernels; by default that of each block's first operand that is no filter. Half-precision
+            operands are composed in float32 and rounded once.
         memory_format: of the returned kernels, ``torch.contiguous_format`` or ``torch.channels_last``.
         folds: per block None, or a factor ``[O]`` of each output channel's kernel, applied before rounding: the scale
             ``gamma / sqrt(var + eps)`` of a batch norm that is folded into the convolution.
@@ -48,7 +48,7 @@ def squeeze(
     """
     name = resolve(backend)
     alone = len(blocks) == len(tensors) == 1 and len(tensors[0]) == len(blocks[0].operands) and folds is None
-    repeatable = alone and not torch.compiler.is_compiling()
+    repeatable = alone and not torch.compiler.is_compiling() and not is_watched()
     if repeatable:  # a training step makes the same calls every time
         key = (blocks[0], name, dtype, memory_format)
         shortcut = recall(key, tensors[0])
@@ -69,10 +69,10 @@ def squeeze(
     work: dict[tuple[str, torch.dtype], tuple[Backend, list[int]]] = {}
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
         plain = _check_operands(block, operands, index)
-        first = operands[0]
+        first = operands[block.leading]
         _check_fold(block, folds[index], first.device, index)
         out_dtype = first.dtype if dtype is None else dtype
-        chosen = choose(name, block, first.device, first.dtype, out_dtype, plain)
+        chosen = choose(name, block, first.device, _widest(block, operands), out_dtype, plain)
         if len(blocks) == 1:
             kernels = chosen.squeeze(blocks, tensors, out_dtype, memory_format, folds)
             shortcut = chosen.shortcut(block, operands, out_dtype, memory_format) if repeatable and plain else None
@@ -117,7 +117,7 @@ def _check_operands(block: Block, operands: Sequence[Tensor], index: int) -> boo
     count = len(operands)
     if count == 0 or count != len(block.operands):
         _check_count(block, operands, f"blocks[{index}]")
-    device, dtype = operands[0].device, operands[0].dtype
+    device, dtype = operands[0].device, operands[block.leading].dtype
     # Whole lists at a time: this is a good part of what the host does for a squeeze.
     usual = (
         dtype in DTYPES
@@ -127,10 +127,16 @@ def _check_operands(block: Block, operands: Sequence[Tensor], index: int) -> boo
     )
     if not usual:
         for operand, tensor in zip(block.operands, operands, strict=True):
-            _check_operand(block, operand, tensor, operands[0], f"blocks[{index}]")
+            _check_operand(block, operand, tensor, operands[block.leading], f"blocks[{index}]")
     if torch.compiler.is_compiling():
         return True  # the registered operators are traced, and run on what the tensors then are
     return is_plain(operands)
+
+
+def _widest(block: Block, operands: Sequence[Tensor]) -> torch.dtype:
+    """What a backend has to know: the dtype of the block, or that of a float64 filter, in which all is composed then."""
+    dtypes = [tensor.dtype for tensor in operands]
+    return torch.float64 if torch.float64 in dtypes else dtypes[block.leading]
 
 
 def _check_count(block: Block, operands: Sequence[Tensor], where: str) -> None:
@@ -146,12 +152,12 @@ def _check_operand(block: Block, operand: Operand, tensor: Tensor, first: Tensor
         raise TypeError(f"{where}: operand {operand.name!r} must be one of {_names(DTYPES)}, got {tensor.dtype}")
     if tensor.device != first.device:
         raise ValueError(
-            f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[0].name!r} on {first.device}"
+            f"{where}: operand {operand.name!r} is on {tensor.device}, {block.operands[block.leading].name!r} on {first.device}"
         )
     # The one three-dimensional kind of operand is a filter, a constant that a half-precision block keeps in float32.
     if tensor.dtype != first.dtype and len(operand.shape) != 3:
         raise ValueError(
-            f"{where}: operand {operand.name!r} is {tensor.dtype}, {block.operands[0].name!r} is {first.dtype}"
+            f"{where}: operand {operand.name!r} is {tensor.dtype}, {block.operands[block.leading].name!r} is {first.dtype}"
         )
 
 

@@ -150,9 +150,26 @@ def get(name: str) -> Backend:
 def _available(name: str) -> Verdict:
     if name not in _REGISTRY:
         return Verdict(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
+    if torch.compiler.is_compiling():
+        reason = _why_not_available(name)
+        return Verdict(not reason, reason)
+    return _asked(name)
+
+
+def _asked(name: str) -> Verdict:
     if name not in _AVAILABLE:
         _AVAILABLE[name] = _REGISTRY[name].available()
     return _AVAILABLE[name]
+
+
+def _why_not_available(name: str) -> str:
+    return _asked(name).reason
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the compiler: torch.compile shall take the
+# answer, and not trace into compiled modules and drivers where it is the first to ask. A constant has to be text or a
+# number.
+_why_not_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backends() -> dict[str, Verdict]:

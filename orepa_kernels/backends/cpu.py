@@ -89,7 +89,7 @@ def _kernel(
 ) -> Tensor:
     """One block's kernel, times ``fold [O]``."""
     # Views may point into copies, which `_alive` holds until the call is over.
-    kernel = torch.empty(block.shape, dtype=dtype, memory_format=memory_format)
+    kernel = torch.empty(block.shape, dtype=dtype, device="cpu", memory_format=memory_format)
     _alive, views = native.described(block, operands)
     factor = () if fold is None else native.view(fold)
     how = native.TYPES[compute_dtype(operands)], torch.get_num_threads()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..autocast import autocast_dtype
+from ..autocast import no_autocast
 from ..plan import Block
 from . import YES, Backend, Request, Verdict
 
@@ -38,14 +37,7 @@ class ReferenceBackend(Backend):
             # Half-precision operands are composed in float32: rounding every product of a sequence would add up.
             compute = torch.promote_types(operands[0].dtype, torch.float32)
             values = {op.name: t.to(compute) for op, t in zip(block.operands, operands, strict=True)}
-            with _no_autocast(operands[0].device):
+            with no_autocast(operands[0].device.type):
                 kernel = reference.fold(reference.squeeze_block(block, values), factor)
             kernels.append(kernel.to(dtype).contiguous(memory_format=memory_format))
         return kernels
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would run the matrix products in half precision; the squeeze rounds once, at its end."""
-    if autocast_dtype(device.type) is None:
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

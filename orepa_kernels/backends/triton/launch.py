@@ -83,7 +83,7 @@ class _Launch:
 
     def upload(self, words: Sequence[int], dtype: torch.dtype) -> int:
         """The address of constant words on the device; they live as long as this does."""
-        self._tables.append(kept(self.device, lambda: torch.tensor(words, dtype=dtype).to(self.device)))
+        self._tables.append(kept(self.device, lambda: torch.tensor(words, dtype=dtype, device="cpu").to(self.device)))
         return self._tables[-1].data_ptr()
 
     def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
@@ -136,7 +136,7 @@ class _AddressTables:
 
 def _host(words: Sequence[int], device: torch.device) -> Tensor:
     """Words in memory that a device may copy from while the host goes on."""
-    table = torch.tensor(words, dtype=torch.int64)
+    table = torch.tensor(words, dtype=torch.int64, device="cpu")
     return table if device.type == "cpu" else table.pin_memory()
 
 
