@@ -150,13 +150,27 @@ class LinearBlock(nn.Module):
     # --- constants follow the parameters ----------------------------------------------------------------------------------
 
     def _place_constants(self, like: Tensor) -> None:
-        """Compute the fixed filters where ``like`` lives. Computing beats moving: no cast can wear them down."""
+        """Compute the fixed filters where ``like`` lives. Computing beats moving: no cast can wear them down.
+
+        Those that are there already stay, at the addresses that CUDA graphs have recorded.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)  # as `constant_values` has it
         for name, (channels, kernel_size, layer) in self._lowered.constants.items():
-            values = constant_values(channels, kernel_size, layer, like.dtype)
-            setattr(self, name, values.to(like.device))
+            old = getattr(self, name)
+            if old is None or old.device != like.device or old.dtype != dtype:
+                with torch.device("cpu"):  # whatever the default device is
+                    values = constant_values(channels, kernel_size, layer, like.dtype)
+                setattr(self, name, values.to(like.device))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        old = {name: self._buffers[name] for name in self._lowered.constants}
+        # ``fn`` may write in place, and tensors of inference mode do not count that
+        versions = {name: t._version for name, t in old.items() if t is not None and not t.is_inference()}
         result = super()._apply(fn, recurse)
+        if next(self.parameters(), None) is not None:
+            for name, constant in old.items():
+                as_it_was = constant is not None and name in versions and constant._version == versions[name]
+                setattr(self, name, constant if as_it_was else None)
         _follow_parameters(self)
         return result
 

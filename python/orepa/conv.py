@@ -13,7 +13,7 @@ import orepa_kernels
 from orepa_kernels import Dense
 from orepa_kernels.backends import resolve
 
-from .cache import KeptKernel, keep
+from .cache import KeptKernel, form_of, is_captured, watch
 from .conv_block import ConvBlock, ConvGeometry
 from .surgery import conv_arguments, is_channels_last
 from .topology import Size, Topology, declaration
@@ -80,8 +80,11 @@ class OREPAConv(ConvBlock):
         chosen = default_topology(geometry.spec.kernel_size) if topology is None else topology
         declared = declaration(chosen, **options)(geometry.spec).linearize()
         super().__init__(geometry, declared, chosen, scaling, bias, device, dtype)
+        if not self.plan.operands:
+            raise ValueError(f"topology {self.topology!r} has nothing to learn: no layer with a weight and no scaling")
         self.backend = backend
         self._kept: KeptKernel | None = None
+        self.register_load_state_dict_post_hook(_forget)
 
     # --- forward ------------------------------------------------------------------------------------------------------------
 
@@ -118,7 +121,11 @@ class OREPAConv(ConvBlock):
         """A plain convolution that computes the same function, composed in float64.
 
         It keeps device, dtype, memory format and train/eval mode, and requires gradients where the block does.
+
+        Raises:
+            RuntimeError: a weight that a forward hook computes, as the old `torch.nn.utils.weight_norm` does.
         """
+        self._check_parameters()
         weight = self._compose(torch.float64)
         like = next(self.parameters())
         conv = nn.Conv2d(**conv_arguments(self), bias=self.bias is not None, device="meta")
@@ -164,27 +171,52 @@ class OREPAConv(ConvBlock):
             parameter.copy_(rest)
 
     def clear_cache(self) -> None:
-        """Forget the kernel kept for eval mode. Needed only after writing through ``parameter.data`` in eval mode."""
+        """Forget the kernel kept for eval mode.
+
+        Needed only after writes in eval mode that PyTorch does not count and that no optimizer's step brings: in place
+        through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by the replay of a
+        CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every forward with gradients clear it as well.
+        """
         self._kept = None
 
     # --- the kernel ---------------------------------------------------------------------------------------------------------
 
     def _kernel(self, x: Tensor) -> Tensor:
         """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
-        dtype = orepa_kernels.autocast_dtype(x.device.type)
+        # Asking for the name of a device costs more than all of these.
+        dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
         memory_format = torch.contiguous_format
-        if x.dim() == 4 and is_channels_last(x):
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             memory_format = torch.channels_last
-        keeps = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if keeps and self._kept is not None and self._kept.is_current(dtype, memory_format):
-            return self._kept.kernel
+        compiles = torch.compiler.is_compiling()
+        if self.training or torch.is_grad_enabled() or compiles or is_captured(x):
+            kernel = self._squeeze_narrow(self.operands(), dtype, memory_format)
+            if self._precedes_update(kernel, compiles):
+                self._kept = None
+            return kernel
+
+        form = form_of(x, dtype, memory_format, self.backend)
+        kept = self._kept  # read once: another thread may clear or replace it
+        if kept is not None and kept.is_current(form):
+            return kept.kernel
         operands = self.operands()
-        if operands[0].dtype == torch.float64:  # which autocast leaves alone
-            dtype = None
-        kernel = self._squeeze(operands, dtype, memory_format)
-        if keeps:
-            self._kept = keep(self, operands, kernel, memory_format)
+        sources = watch(self, operands)
+        kernel = self._squeeze_narrow(operands, dtype, memory_format)
+        plain = type(kernel) in (Tensor, nn.Parameter)
+        self._kept = KeptKernel(kernel, form, sources) if plain and sources is not None else None
         return kernel
+
+    def _precedes_update(self, kernel: Tensor, compiles: bool) -> bool:
+        """Whether to forget what is kept, as an update is likely to follow, and not every update can be seen."""
+        if compiles:  # without a look at what is kept, which the compiled code would be bound to
+            return kernel.requires_grad and not self.training
+        return self._kept is not None and (self.training or kernel.requires_grad)
+
+    def _squeeze_narrow(
+        self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format
+    ) -> Tensor:
+        """In the dtype of autocast, which leaves float64 alone."""
+        return self._squeeze(operands, None if operands[0].dtype == torch.float64 else dtype, memory_format)
 
     def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
         (kernel,) = orepa_kernels.squeeze(
@@ -197,6 +229,15 @@ class OREPAConv(ConvBlock):
         """The kernel in a given precision, whatever the precision of the parameters."""
         operands = [t.to(dtype) for t in self.operands()]
         return orepa_kernels.squeeze([self.plan], [operands], backend="reference")[0]
+
+    def _check_parameters(self) -> None:
+        for path, name in self.sources:
+            if name in vars(self.get_submodule(".".join(path))):
+                raise RuntimeError(
+                    f"{'.'.join((*path, name))} must be a parameter, got a tensor that a hook computes before each forward; "
+                    "use torch.nn.utils.parametrizations, or take the hook away first (torch.nn.utils.remove_weight_norm, "
+                    "remove_spectral_norm, prune.remove)"
+                )
 
     def _holds_any_kernel(self, term: Dense) -> bool:
         return isinstance(term.weight, orepa_kernels.Operand) and term.weight.shape == self.plan.shape
@@ -218,9 +259,19 @@ class OREPAConv(ConvBlock):
         self._kept = None
         return super()._apply(fn, recurse)
 
+    def _replicate_for_data_parallel(self) -> OREPAConv:
+        replica: OREPAConv = super()._replicate_for_data_parallel()
+        replica._kept = None
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+
+
+def _forget(module: nn.Module, _incompatible: object) -> None:
+    assert isinstance(module, OREPAConv)
+    module.clear_cache()
