@@ -61,6 +61,15 @@ def jobs() -> str:
     return str(max(1, min(cores, memory // 2**31)))
 
 
+def begin_anew_if_asked_otherwise(build: Path, *asked: object) -> None:
+    """Remove what an earlier build left that was asked for something else: CMake would remember what it was told then."""
+    record, now = build / "asked.json", json.dumps(asked)
+    if not record.is_file() or record.read_text() != now:
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
+        record.write_text(now)
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, incrementally where an earlier build is left."""
 
@@ -68,16 +77,18 @@ class CMakeBuild(build_ext):
         """Build the module, or leave a report of why it could not be."""
         folder = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         folder.mkdir(parents=True, exist_ok=True)
+        cuda = os.environ.get("OREPA_CUDA", "AUTO").upper()
+        if cuda not in ("AUTO", "ON", "OFF"):
+            raise SystemExit(f"OREPA_CUDA must be AUTO, ON or OFF, got {cuda!r}")
         missing = what_is_missing()
+        if missing and cuda == "ON":
+            raise SystemExit(f"OREPA_CUDA=ON, but no kernels can be compiled: {missing}")
         (folder / REPORT).write_text(json.dumps({"missing": missing}) + "\n")
         if missing:
             print(f"WARNING: the compiled kernels are left out: {missing}", file=sys.stderr)
             return
         import pybind11
 
-        cuda = os.environ.get("OREPA_CUDA", "AUTO").upper()
-        if cuda not in ("AUTO", "ON", "OFF"):
-            raise SystemExit(f"OREPA_CUDA must be AUTO, ON or OFF, got {cuda!r}")
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}-{cuda.lower()}"
         arguments = [
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -94,7 +105,9 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja:
             arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        more = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        arguments += more
+        begin_anew_if_asked_otherwise(build, nvcc, architectures, more)
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", jobs()], check=True)
 

@@ -63,6 +63,7 @@ std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::ve
 void bind_cuda(py::module_& module) {
   module.attr("cuda_max_taps") = cuda::max_taps;
   module.def("cuda_architectures", &cuda::architectures);
+  module.attr("cuda_asked_architectures") = OREPA_CUDA_ARCHS;
   module.def("cuda_needs",
              [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
                const std::vector<Block> blocks = bind_all(plans, operands, {}, {}, {});

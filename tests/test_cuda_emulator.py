@@ -588,3 +588,15 @@ def test_backend_says_why_not(backend: cuda_backend.CudaBackend, monkeypatch: py
         assert (reason() == "") == covered, of
     assert "sm_80, sm_90" in reason()
     assert "compute capability 7.0" in backend.available().reason
+    # Newer GPUs run what they can compile, if it is there.
+    for asked, covered in (
+        ("80-real,90-real", False),
+        ("90a", False),
+        ("90-virtual", True),
+        ("80,90-real", True),
+        ("all", True),
+    ):
+        monkeypatch.setattr(native.module(), "cuda_asked_architectures", asked)
+        capability["of"] = (12, 0)
+        backend.available()
+        assert (reason() == "") == covered, asked

@@ -169,6 +169,31 @@ def test_cuda_that_is_asked_for_and_cannot_be_had_is_an_error(built, tmp_path):
         build(tree, tmp_path / "out", OREPA_CUDA="ON", CUDACXX=shutil.which("false") or "/bin/false")
     with pytest.raises(AssertionError, match="OREPA_CUDA must be AUTO, ON or OFF, got 'MAYBE'"):
         build(tree, tmp_path / "out2", OREPA_CUDA="maybe")
+    with pytest.raises(AssertionError, match="OREPA_CUDA=ON, but no kernels can be compiled: no C\\+\\+ compiler"):
+        build(tree, tmp_path / "out3", OREPA_CUDA="ON", PATH=str(tmp_path / "nothing"), CXX="")
+
+
+def test_a_build_that_is_asked_otherwise_forgets_the_last_one(built, tmp_path):
+    """CMake's cache would go on with what it was told then; asked alike, it builds only what has changed."""
+    if missing_tools():
+        pytest.skip(f"this environment has no {', '.join(missing_tools())}")
+    tree, types = copy_of_tree(tmp_path / "tree"), []
+    for number, arguments in enumerate(("-DCMAKE_BUILD_TYPE=Debug -DOREPA_MODULE=OFF", "-DOREPA_MODULE=OFF")):
+        with pytest.raises(
+            AssertionError, match="_C"
+        ):  # no module is built, which saves the time; the cache is what counts
+            build(tree, tmp_path / str(number), OREPA_CUDA="OFF", CMAKE_ARGS=arguments)
+        (cache,) = (tree / "build").glob("cmake-*/CMakeCache.txt")
+        types += [
+            line.partition("=")[2] for line in cache.read_text().splitlines() if line.startswith("CMAKE_BUILD_TYPE:")
+        ]
+        objects = cache.parent / "kept.o"
+        assert not objects.exists()
+        objects.touch()
+    assert types == ["Debug", ""]
+    with pytest.raises(AssertionError, match="_C"):
+        build(tree, tmp_path / "alike", OREPA_CUDA="OFF", CMAKE_ARGS="-DOREPA_MODULE=OFF")
+    assert objects.exists()
 
 
 def test_compiled_module_needs_neither_torch_nor_cuda(built, tmp_path):

@@ -18,6 +18,9 @@ from .memory import kept
 #: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
+#: lists of blocks whose memory needs are remembered
+_MOST_NEEDS = 1 << 14
+
 
 class CudaBackend(FusedBackend):
     """Every kind of term, in float32, bfloat16 and float16; products of composed terms on tensor cores from sm_80 on.
@@ -29,6 +32,7 @@ class CudaBackend(FusedBackend):
 
     def __init__(self) -> None:
         self._architectures: tuple[int, ...] = ()
+        self._ptx: tuple[int, ...] = ()
         self._max_taps = 0
         self._needs: dict[tuple[Block, ...], tuple[int, int]] = {}
         self._counters: dict[tuple[int, int], Tensor] = {}
@@ -41,6 +45,7 @@ class CudaBackend(FusedBackend):
         if not hasattr(module, "cuda_forward"):
             return Verdict(False, f"built without CUDA: {module.build()['why_no_cuda']}")
         self._architectures = tuple(sorted(module.cuda_architectures()))
+        self._ptx = _with_ptx(module.cuda_asked_architectures, self._architectures)
         self._max_taps = module.cuda_max_taps
         if torch.version.cuda is None:
             return Verdict(False, f"torch {torch.__version__} is built without CUDA")
@@ -56,8 +61,7 @@ class CudaBackend(FusedBackend):
         capability = 10 * major + minor
         if any(built // 10 == major and built <= capability for built in self._architectures):
             return YES
-        newest = max(self._architectures, default=1000)
-        if newest < capability:  # the newest architecture comes with PTX
+        if any(ptx <= capability for ptx in self._ptx):  # which the driver compiles
             return YES
         built = ", ".join(f"sm_{architecture}" for architecture in self._architectures)
         return Verdict(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
@@ -123,6 +127,8 @@ class CudaBackend(FusedBackend):
         plans, views = [native.plan(block) for block in blocks], [numbers for _, numbers in operands]
         key = tuple(blocks)
         if key not in self._needs:
+            if len(self._needs) >= _MOST_NEEDS:
+                self._needs.clear()
             self._needs[key] = native.module().cuda_needs(plans, views, True)
         workspace_bytes, counter_bytes = self._needs[key]
         where = _where(device)
@@ -154,6 +160,14 @@ class CudaBackend(FusedBackend):
             zeros = functools.partial(torch.zeros, max(size, 4096), dtype=torch.uint8, device=device)
             found = self._counters[key] = kept(device, zeros)
         return found
+
+
+def _with_ptx(asked: str, built: tuple[int, ...]) -> tuple[int, ...]:
+    """Of ``OREPA_CUDA_ARCHS``, such as ``"80-real,90"``, those whose code newer GPUs can run: no ``-real``, no ``90a``."""
+    if asked in ("all", "all-major"):
+        return built[-1:]
+    names = [name.removesuffix("-virtual") for name in asked.split(",")]
+    return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
 def _index(device: torch.device) -> int:

@@ -222,6 +222,7 @@ class EmulatedModule:
 
     max_terms = MAX_TERMS
     cuda_max_taps = 128
+    cuda_asked_architectures = "80-real,90"
 
     def __init__(self, kernels: Emulated) -> None:
         self._kernels = kernels

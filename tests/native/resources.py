@@ -2,7 +2,7 @@
 
     python tests/native/resources.py [--archs 80 90]
 
-Exits with 1 where a kernel spills registers on an architecture that it is tuned for.
+Exits with 1 where a kernel spills registers on an architecture that it is tuned for, or where none is found.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Kernel:
     stack: int
     spill_stores: int
     spill_loads: int
+    shared: int  # per thread block, asked for at launch: the compiler's report does not know it
 
 
 def find_nvcc() -> str:
@@ -46,15 +47,34 @@ def find_nvcc() -> str:
     sys.exit("no nvcc: looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda")
 
 
+def tile_of(mangled: str) -> str:
+    """Which tile a kernel has, of the compiler's name for it."""
+    return "large" if "large_shape" in mangled else "small"
+
+
 def kernel_name(mangled: str) -> str:
     """``squeeze_gradients, large tile, 32 KB`` of the compiler's name for it."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
-    tile = "large" if "large_shape" in mangled else "small"
     parameters = re.search(r"TableILi(\d+)E", mangled)
-    return f"{name:<18}{tile} tile, {round(int(parameters[1]) / 1024) if parameters else '?':>2} KB of parameters"
+    return f"{name:<18}{tile_of(mangled)} tile, {round(int(parameters[1]) / 1024) if parameters else '?':>2} KB of parameters"
 
 
-def measure(nvcc: str, source: str, arch: int) -> list[Kernel]:
+def shared_bytes(nvcc: str) -> dict[str, int]:
+    """Shared memory of a thread block, by tile: constants of csrc/cuda/tile.cuh, as the compiler sees them."""
+    tiles = ("large", "small")
+    names = [f"__device__ extern const int {tile} = orepa::cuda::{tile.title()}Tile::shared_bytes;" for tile in tiles]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "shared.cu")
+        source.write_text("\n".join(['#include "tile.cuh"', *names]))
+        command = [nvcc, "-std=c++17", "-ptx", "-I", str(SOURCES), str(source), "-o", "/dev/stdout"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = dict(re.findall(r"\b(large|small) = (\d+);", done.stdout))
+    if set(found) != set(tiles):
+        sys.exit(f"the sizes of shared memory were not found: {done.stderr}{done.stdout}")
+    return {tile: int(size) for tile, size in found.items()}
+
+
+def measure(nvcc: str, source: str, arch: int, shared: dict[str, int]) -> list[Kernel]:
     """Every kernel of one source file, from ptxas' report."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"arch=compute_{arch},code=sm_{arch}"
@@ -68,7 +88,9 @@ def measure(nvcc: str, source: str, arch: int) -> list[Kernel]:
         done.stderr,
         re.DOTALL,
     )
-    return [Kernel(arch, kernel_name(m), int(r), int(s), int(st), int(ld)) for m, s, st, ld, r in found]
+    if not found:
+        sys.exit(f"no kernel was found in the compiler's report:\n{done.stderr}")
+    return [Kernel(arch, kernel_name(m), *map(int, (r, s, st, ld)), shared[tile_of(m)]) for m, s, st, ld, r in found]
 
 
 def main() -> int:
@@ -76,14 +98,16 @@ def main() -> int:
     parser.add_argument("--archs", type=int, nargs="+", default=ALL, metavar="CC", help=f"default: {ALL}")
     arguments = parser.parse_args()
     nvcc, spills = find_nvcc(), 0
+    shared = shared_bytes(nvcc)
     jobs = [(source, arch) for arch in arguments.archs for source in KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda job: measure(nvcc, *job), jobs)
+        found = threads.map(lambda job: measure(nvcc, *job, shared), jobs)
         for (source, arch), kernels in zip(jobs, found, strict=True):
             print(f"sm_{arch} {source}")
             for k in kernels:
                 print(
-                    f"  {k.name}  {k.registers:>3} registers, {k.stack:>3} B stack, {k.spill_stores}/{k.spill_loads} B spilled"
+                    f"  {k.name}  {k.registers:>3} registers, {k.stack:>3} B stack, "
+                    f"{k.spill_stores}/{k.spill_loads} B spilled, {k.shared / 1024:.1f} KB shared"
                 )
                 spills += arch in TUNED and k.spill_stores + k.spill_loads > 0
     if spills:
