@@ -75,6 +75,29 @@ def test_fine_tuning_in_eval_mode_with_a_fused_optimizer(kind, validates_before_
     assert_fresh(conv, x)
 
 
+def test_counting_steps_recompiles_no_optimizer(x):
+    """torch.compile traces what optimizers of other origin than PyTorch call after a step, with the number that grows."""
+
+    class Descent(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad)
+
+    conv = make()
+    assert_fresh(conv, x)
+    conv(x).sum().backward()
+    optimizer = Descent(conv.parameters(), {})
+    step = torch.compile(optimizer.step, backend="eager")
+    step()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            assert_fresh(conv, x)
+            step()
+            optimizer.step()
+        assert_fresh(conv, x)
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 def test_a_forward_to_be_trained_through_drops_the_kernel(compiles, x):
     conv = make()

@@ -35,8 +35,9 @@ class OREPAConv(ConvBlock):
     """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
 
     Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
-    mode, without gradients, the kernel is kept until a parameter changes. The norm after the block is the host model's own
-    and matters: without one, training diverges (paper Table 3).
+    mode, without gradients, the kernel is kept until a parameter changes (`clear_cache` names the writes that go unseen);
+    under FSDP2 never. The norm after the block is the host model's own and matters: without one, training diverges (paper
+    Table 3).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -174,8 +175,9 @@ class OREPAConv(ConvBlock):
         """Forget the kernel kept for eval mode.
 
         Needed only after writes in eval mode that PyTorch does not count and that no optimizer's step brings: in place
-        through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by the replay of a
-        CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every forward with gradients clear it as well.
+        through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by another process
+        through shared memory, by the replay of a CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every
+        forward with gradients clear it as well.
         """
         self._kept = None
 
