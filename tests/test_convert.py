@@ -214,6 +214,80 @@ def test_norm_with_activation_keeps_the_activation():
     assert isinstance(plain[1], nn.ReLU)
 
 
+# --- a call that is more than the class's forward ----------------------------------------------------------------------------
+
+
+class Doubled(OREPAConv):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class DoubledKernel(OREPAConv):
+    """Its forward is OREPAConv's, what that calls is not: only a call shows it."""
+
+    def _convolve(self, x, weight, bias):
+        return super()._convolve(x, weight * 2, bias)
+
+
+def hook(module):
+    module.register_forward_hook(lambda _module, _inputs, output: output * 2)
+
+
+def pre_hook(module):
+    module.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2,))
+
+
+def patch(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 2
+
+
+@pytest.mark.parametrize("change", [hook, pre_hook, patch])
+@pytest.mark.parametrize("build", [OREPAConv, RepVGGBlock, orepa.OfflineConv])
+def test_blocks_whose_call_is_more_than_their_forward_are_refused(build, change):
+    model = trained(nn.Sequential(build(3, 3, 3, padding=1), nn.BatchNorm2d(3)))
+    change(model[0])
+    with pytest.raises(ConversionError, match="^0: it"):
+        orepa.convert(model, inplace=True)
+    assert type(model[0]) is build
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(Doubled, "Doubled may compute something else"), (DoubledKernel, "the converted layer differs")],
+)
+def test_subclasses_that_compute_something_else_are_refused(build, message):
+    with pytest.raises(ConversionError, match=f"^0: {message}"):
+        orepa.convert(trained(nn.Sequential(build(3, 3, 3), nn.BatchNorm2d(3))))
+
+
+def test_hooks_inside_a_block_are_refused_and_those_of_its_activation_stay():
+    x = torch.randn(2, 3, 6, 6)
+    for block, inner in [
+        (RepVGGBlock(3, 3), "pointwise_bn"),
+        (orepa.OfflineConv(3, 3, 3, topology="dbb"), "origin_bn"),
+    ]:
+        model = trained(nn.Sequential(block))
+        hook(model[0].get_submodule(inner))
+        with pytest.raises(ConversionError, match=rf"^0\.{inner}: it has forward hooks"):
+            orepa.convert(model)
+    model = trained(nn.Sequential(RepVGGBlock(3, 3)))
+    hook(model[0].act)
+    torch.testing.assert_close(orepa.convert(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [hook, pre_hook, patch])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_stands_beside_a_fold_keeps_its_hooks(at, change):
+    """A plain convolution, the norm after it and what lies between them: with a hook on any of them, nothing is folded."""
+    model = trained(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Identity(), nn.BatchNorm2d(3), OREPAConv(3, 3, 1)))
+    change(model[at])
+    x = torch.randn(2, 3, 6, 6)
+    plain = orepa.convert(model, example_inputs=x)
+    assert folded(plain) == [] and type(plain[3]) is nn.Conv2d
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 # --- damage is reported ---------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,7 @@ def test_what_cannot_be_swapped_is_left_with_its_reason():
             super().__init__()
             self.convs = nn.Sequential()
             self.names = ["frozen", "tied", "tied_too", "parametrized", "hooked", "own", "lazy", "even", "fine"]
+            self.names += ["patched", "patched_inside"]
             for name in self.names:
                 conv = (Own if name == "own" else nn.Conv2d)(4, 4, 3, padding=1)
                 if name == "even":
@@ -129,6 +130,8 @@ def test_what_cannot_be_swapped_is_left_with_its_reason():
     convs.tied_too.weight = convs.tied.weight
     parametrizations.weight_norm(convs.parametrized)
     convs.hooked.register_forward_hook(lambda *_: None)
+    convs.patched.forward = lambda x: nn.Conv2d.forward(convs.patched, x) * 2
+    convs.patched_inside._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, weight, bias, padding=1) * 2
     reasons = left(orepa.prepare(model, "orepa"))
     expected = {
         "convs.frozen": "its weight is frozen",
@@ -136,6 +139,8 @@ def test_what_cannot_be_swapped_is_left_with_its_reason():
         "convs.tied_too": "it shares its weight with another module",
         "convs.parametrized": "its weight is parametrized",
         "convs.hooked": "it has hooks",
+        "convs.patched": "its forward was replaced on the instance",
+        "convs.patched_inside": "its forward was replaced on the instance",
         "convs.own": "Own computes something else than nn.Conv2d",
         "convs.lazy": "LazyConv2d: only 2-D convolutions",
         "convs.even": "branch 'conv1x1': a 1x1 kernel cannot be centred in the block's 2x2",
@@ -201,8 +206,12 @@ def test_device_dtype_mode_and_memory_format_stay():
     assert all(p.dtype == torch.bfloat16 for p in prepared.parameters()) and not prepared.stem.training
     assert prepared.stem.origin_weight.is_contiguous(memory_format=torch.channels_last)
     assert block.weight.is_contiguous(memory_format=torch.channels_last)
-    meta = orepa.prepare(Net().to("meta"))
+    model = Net().to("meta")
+    meta = orepa.prepare(model)
     assert all(p.is_meta for p in meta.parameters())
+    with pytest.raises(ValueError, match=r"preserve=True .* but stem.weight is on the meta device"):
+        orepa.prepare(model, preserve=True, inplace=True)
+    assert type(model.stem) is nn.Conv2d
 
 
 def test_the_report_is_plain_data_and_prints():

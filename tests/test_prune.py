@@ -274,6 +274,12 @@ def _hooked() -> nn.Module:
     return model
 
 
+def _patched() -> nn.Module:
+    model = nn.Sequential(orepa.OREPAConv(4, 4, 3))
+    model[0].forward = model[0].forward_branches
+    return model
+
+
 def _frozen() -> nn.Module:
     model = nn.Sequential(orepa.OREPAConv(4, 4, 3))
     model[0].avg_weight.requires_grad_(False)
@@ -303,6 +309,7 @@ def _added() -> nn.Module:
     [
         (_custom, "Custom may compute something else"),
         (_hooked, "it has hooks"),
+        (_patched, "its forward was replaced"),
         (_frozen, "frozen"),
         (_shared, "shares a parameter"),
         (_parametrized, "parametrized"),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .surgery import conv_arguments
+from .surgery import conv_arguments, own_call
 
 _FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm is an affine map in eval mode: a batch norm with running statistics.
+    """Whether a norm is an affine map in eval mode: a batch norm with running statistics, and without hooks.
 
     timm's ``BatchNormAct2d`` counts: what it does after normalizing is kept (see `remainder`).
     """
     known = type(norm) in _FOLDABLE or (isinstance(norm, nn.BatchNorm2d) and _is_norm_act(norm))
-    return known and getattr(norm, "running_mean", None) is not None and getattr(norm, "running_var", None) is not None
+    if not known or own_call(norm):
+        return False
+    return getattr(norm, "running_mean", None) is not None and getattr(norm, "running_var", None) is not None
 
 
 def remainder(norm: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from .lowering import SCALINGS
 from .offline import OfflineConv
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
-from .surgery import conv_arguments, is_channels_last, replace_modules, walk
+from .surgery import conv_arguments, is_channels_last, own_call, replace_modules, walk
 from .topology import Topology, declaration
 
 #: what a policy says of one layer, that is a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to
@@ -43,8 +43,8 @@ def prepare(
     """Swap the convolutions of any model for `OREPAConv`, by a policy.
 
     A convolution is left alone, and reported, where no norm layer follows it (paper Table 3: training diverges), where it is
-    frozen, shares its weight, is parametrized or hooked, where its class has a forward of its own, or where the topology does
-    not fit it. `orepa.report` tells.
+    frozen, shares its weight, is parametrized or hooked, where it or its class has a forward of its own, or where the topology
+    does not fit it. `orepa.report` tells.
 
     Args:
         model: any module tree, in either mode.
@@ -63,8 +63,8 @@ def prepare(
         The prepared model, trainable, in the mode, on the devices and in the dtypes that it had.
 
     Raises:
-        ValueError: an unknown topology, scaling or backend, or a pattern that matches no convolution. ``model`` is then as
-            it was.
+        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, or ``preserve`` of weights
+            that are on the meta device. ``model`` is then as it was.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
@@ -88,6 +88,10 @@ def prepare(
         new: OREPAConv | OfflineConv | None = None
         detail = ""
         if not reason and isinstance(conv, nn.Conv2d) and choice is not None:
+            if preserve and conv.weight.is_meta:
+                raise ValueError(
+                    f"preserve=True starts from the model's weights, but {name}.weight is on the meta device"
+                )
             try:
                 options = {"scaling": scaling, **choice}
                 if options.pop("offline", False):
@@ -160,6 +164,8 @@ def _why_not(conv: nn.Module, consumer: Consumer | None, weights: Mapping[int, i
         return "its weight is parametrized"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "it has hooks, which a new module would not have"
+    if reason := own_call(conv):
+        return reason
     if not conv.weight.requires_grad:
         return "its weight is frozen"
     if weights[id(conv.weight)] > 1:

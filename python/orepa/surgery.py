@@ -35,6 +35,18 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     return model
 
 
+def own_call(module: nn.Module) -> str:
+    """What a call of this one module does besides its class's forward, in words, or an empty string.
+
+    A module put in its place would do without, and compute something else.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a new module would not have"
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return ""
+
+
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
