@@ -62,7 +62,7 @@ def jobs() -> str:
 
 
 def begin_anew_if_asked_otherwise(build: Path, *asked: object) -> None:
-    """Remove what an earlier build left that was asked for something else: CMake would remember what it was told then."""
+    """Remove what an earlier build left that was asked for something else, or in another place: CMake would remember that."""
     record, now = build / "asked.json", json.dumps(asked)
     if not record.is_file() or record.read_text() != now:
         shutil.rmtree(build, ignore_errors=True)
@@ -107,7 +107,7 @@ class CMakeBuild(build_ext):
             arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         more = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         arguments += more
-        begin_anew_if_asked_otherwise(build, nvcc, architectures, more)
+        begin_anew_if_asked_otherwise(build, str(build), nvcc, architectures, more)
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", jobs()], check=True)
 

@@ -21,6 +21,9 @@ try:
 except ImportError as error:
     _C, _import_error = None, str(error)
 
+#: whether this package is imported from a clone, where it hides an installed one
+IN_SOURCE_TREE = (Path(__file__).resolve().parents[1] / "csrc").is_dir()
+
 #: numbers of the element types, as in csrc/squeeze.h
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -52,6 +55,11 @@ def why_missing() -> str:
         return f"the compiled kernels were left out when this package was built: {missing}"
     if _import_error and "_C" not in _import_error:  # not "cannot import name '_C'", which is to be expected
         return f"the compiled kernels cannot be loaded: {_import_error}"
+    if IN_SOURCE_TREE:
+        return (
+            f"{Path(__file__).parent} is a source folder without compiled kernels: run `pip install -e .` there, or start "
+            "Python elsewhere to use an installed package"
+        )
     return "the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder"
 
 

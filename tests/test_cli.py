@@ -313,3 +313,18 @@ def test_convert_a_checkpoint_that_does_not_fit(
     message = change(content)
     torch.save(content, "changed.pt")
     assert message in refused(capsys, "convert", "changed.pt", "deploy.pt")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("gpu", "OREPA_BACKEND must be one of auto, cuda"), ("cuda", "OREPA_BACKEND=cuda cannot run here: ")],
+)
+def test_a_backend_that_cannot_be_had_is_told_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, backend: str, message: str
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("OREPA_BACKEND", backend)
+    assert main(["train", "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "run").exists()

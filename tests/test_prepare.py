@@ -291,3 +291,17 @@ def test_parameter_counts_are_the_authors(name, parameters, keep):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert orepa.report(orepa.prepare(model, policy, inplace=True)).parameters[1] == parameters
+
+
+@pytest.mark.parametrize("policy", [["orepa"], 3, False])
+def test_a_policy_of_another_kind(policy):
+    with pytest.raises(TypeError, match=r"policy must be a topology's name, a mapping, a function or None, got"):
+        orepa.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), policy)
+
+
+@pytest.mark.parametrize("given", [False, True, 3, ["orepa"]])
+@pytest.mark.parametrize("form", [lambda choice: {"*": choice}, lambda choice: lambda name, conv: choice])
+def test_a_policy_that_gives_something_else(given, form):
+    """False for "leave it alone" is the likeliest mistake."""
+    with pytest.raises(TypeError, match=r"for 0 it gives .*or None to leave the convolution alone"):
+        orepa.prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), form(given))

@@ -285,3 +285,9 @@ def test_declared_norms_go_and_scales_stay():
     linear = declared.linearize()
     assert not any(isinstance(layer, Norm) for _, branch in linear for layer in branch.layers)
     assert [branch.scale for _, branch in linear] == [1.0] * 4
+
+
+@pytest.mark.parametrize("topology", [3, {"topology": "dbb"}])
+def test_what_is_no_topology(topology):
+    with pytest.raises(TypeError, match="topology must be a name or a function that declares one, got"):
+        orepa.OREPAConv(8, 8, 3, topology=topology)

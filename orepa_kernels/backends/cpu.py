@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,8 @@ class CpuBackend(FusedBackend):
     def available(self) -> Verdict:
         missing = native.why_missing()
         if missing:
+            if native.IN_SOURCE_TREE:  # easily not meant: Python looks into the folder that it is started in first
+                warnings.warn(f"slower kernels are used: {missing}", stacklevel=2)
             return Verdict(False, missing)
         module = native.module()
         self._dtypes = frozenset(dtype for dtype, number in native.TYPES.items() if module.cpu_knows(number))

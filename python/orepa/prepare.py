@@ -63,6 +63,7 @@ def prepare(
         The prepared model, trainable, in the mode, on the devices and in the dtypes that it had.
 
     Raises:
+        TypeError: a policy of another kind, or one that gives something else.
         ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, or ``preserve`` of weights
             that are on the meta device. ``model`` is then as it was.
     """
@@ -121,6 +122,8 @@ class _Chooser:
     """A policy in any of its forms, as one function to `OREPAConv`'s keyword arguments (or None)."""
 
     def __init__(self, policy: Policy | None, preserve: bool) -> None:
+        if not (policy is None or isinstance(policy, str | Mapping) or callable(policy)):
+            raise TypeError(f"policy must be a topology's name, a mapping, a function or None, got {policy!r}")
         self.policy, self.preserve = policy, preserve
         self.unmatched = set(policy) if isinstance(policy, Mapping) else set()
 
@@ -128,6 +131,11 @@ class _Chooser:
         choice = self._choice(name, conv)
         if choice is None:
             return None
+        if not (isinstance(choice, str | Mapping) or callable(choice)):
+            raise TypeError(
+                f"policy: for {name} it gives {choice!r}; it must give a topology, keyword arguments of OREPAConv, or None to "
+                "leave the convolution alone"
+            )
         keywords = dict(choice) if isinstance(choice, Mapping) else {"topology": choice}
         # A name that does not exist is a mistake of the caller's, not a layer that does not fit.
         declaration(keywords.get("topology") or "plain")

@@ -273,11 +273,14 @@ def declaration(topology: str | Callable[..., Topology], **options: object) -> D
 
     Raises:
         ValueError: no topology of that name.
+        TypeError: neither a name nor a declaration.
     """
     if isinstance(topology, str):
         if topology not in _REGISTRY:
             raise ValueError(f"topology must be one of {', '.join(topologies())}, got {topology!r}")
         topology = _REGISTRY[topology]
+    if not callable(topology):
+        raise TypeError(f"topology must be a name or a function that declares one, got {topology!r}")
     return partial(topology, **options) if options else topology
 
 
