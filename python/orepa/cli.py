@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a model, convert it, verify, measure",
         description="Train a timm model whose convolutions are OREPA blocks, then convert it to plain convolutions and hold "
-        "the two against each other. Without options: a small ResNet on scikit-learn's digits, in about half a minute on a CPU. "
+        "the two against each other. Without options: a small ResNet on scikit-learn's digits, in half a minute on a CPU. "
         "Ctrl-C or kill: continue with --resume, bit by bit.",
     )
     train.set_defaults(run=_train)
