@@ -206,12 +206,11 @@ class Repeated:
         # Saved tensors need not look as they did (hooks may bring them back with other strides), and gradients come in
         # many shapes: expanded, of subclasses, inside a ``vmap``.
         (gradient,) = upstream
-        watched = is_watched()
         for matches, again in self._seen:
-            if not watched and matches(*tensors, gradient):
+            if matches(*tensors, gradient) and not is_watched():
                 return again(tensors, gradient)
         found = _gradients_seen(self.backend, self.blocks, tensors, upstream, needed)
-        if len(self._seen) < _MOST_GRADIENTS and not watched and is_plain((*tensors, gradient)):
+        if len(self._seen) < _MOST_GRADIENTS and is_plain((*tensors, gradient)) and not is_watched():
             again = self.backend.backward_again(self.blocks[0], tensors, gradient, needed)
             self._seen.append((signature((*tensors, gradient)), again))
         return found

@@ -47,15 +47,16 @@ def is_dispatched() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether anything but the tensors forbids to read raw memory unseen: see `is_plain` and `is_dispatched`."""
-    return _modes() > 0 or _tracing() or forward_ad._current_level >= 0
+    """Whether raw memory may not be read unseen though tensors do not tell: `is_dispatched`, or derivatives go forward."""
+    return _modes() > 0 or forward_ad._current_level >= 0
 
 
 def signature(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A predicate ``matches(*tensors)`` of ordinary tensors, outside of ``torch.func`` transforms.
 
     It holds for as many tensors of the same types, dtypes, devices, shapes and strides, of which the same require gradients,
-    and never inside a transform. It may fail for tensors that look the same (under autocast, say).
+    and never inside a transform or under ``torch.jit.trace``, if it was made outside. It may fail for tensors that look the
+    same (under autocast, say), and does not answer `is_watched`.
     """
     if _TensorGuards is not None:
         shapes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
@@ -74,7 +75,7 @@ def in_python(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     looks = [_look(tensor) for tensor in tensors]
 
     def matches(*others: Tensor) -> bool:
-        outside = _transforms() is None
+        outside = _transforms() is None and not _tracing()
         return outside and len(others) == len(looks) and [_look(tensor) for tensor in others] == looks
 
     return matches

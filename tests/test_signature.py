@@ -8,6 +8,8 @@ import pytest
 import torch
 from strategies import strided
 from test_squeeze import every_term
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import orepa
 from orepa_kernels import Block, Dense, Operand, fused, signature, squeeze
@@ -247,3 +249,23 @@ def test_double_backward_after_other_calls():
         assert (mine is None) == (true is None)
         if mine is not None:
             torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("make", [signature.signature, signature.in_python])
+def test_tracers_and_modes_match_nothing(make):
+    """They have to see what is computed, and a call that takes a shortcut shows nothing."""
+    own = [torch.ones(2, 3), torch.ones(3)]
+    matches = make(own)
+    assert matches(*own)
+    found = []
+
+    def look(x):
+        found.append(matches(*own) and not signature.is_watched())
+        return x + 1
+
+    torch.jit.trace(look, torch.ones(1), check_trace=False)
+    make_fx(look)(torch.ones(1))
+    with FlopCounterMode(display=False), torch.no_grad():
+        look(torch.ones(1))
+    assert found == [False] * 3
+    assert matches(*own)
