@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import test_conv
 import torch
 from torch import nn
 
@@ -15,11 +16,7 @@ from orepa.topology import AvgPool, Branch, Conv, Identity, Topology
 
 def make(**arguments):
     """A convolution in eval mode with every parameter away from its initial value."""
-    conv = OREPAConv(4, 6, 3, padding=1, **arguments).eval()
-    with torch.no_grad():
-        for parameter in conv.parameters():
-            parameter.normal_(std=0.5)
-    return conv
+    return test_conv.make(**arguments).eval()
 
 
 @contextlib.contextmanager

@@ -179,9 +179,8 @@ def test_a_build_that_is_asked_otherwise_forgets_the_last_one(built, tmp_path):
         pytest.skip(f"this environment has no {', '.join(missing_tools())}")
     tree, types = copy_of_tree(tmp_path / "tree"), []
     for number, arguments in enumerate(("-DCMAKE_BUILD_TYPE=Debug -DOREPA_MODULE=OFF", "-DOREPA_MODULE=OFF")):
-        with pytest.raises(
-            AssertionError, match="_C"
-        ):  # no module is built, which saves the time; the cache is what counts
+        # No module is built, which saves the time; the cache is what counts.
+        with pytest.raises(AssertionError, match="_C"):
             build(tree, tmp_path / str(number), OREPA_CUDA="OFF", CMAKE_ARGS=arguments)
         (cache,) = (tree / "build").glob("cmake-*/CMakeCache.txt")
         types += [

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from orepa_kernels.precision import float32_precision
+
 from .block import LinearBlock
 
 #: steps of any optimizer so far; counted from the first kernel on that is kept
@@ -57,7 +59,7 @@ def form_of(x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_fo
     in the order of both.
     """
     stream = torch.cuda.current_stream(x.device) if _is_on_gpu(x) else None
-    return dtype, memory_format, backend, _steps, _float32_precision(), stream
+    return dtype, memory_format, backend, _steps, float32_precision(), stream
 
 
 def is_captured(x: Tensor) -> bool:
@@ -95,13 +97,6 @@ def _is_sharded(owner: nn.Module) -> bool:
     """
     hooks = (*owner._state_dict_pre_hooks.values(), *owner._load_state_dict_post_hooks.values())
     return any(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
-
-
-def _float32_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # told the newer way, through torch.backends
-        return torch.backends.cuda.matmul.fp32_precision
 
 
 def _count_steps() -> None:

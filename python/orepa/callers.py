@@ -22,16 +22,11 @@ from .surgery import own_call
 #: what is done with a child: anything, calls of its own children alone (a container that is iterated), calls of it alone
 ANYTHING, ELEMENTS, CALLS = 0, 1, 2
 
-_WRAPPERS = (
-    nn.DataParallel,
-    nn.parallel.DistributedDataParallel,
-)  # which call `module`, in code too long to be read here
+#: which call `module`, in code too long to be read here
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ITERATED = {"values": (), "children": (), "items": (1,), "named_children": (1,)}
-_CHECKPOINTS = {
-    "checkpoint": CALLS,
-    "checkpoint_seq": ELEMENTS,
-    "checkpoint_sequential": ELEMENTS,
-}  # torch's and timm's
+#: torch's and timm's
+_CHECKPOINTS = {"checkpoint": CALLS, "checkpoint_seq": ELEMENTS, "checkpoint_sequential": ELEMENTS}
 _HARMLESS = {"len", "isinstance", "type", "bool", "hasattr", "super", "id"}
 _HARMLESS_METHODS = {"parameters", "named_parameters", "buffers", "keys", "register_buffer", "__class__", "_get_name"}
 _DEPTH = 4  # how far to look for modules in other objects

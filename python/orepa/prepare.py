@@ -21,7 +21,7 @@ from .lowering import SCALINGS
 from .offline import OfflineConv
 from .report import LayerReport, Report, attach, count_parameters, describe
 from .repvgg import RepVGGBlock
-from .surgery import conv_arguments, is_channels_last, own_call, replace_modules, walk
+from .surgery import conv_arguments, is_channels_last, lost_in_a_new_module, replace_modules, walk
 from .topology import Topology, declaration
 
 #: what a policy says of one layer, that is a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to
@@ -170,9 +170,7 @@ def _why_not(conv: nn.Module, consumer: Consumer | None, weights: Mapping[int, i
         return f"{type(conv).__name__} computes something else than nn.Conv2d"
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        return "it has hooks, which a new module would not have"
-    if reason := own_call(conv):
+    if reason := lost_in_a_new_module(conv):
         return reason
     if not conv.weight.requires_grad:
         return "its weight is frozen"

@@ -19,7 +19,7 @@ from .conv import OREPAConv
 from .convert import ConversionError
 from .lowering import ConvStage, DepthwiseStage, Lowered, NestedStage, ResolvedBranch
 from .report import LayerReport, Report, attach, count_parameters, describe
-from .surgery import conv_arguments, own_call, replace_modules, walk
+from .surgery import conv_arguments, lost_in_a_new_module, replace_modules, walk
 from .topology import AvgPool, Branch, Conv, ConvSpec, Depthwise, Layer, Nested, Topology
 
 
@@ -116,11 +116,8 @@ def _why_not(conv: OREPAConv, owners: Mapping[int, int]) -> str:
     if type(conv) is not OREPAConv:
         return f"{type(conv).__name__} may compute something else than OREPAConv"
     for module in (conv, *inside):
-        if "forward" in vars(module):
-            return own_call(module)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
-            return "it has hooks, which a new module would not have"
+        if reason := lost_in_a_new_module(module):
+            return reason
     if any(type(p) is not nn.Parameter for p in parameters):
         return "its parameters are not ordinary ones (sharded?)"
     if not all(p.requires_grad for p in parameters):

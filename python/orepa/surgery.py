@@ -47,6 +47,13 @@ def own_call(module: nn.Module) -> str:
     return ""
 
 
+def lost_in_a_new_module(module: nn.Module) -> str:
+    """What a module put in the place of this one would do without, in words, or an empty string: its hooks and `own_call`."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a new module would not have"
+    return own_call(module)
+
+
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
