@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from orepa.bench.options import check_folders, count, names, require
-from orepa.training.errors import UserError
-from orepa.training.signals import Stopped
+from orepa.errors import UserError
+from orepa.train.signals import Stopped
 
 
 def main(argv: list[str] | None = None) -> int:

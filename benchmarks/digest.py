@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orepa.bench.results import Results, Row, load
 from orepa.bench.tables import describe
-from orepa.training.errors import UserError
+from orepa.errors import UserError
 
 
 def lines(results: Results) -> list[str]:

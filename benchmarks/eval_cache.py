@@ -18,7 +18,7 @@ from orepa import OREPAConv
 from orepa.bench.machine import OtherWork, environment
 from orepa.bench.results import Results, Row
 from orepa.bench.tables import describe
-from orepa.bench.timing import function, interleaved
+from orepa.timing import function, interleaved
 
 #: in, out, kernel, stride, groups, height of the (square) input
 SHAPES = [

@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import orepa_kernels
 from orepa import OREPAConv
 from orepa.bench.machine import OtherWork, environment
-from orepa.bench.providers import Task
 from orepa.bench.results import Results, Row
-from orepa.bench.timing import CpuStopwatch, function, interleaved
+from orepa.timing import CpuStopwatch, Task, function, interleaved
 
 #: so small that memory comes from the allocator's own, as it does on a GPU
 CHANNELS = 16

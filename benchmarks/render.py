@@ -23,7 +23,7 @@ from orepa.bench.ablation_rows import BENCHMARK as ABLATION
 from orepa.bench.results import SCHEMA, Results, Row, load
 from orepa.bench.step_tables import base_of
 from orepa.bench.tables import BASELINE, describe
-from orepa.training.errors import UserError
+from orepa.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md")

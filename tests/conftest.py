@@ -139,7 +139,7 @@ def training_extra() -> None:
 def checkpoint(training_extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a finished run, beside its other files; to be read only."""
     from orepa.cli import main
-    from orepa.training import outcome
+    from orepa.train import outcome
 
     out = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

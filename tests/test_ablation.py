@@ -32,15 +32,15 @@ from orepa.bench.ablation_models import DBB_BRANCHES, variants
 from orepa.bench.ablation_rows import BENCHMARK, STEP, TABLES, TRAIN
 from orepa.bench.ablation_tables import Variant, estimate, markdown, paired, shown
 from orepa.bench.results import Results, Row, load
-from orepa.catalogue import dbb
-from orepa.catalogue import orepa as orepa_block
-from orepa.flow import is_norm
-from orepa.lowering import SCALINGS
+from orepa.errors import UserError
+from orepa.surgery.consumer_graph import is_norm
 from orepa.topology import ConvSpec
-from orepa.training.data import load_data
-from orepa.training.errors import UserError
-from orepa.training.images import ImageData
-from orepa.training.signals import Stopped
+from orepa.topology.catalogue import dbb
+from orepa.topology.catalogue import orepa as orepa_block
+from orepa.topology.lowering import SCALINGS
+from orepa.train.data import load_data
+from orepa.train.images import ImageData
+from orepa.train.signals import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ConvSpec(8, 8, (3, 3))

@@ -258,8 +258,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "layer1.0.conv1" in names and all(name in printed for name in names)
     assert "within a relative change of 0.05 per kernel" in printed and f"written to {out}" in printed
 
-    from orepa.training.files import load_checkpoint
-    from orepa.training.model import from_checkpoint
+    from orepa.train.files import load_checkpoint
+    from orepa.train.model import from_checkpoint
 
     model = from_checkpoint(load_checkpoint(checkpoint))
     assert json.loads(json.dumps(orepa.analyze(model, 0.05).as_dict())) == {

@@ -26,10 +26,10 @@ from orepa.bench.providers import (
     nothing,
 )
 from orepa.bench.shapes import MODELS, Shape, model_shapes, parse_shapes
-from orepa.bench.timing import LEAST_ROUNDS, CpuStopwatch, function, interleaved, saved_bytes, summary
 from orepa.bench.work import flops, minimum_bytes, products
 from orepa.bench.workload import Case, Workload
-from orepa.training.errors import UserError
+from orepa.errors import UserError
+from orepa.timing import LEAST_ROUNDS, CpuStopwatch, function, interleaved, saved_bytes, summary
 
 SMALL = Shape(6, 4, 3)
 

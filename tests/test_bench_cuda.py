@@ -11,9 +11,10 @@ import torch
 from orepa.bench import cuda
 from orepa.bench import squeeze as bench
 from orepa.bench.check import Truth
-from orepa.bench.providers import Eager, Task, everything, nothing
+from orepa.bench.providers import Eager, everything
 from orepa.bench.shapes import Shape
 from orepa.bench.workload import Case, Workload
+from orepa.timing import Task, nothing
 
 
 @pytest.fixture

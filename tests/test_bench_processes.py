@@ -21,8 +21,8 @@ from orepa.bench.compare import compare
 from orepa.bench.processes import Keep, merge
 from orepa.bench.results import Results, Row, load
 from orepa.bench.squeeze import Listener, Silent
-from orepa.bench.timing import summary
-from orepa.training.errors import UserError
+from orepa.errors import UserError
+from orepa.timing import summary
 
 CASE = {"out": 6, "in": 4, "k": 3, "groups": 1, "topology": "orepa", "dtype": "fp32", "device": "cpu"}
 

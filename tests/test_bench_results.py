@@ -20,9 +20,9 @@ from orepa.bench import squeeze as bench
 from orepa.bench.compare import compare
 from orepa.bench.providers import Eager, everything
 from orepa.bench.results import Results, Row, load
-from orepa.bench.timing import CpuStopwatch
 from orepa.cli import main
-from orepa.training.errors import UserError
+from orepa.errors import UserError
+from orepa.timing import CpuStopwatch
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,11 +19,11 @@ from orepa.bench.contestants import OREPA, Contestant, choose, everyone, squeezi
 from orepa.bench.paper import TABLE_4
 from orepa.bench.results import load
 from orepa.bench.step_sweep import BRANCHES, STEM, sweep
-from orepa.catalogue import orepa as orepa_block
 from orepa.cli import main
+from orepa.errors import UserError
 from orepa.topology import ConvSpec
-from orepa.training.errors import UserError
-from orepa.training.model import create_plain, model_arguments
+from orepa.topology.catalogue import orepa as orepa_block
+from orepa.train.model import create_plain, model_arguments
 
 CASE = step.Case("test_resnet", 2, 32)  # timm's own toy
 

@@ -15,7 +15,7 @@ from orepa.bench import memory, step
 from orepa.bench.contestants import OREPA, PLAIN, everyone
 from orepa.bench.memory import CpuRecorder, Event, Split, measure, split_peak
 from orepa.bench.training_step import TrainingStep
-from orepa.training.model import create_plain, model_arguments
+from orepa.train.model import create_plain, model_arguments
 
 TOY = "test_resnet"
 

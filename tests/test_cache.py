@@ -10,7 +10,8 @@ import test_conv
 import torch
 from torch import nn
 
-from orepa import OREPAConv, cache, convert
+from orepa import OREPAConv, convert
+from orepa.modules import kernel_cache as cache
 from orepa.topology import AvgPool, Branch, Conv, Identity, Topology
 
 

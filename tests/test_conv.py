@@ -11,7 +11,7 @@ from torch import nn
 
 import orepa_kernels
 from orepa import OREPAConv
-from orepa.filters import frequency_prior
+from orepa.topology.filters import frequency_prior
 
 F64 = torch.float64
 

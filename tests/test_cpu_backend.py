@@ -16,7 +16,7 @@ from test_squeeze import every_term
 from torch.autograd import gradcheck, gradgradcheck
 
 import orepa
-from orepa.bench.timing import saved_bytes
+from orepa.timing import saved_bytes
 from orepa_kernels import (
     Average,
     BackendError,

@@ -49,13 +49,13 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setenv("MPLBACKEND", "Agg")
     if all(importlib.util.find_spec(name) for name in TRAINING):
         # Only how often inference is timed at the end of a run.
-        monkeypatch.setattr("orepa.training.outcome._ROUNDS", 2, raising=False)
+        monkeypatch.setattr("orepa.train.outcome._ROUNDS", 2, raising=False)
     known, threads = set(orepa.topologies()), torch.get_num_threads()
     torch.set_num_threads(1)  # such small tensors gain nothing from more, and wait for them on a busy machine
     yield
     torch.set_num_threads(threads)
     for name in set(orepa.topologies()) - known:
-        del orepa.topology._REGISTRY[name]
+        del orepa.topology.language._REGISTRY[name]
 
 
 def missing_packages(blocks: list[CodeBlock]) -> list[str]:
@@ -213,7 +213,7 @@ def test_the_figure_is_what_the_script_draws(tmp_path: Path) -> None:
     committed = FIGURE.with_suffix(".svg").read_text(encoding="utf-8")
     assert drawn == committed, "run python/guide/figures/two_stages.py"
     with pytest.raises(TypeError, match="convolutions, average pooling and norms"):
-        figure.draw(orepa.catalogue.orepa(figure.SPEC))
+        figure.draw(orepa.topology.catalogue.orepa(figure.SPEC))
 
 
 def test_the_guide_builds_without_a_warning(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import orepa
-from orepa.callers import ANYTHING, CALLS, ELEMENTS, uses_of_children
-from orepa.flow import GRAPH, ORDER, SEQUENCE, Consumer, consumers
+from orepa.surgery.consumer_graph import GRAPH, ORDER, SEQUENCE, Consumer, consumers
+from orepa.surgery.source_usage import ANYTHING, CALLS, ELEMENTS, uses_of_children
 
 
 def pair(conv=nn.Conv2d):

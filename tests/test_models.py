@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import orepa
-from orepa.report import count_parameters
+from orepa.module_info import count_parameters
 
 timm = pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
 from orepa import models  # noqa: E402  # after the check for timm

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from orepa import OREPAConv, official
-from orepa.official import block_from_official, read_block, translate
-from orepa.repvgg import RepVGGBlock
+from orepa import OREPAConv
+from orepa.modules import official_blocks as official
+from orepa.modules.official_blocks import block_from_official, read_block, translate
+from orepa.modules.repvgg import RepVGGBlock
 
 DATA = Path(__file__).parent / "data"
 OREPA = ["orepa_3x3_s2", "orepa_3x3_g2", "orepa_3x3_g6"]

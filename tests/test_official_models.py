@@ -17,11 +17,13 @@ from official_checkpoints import ARCHS, on_meta, shapes_of, synthetic
 from torch import Tensor, nn
 
 import orepa
-from orepa import block_from_official, official
+from orepa import block_from_official
 from orepa.cli import main
+from orepa.modules import official_blocks as official
 
 timm = pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
-from orepa import models, official_models  # noqa: E402  # after the check for timm
+from orepa import models  # noqa: E402
+from orepa.models import key_map  # noqa: E402  # after the check for timm
 
 # --- the same network, put together block by block ----------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ def test_every_key_has_its_place(arch: str) -> None:
     """Their keys but the constants, one to one onto ours, with the shapes of ours."""
     state = on_meta(arch)
     model = orepa.load_official(state, arch)
-    entries = official_models.official_entries(model)
+    entries = key_map.official_entries(model)
     constants = [key for key in state if re.search(r"id_tensor|_prior$|_avg_avg$", key)]
     assert entries.keys() == state.keys() - set(constants)
     ours = model.state_dict()

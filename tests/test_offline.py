@@ -16,8 +16,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import orepa
-import orepa.offline
-import orepa.offline_branches
+import orepa.modules.offline_branches
+import orepa.modules.offline_conv
 from orepa import OfflineConv, OREPAConv
 from orepa.topology import AvgPool, Branch, Conv, Depthwise, Filter, Identity, Nested, Norm, Topology
 
@@ -131,7 +131,11 @@ ODD = {
         b=Branch(Conv(1), Norm(), Identity(), AvgPool(1), Norm()),
     ),
     "nested": lambda spec: Topology(
-        a=Branch(Nested(orepa.catalogue.rep1x1, 1), Norm(), Nested(orepa.catalogue.repvgg_dense, spec.kernel_size))
+        a=Branch(
+            Nested(orepa.topology.catalogue.rep1x1, 1),
+            Norm(),
+            Nested(orepa.topology.catalogue.repvgg_dense, spec.kernel_size),
+        )
     ),
     "stack": lambda spec: Topology(
         a=Branch(Conv(1), Norm(), Conv(3), Norm(), Depthwise(3), Norm(), Filter(edge, 3), Norm(), scale=2.0),
@@ -177,7 +181,7 @@ def test_sizes_that_have_no_centre():
 
 
 def with_zeros(x, margins, mode="zeros", value=None):
-    return orepa.offline_branches.pad(x, margins, mode)
+    return orepa.modules.offline_branches.pad(x, margins, mode)
 
 
 @pytest.mark.parametrize(("topology", "padding"), [("dbb", 1), ("dbb", 2), ("norm first", 1), ("stack", 3)])
@@ -187,7 +191,7 @@ def test_padding_with_zeros_is_noticed(monkeypatch, topology, padding):
     x = torch.randn(2, 4, 12, 11, dtype=F64)
     good = block.to_conv2d()(x)
     torch.testing.assert_close(block(x), good, rtol=1e-10, atol=1e-10)
-    monkeypatch.setattr(orepa.offline, "pad", with_zeros)
+    monkeypatch.setattr(orepa.modules.offline_conv, "pad", with_zeros)
     inside = (..., slice(padding, -padding), slice(padding, -padding))
     torch.testing.assert_close(block(x)[inside], good[inside], rtol=1e-10, atol=1e-10)
     assert relative_error(block(x), good) > 1e-2
@@ -195,7 +199,7 @@ def test_padding_with_zeros_is_noticed(monkeypatch, topology, padding):
 
 def test_padding_with_zeros_is_noticed_by_the_golden_block(monkeypatch, case):
     block, data = case
-    monkeypatch.setattr(orepa.offline, "pad", with_zeros)
+    monkeypatch.setattr(orepa.modules.offline_conv, "pad", with_zeros)
     assert relative_error(block.eval()(data["x"]), data["y_eval"]) > 1e-3
     block.load_state_dict(golden("sd."))
     assert relative_error(block.train()(data["x"]), data["y_train"]) > 1e-3
@@ -354,7 +358,7 @@ def test_bad_arguments():
         ({"padding_mode": "mirror"}, "padding_mode must be one of"),
         ({"kernel_size": 4}, "branch 'conv1x1': a 1x1 kernel cannot be centred in the block's 4x4"),
         (
-            {"topology": lambda spec: Topology(a=Branch(Nested(orepa.catalogue.dbb, 3), Norm()))},
+            {"topology": lambda spec: Topology(a=Branch(Nested(orepa.topology.catalogue.dbb, 3), Norm()))},
             "branch 'a' nests a block with branch-wise norms",
         ),
     ):

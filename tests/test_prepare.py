@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import orepa
 from orepa import OREPAConv
-from orepa.conv import default_topology
+from orepa.modules.orepa_conv import default_topology
 
 
 class Net(nn.Module):

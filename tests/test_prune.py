@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import orepa
-from orepa import prune
+from orepa.surgery import prune
 from orepa.topology import Branch, Conv, ConvSpec, Nested, Topology
 
 pytestmark = pytest.mark.usefixtures("one_thread")

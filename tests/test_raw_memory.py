@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import orepa
-from orepa.filters import sobel_x
 from orepa.topology import Branch, Conv, Filter, Topology
+from orepa.topology.filters import sobel_x
 from orepa_kernels import Block, Dense, Operand, PointwiseFilter, squeeze
 from orepa_kernels.backends import NAMES, BackendError, backends, get
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from orepa.repvgg import RepVGGBlock
+from orepa.modules.repvgg import RepVGGBlock
 
 
 def randomize(block: RepVGGBlock, seed: int = 0) -> RepVGGBlock:

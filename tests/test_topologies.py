@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 
 import orepa
 from orepa import OREPAConv
-from orepa.filters import dct2d_prior, frequency_prior
 from orepa.topology import AvgPool, Branch, Conv, ConvSpec, Depthwise, Filter, Identity, Nested, Norm, Topology
+from orepa.topology.filters import dct2d_prior, frequency_prior
 
 F64 = torch.float64
 NAMES = orepa.topologies()
@@ -115,8 +115,8 @@ SEQUENCES = {
     "filter alone": (Filter(shift, 5),),
     "pool, filter, pool": (AvgPool((1, 3)), Filter(shift, (3, 1)), AvgPool((3, 1)), Conv(1)),
     "pool alone": (AvgPool(3),),
-    "nested, then 1x1": (Nested(orepa.catalogue.orepa, 3, 8), Conv(1)),
-    "nested in nested": (Nested(orepa.catalogue.deep_stem, 5), Identity()),
+    "nested, then 1x1": (Nested(orepa.topology.catalogue.orepa, 3, 8), Conv(1)),
+    "nested in nested": (Nested(orepa.topology.catalogue.deep_stem, 5), Identity()),
 }
 
 
@@ -147,7 +147,7 @@ def test_user_topology_registers_in_five_lines():
         with pytest.raises(TypeError, match="widht"):
             OREPAConv(2, 2, 5, topology="test_cross", widht=5)
     finally:
-        del orepa.topology._REGISTRY["test_cross"]
+        del orepa.topology.language._REGISTRY["test_cross"]
 
 
 def test_declarations_that_do_not_fit_are_named():
@@ -218,7 +218,7 @@ def test_identity_of_the_sequence_is_exact_at_the_start():
 
 
 def _sequence_only(spec):
-    return Topology(seq=orepa.catalogue.orepa(spec).branches["conv1x1_kxk"])
+    return Topology(seq=orepa.topology.catalogue.orepa(spec).branches["conv1x1_kxk"])
 
 
 def test_doconv_starts_as_its_plain_weight():
@@ -279,7 +279,7 @@ def test_every_topology_pickles_and_copies(topology):
 
 
 def test_declared_norms_go_and_scales_stay():
-    declared = orepa.catalogue.dbb(ConvSpec(4, 6, (3, 3)))
+    declared = orepa.topology.catalogue.dbb(ConvSpec(4, 6, (3, 3)))
     norms = sum(isinstance(layer, Norm) for _, branch in declared for layer in branch.layers)
     assert norms == 6
     linear = declared.linearize()

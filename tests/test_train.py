@@ -15,13 +15,13 @@ from train_runs import OUTPUTS, SMALL, Image, assert_same_run, timm, train
 
 import orepa
 from orepa.cli import main
-from orepa.training import loop, outcome, run
-from orepa.training.config import Config
-from orepa.training.data import Loaders
-from orepa.training.digits import load_digits
-from orepa.training.export import save_deployed
-from orepa.training.files import load_checkpoint
-from orepa.training.model import create, from_checkpoint
+from orepa.train import loop, outcome, run
+from orepa.train.config import Config
+from orepa.train.data import Loaders
+from orepa.train.digits import load_digits
+from orepa.train.export import save_deployed
+from orepa.train.files import load_checkpoint
+from orepa.train.model import create, from_checkpoint
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

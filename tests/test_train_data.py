@@ -10,10 +10,10 @@ import pytest
 import torch
 from train_runs import FOLDER, assert_same_run, stop_and_resume, train
 
-from orepa.training.config import Config
-from orepa.training.data import EpochOrder, Images, Loaders, load_data
-from orepa.training.digits import load_digits
-from orepa.training.files import load_checkpoint
+from orepa.train.config import Config
+from orepa.train.data import EpochOrder, Images, Loaders, load_data
+from orepa.train.digits import load_digits
+from orepa.train.files import load_checkpoint
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

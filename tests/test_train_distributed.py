@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from train_runs import FOLDER, steady, timm, train
 
-from orepa.training import loop, sync_norm
-from orepa.training.files import load_checkpoint
-from orepa.training.processes import world_size
-from orepa.training.sync_norm import synchronise_norms
+from orepa.train import loop, sync_norm
+from orepa.train.files import load_checkpoint
+from orepa.train.processes import world_size
+from orepa.train.sync_norm import synchronise_norms
 
 BatchNormAct2d = timm.layers.BatchNormAct2d
 
@@ -49,7 +49,7 @@ def start(
         textwrap.dedent("""
             import sys
             from orepa.cli import main
-            from orepa.training import run
+            from orepa.train import run
 
             def told(trainer, *_):
                 print("parameters:", {type(p).__name__ for p in trainer.module.parameters()})
@@ -141,7 +141,7 @@ def test_two_machines_skip_the_same_broken_image(folder: Path) -> None:
 
 FULL = """
     import os, resource
-    from orepa.training import loop
+    from orepa.train import loop
 
     step = loop.Trainer._step
 
@@ -154,7 +154,7 @@ FULL = """
 """
 LOST = """
     import os
-    from orepa.training import loop
+    from orepa.train import loop
 
     step = loop.Trainer._step
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from train_runs import FOLDER, assert_same, assert_same_run, stop_and_resume, torchvision, train
 
-from orepa.training.config import Config
-from orepa.training.data import kind_of_data, load_data
-from orepa.training.files import load_checkpoint
+from orepa.train.config import Config
+from orepa.train.data import kind_of_data, load_data
+from orepa.train.files import load_checkpoint
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

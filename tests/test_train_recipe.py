@@ -15,13 +15,13 @@ from train_runs import SMALL, lightning, restless_trainer, torchvision, train
 
 from orepa.cli import main
 from orepa.optim import without_weight_decay
-from orepa.training import loop
-from orepa.training.config import Config
-from orepa.training.data import load_data
-from orepa.training.files import load_checkpoint
-from orepa.training.model import create, from_checkpoint
-from orepa.training.objective import Objective
-from orepa.training.signals import StopRequest
+from orepa.train import loop
+from orepa.train.config import Config
+from orepa.train.data import load_data
+from orepa.train.files import load_checkpoint
+from orepa.train.model import create, from_checkpoint
+from orepa.train.objective import Objective
+from orepa.train.signals import StopRequest
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

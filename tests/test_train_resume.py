@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from train_runs import FOLDER, OUTPUTS, SMALL, assert_same, assert_same_run, restless_trainer, steady, train
 
-from orepa.training import files, loop
-from orepa.training.errors import UserError
-from orepa.training.events import Events
-from orepa.training.files import load_checkpoint, write_atomically
-from orepa.training.signals import Stopped, StopRequest
+from orepa.errors import UserError
+from orepa.train import files, loop
+from orepa.train.events import Events
+from orepa.train.files import load_checkpoint, write_atomically
+from orepa.train.signals import Stopped, StopRequest
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")
@@ -34,7 +34,7 @@ def in_another_process(where: str, out: Path) -> subprocess.CompletedProcess[str
     script = f"""
         import os, signal, sys
         from orepa.cli import main
-        from orepa.training import files, loop
+        from orepa.train import files, loop
 
         def die():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
         textwrap.dedent("""
             import os, signal, sys
             from orepa.cli import main
-            from orepa.training import loop
+            from orepa.train import loop
 
             step = loop.Trainer._step
 

@@ -23,12 +23,12 @@ for package in ("sklearn", "tensorboard", "matplotlib", "tqdm"):
 from PIL import Image  # noqa: E402
 
 from orepa.cli import main  # noqa: E402
-from orepa.training import loop, outcome, run  # noqa: E402
-from orepa.training.config import Config  # noqa: E402
-from orepa.training.data import Loaders  # noqa: E402
-from orepa.training.digits import load_digits  # noqa: E402
-from orepa.training.files import load_checkpoint  # noqa: E402
-from orepa.training.signals import StopRequest  # noqa: E402
+from orepa.train import loop, outcome, run  # noqa: E402
+from orepa.train.config import Config  # noqa: E402
+from orepa.train.data import Loaders  # noqa: E402
+from orepa.train.digits import load_digits  # noqa: E402
+from orepa.train.files import load_checkpoint  # noqa: E402
+from orepa.train.signals import StopRequest  # noqa: E402
 
 # 4 steps per epoch
 SMALL = ("--limit", "64", "--batch-size", "16", "--epochs", "3", "--checkpoint-every", "3")

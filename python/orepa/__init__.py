@@ -8,18 +8,16 @@ the authors' checkpoints into them.
 
 from orepa_kernels import BackendError, __version__
 
-from . import catalogue as catalogue
 from .analysis import Analysis, analyze
-from .conv import OREPAConv
-from .convert import ConversionError, convert
-from .official import block_from_official
-from .official_models import load_official
-from .offline import OfflineConv
+from .modules.offline_conv import OfflineConv
+from .modules.orepa_conv import OREPAConv
+from .modules.repvgg import RepVGGBlock
+from .official import block_from_official, load_official
 from .optim import parameter_groups
-from .prepare import prepare
-from .prune import prune_branches
-from .report import Report, report
-from .repvgg import RepVGGBlock
+from .surgery.convert import ConversionError, convert
+from .surgery.prepare import prepare
+from .surgery.prune import prune_branches
+from .surgery.report import Report, report
 from .topology import Topology, register_topology, topologies
 
 __all__ = [

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from .bench.cli import add_commands as add_bench
-from .training import options as train_options
-from .training.errors import UserError
-from .training.options import number
+from .errors import UserError
+from .train import options as train_options
+from .train.options import number
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
 _INSTALL = 'pip install "orepa-kernels[train]"'
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     digits = args.data in (None, "digits")
     _require(*_TRAINING, *(("sklearn",) if digits else ()))
-    from .training.run import Request, train
+    from .train.run import Request, train
 
     given, how = train_options.split(args)
     return train(Request(given, **how))
@@ -65,7 +65,7 @@ def _convert(args: argparse.Namespace) -> int:
     _require("timm", install=_INSTALL_MODELS if args.official else _INSTALL)
     if args.official:
         return _convert_official(args)
-    from .training.export import convert_checkpoint
+    from .train.export import convert_checkpoint
 
     table, weights = convert_checkpoint(args.checkpoint, args.out, args.force)
     print(table)
@@ -75,7 +75,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _analyze(args: argparse.Namespace) -> int:
     _require("timm", "matplotlib")
-    from .analysis.checkpoint import analyze_checkpoint
+    from .train.analyze import analyze_checkpoint
 
     out = args.checkpoint.parent if args.out is None else args.out
     print(analyze_checkpoint(args.checkpoint, out, args.tolerance))
@@ -85,10 +85,10 @@ def _analyze(args: argparse.Namespace) -> int:
 
 def _convert_official(args: argparse.Namespace) -> int:
     from . import models
-    from .convert import ConversionError
-    from .official_models import plain_from_official
-    from .report import report
-    from .training.files import save
+    from .models.checkpoints import plain_from_official
+    from .surgery.convert import ConversionError
+    from .surgery.report import report
+    from .train.files import save
 
     _check_target(args.out, args.force)
     try:
@@ -118,7 +118,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _models(args: argparse.Namespace) -> int:
     _require("timm", install=_INSTALL_MODELS)
-    from .models import MODELS, parameter_counts
+    from .models.timm_models import MODELS, parameter_counts
 
     rows = [
         {"name": name, "official": spec.official, "plain": spec.plain, "training": training, "deployed": deployed}

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .block import LinearBlock
-from .conv import OREPAConv
+from .modules.linear_block import LinearBlock
+from .modules.orepa_conv import OREPAConv
 
 _STEMS = ("deep_stem", "plain_stem")
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from orepa.catalogue import dbb
-from orepa.topology import AvgPool, Branch, Conv, ConvSpec, Layer, Norm, Topology
+from orepa.topology.catalogue import dbb
+from orepa.topology.language import AvgPool, Branch, Conv, ConvSpec, Layer, Norm, Topology
 
 OUTPUT = Path(__file__).with_suffix(".svg")
 SPEC = ConvSpec(in_channels=64, out_channels=64, kernel_size=(3, 3))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from orepa_kernels.reference import align, term_kernel
 
-from ..block import LinearBlock
-from ..conv import OREPAConv
-from ..report import describe
-from ..surgery import walk
+from ..module_info import describe, walk
+from ..modules.linear_block import LinearBlock
+from ..modules.orepa_conv import OREPAConv
 
 #: a scale counts as near zero up to this absolute value
 NEAR_ZERO = 1e-3

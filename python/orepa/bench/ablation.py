@@ -1,6 +1,6 @@
 """The structure of the paper's Tables 1 to 3 on the embedded digits: every variant trained with several seeds.
 
-`orepa.training` trains: net, data and recipe are those of ``orepa train``, apart from what `NET_ARGUMENTS` says. What a seed
+`orepa.train` trains: net, data and recipe are those of ``orepa train``, apart from what `NET_ARGUMENTS` says. What a seed
 decides (training images, initial values, order, augmentation) is the same for all variants, so that they compare in pairs.
 """
 
@@ -21,22 +21,22 @@ from torch import nn
 from orepa_kernels.backends import Request as BackendRequest
 from orepa_kernels.backends import select
 
-from ..conv import OREPAConv
-from ..report import count_parameters
-from ..training.config import DIGITS, Config
-from ..training.data import Loaders, load_data, mix, seed_everything
-from ..training.determinism import threads
-from ..training.errors import UserError
-from ..training.images import ImageData
-from ..training.loop import Diverged, Trainer
-from ..training.model import create_plain, default_cfg, model_arguments
-from ..training.signals import StopRequest
+from ..errors import UserError
+from ..module_info import count_parameters
+from ..modules.orepa_conv import OREPAConv
+from ..timing import function, interleaved
+from ..train.config import DIGITS, Config
+from ..train.data import Loaders, load_data, mix, seed_everything
+from ..train.determinism import threads
+from ..train.images import ImageData
+from ..train.loop import Diverged, Trainer
+from ..train.model import create_plain, default_cfg, model_arguments
+from ..train.signals import StopRequest
 from .ablation_data import Picked, draw
 from .ablation_models import variants
 from .ablation_rows import BENCHMARK, STEP, TRAIN
 from .machine import OtherWork, environment
 from .results import Results, Row, load
-from .timing import function, interleaved
 from .training_step import TrainingStep
 
 IMG_SIZE = 32

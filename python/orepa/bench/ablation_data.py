@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..training.data import mix
-from ..training.errors import UserError
-from ..training.images import ImageData, Source
+from ..errors import UserError
+from ..train.data import mix
+from ..train.images import ImageData, Source
 
 
 class Picked:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..flow import consumers
-from ..prepare import Choice, prepare
-from ..surgery import replace_modules
-from ..topology import Declaration
+from ..surgery.consumer_graph import consumers
+from ..surgery.prepare import Choice, prepare
+from ..surgery.replace import replace_modules
+from ..topology.language import Declaration
 from .ablation_rows import FULL
 from .contestants import PLAIN, copy_of, offline, online
 from .step_sweep import BRANCHES, branches

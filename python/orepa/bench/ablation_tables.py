@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..timing import STUDENT_T
 from .ablation_rows import STEP, TABLES, TRAIN, Table
 from .contestants import PLAIN
 from .results import Results
-from .timing import STUDENT_T
 
 
 @dataclass(frozen=True)

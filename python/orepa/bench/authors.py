@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..training.errors import UserError
+from ..errors import UserError
 from .providers import Squeezer
 from .workload import Workload
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.errors import UserError
+from ..errors import UserError
 from .options import check_folders, count, names, require, seconds
 from .step_cli import add_command as add_step
 

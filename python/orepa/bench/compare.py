@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..training.errors import UserError
+from ..errors import UserError
 from .results import Results, Row
 
 _WATCHED = ("processor", "gpu", "device", "threads", "torch", "python", "float32_matmul_precision")

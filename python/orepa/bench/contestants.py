@@ -13,9 +13,9 @@ from torch import nn
 import orepa_kernels
 from orepa_kernels.backends import NAMES, Request, select
 
-from ..block import LinearBlock
-from ..conv import OREPAConv
-from ..prepare import Choice, prepare
+from ..modules.linear_block import LinearBlock
+from ..modules.orepa_conv import OREPAConv
+from ..surgery.prepare import Choice, prepare
 
 #: the names that ratios and equal outputs refer to
 PLAIN, OREPA = "plain", "orepa-reference"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .providers import Task, nothing
+from ..timing import Task, nothing
 
 
 class CudaStopwatch:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..timing import Task, nothing
 from . import work as W
-from .providers import Built, Provider, Task, nothing
+from .providers import Built, Provider
 from .workload import Workload
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from ..training.errors import UserError
+from ..errors import UserError
 
 
 def require(*packages: str, extras: str = "bench") -> None:

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_atomically
+from ..train.files import write_atomically
 from .results import Results, Row
 
 

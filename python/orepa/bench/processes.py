@@ -1,7 +1,7 @@
 """One benchmark in several fresh processes, one after the other.
 
 Two processes differ in what a single one cannot see: where its memory lies, which clock it got. Measured in several, that
-difference is part of what `orepa.bench.timing.summary` reports.
+difference is part of what `orepa.timing.summary` reports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..training.errors import UserError
+from ..errors import UserError
 from .results import Results, Row
 from .squeeze import Listener
 

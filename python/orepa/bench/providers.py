@@ -10,7 +10,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +17,9 @@ from torch import Tensor
 import orepa_kernels
 from orepa_kernels.backends import NAMES, Request, select
 
+from ..timing import Task, nothing
 from .formulation import Operands, formulation
 from .workload import Workload
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to time: ``run(prepare())``, of which only ``run`` counts."""
-
-    prepare: Callable[[], Any]
-    run: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -98,10 +90,6 @@ class Squeezer(Provider):
             "both": Task(nothing, lambda _: backward(squeeze())),
         }
         return Built(tasks, squeeze, parameters, lambda gradients: self.restore(work, gradients))
-
-
-def nothing() -> None:
-    """The preparation of a task that needs none."""
 
 
 class Eager(Squeezer):

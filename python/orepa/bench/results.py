@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
-from ..training.files import write_atomically
-from .timing import summary
+from ..errors import UserError
+from ..timing import summary
+from ..train.files import write_atomically
 
 SCHEMA, VERSION = "orepa.bench", 2
 STATUSES = ("ok", "wrong", "failed", "skipped")
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Median and spread in microseconds: see `orepa.bench.timing.summary`."""
+        """Median and spread in microseconds: see `orepa.timing.summary`."""
         return summary(self.processes)
 
     @property

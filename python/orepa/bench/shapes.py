@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..conv import default_topology
-from ..training.errors import UserError
+from ..errors import UserError
+from ..modules.orepa_conv import default_topology
 
 
 @dataclass(frozen=True, order=True)

@@ -10,15 +10,15 @@ from typing import Any, Protocol
 
 import torch
 
-from ..topology import topologies
-from ..training.errors import UserError
+from ..errors import UserError
+from ..timing import CpuStopwatch, Stopwatch, Task, interleaved, saved_bytes
+from ..topology.language import topologies
 from . import cuda
 from .check import Truth
 from .machine import OtherWork, ceilings, environment
-from .providers import Built, Provider, Task
+from .providers import Built, Provider
 from .results import Results, Row
 from .shapes import DEFAULT, Shape
-from .timing import CpuStopwatch, Stopwatch, interleaved, saved_bytes
 from .work import MODES
 from .workload import DTYPES, Case, Workload, plan
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..report import count_parameters
-from ..training.errors import UserError
-from ..training.model import create_plain, model_arguments
+from ..errors import UserError
+from ..module_info import count_parameters
+from ..timing import CpuStopwatch, Stopwatch, Task, function, interleaved
+from ..train.model import create_plain, model_arguments
 from . import cuda, memory, step_check
 from .contestants import Contestant, perturb
 from .machine import environment
-from .providers import Task, configure_inductor
+from .providers import configure_inductor
 from .results import Results, Row
 from .squeeze import Listener, Silent
-from .timing import CpuStopwatch, Stopwatch, function, interleaved
 from .training_step import TrainingStep
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

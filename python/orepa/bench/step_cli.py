@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
+from ..errors import UserError
 from .options import check_folders, count, names, require, seconds
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..catalogue import orepa
-from ..topology import Branch, ConvSpec, Declaration, Layer, Norm, Topology
+from ..topology.catalogue import orepa
+from ..topology.language import Branch, ConvSpec, Declaration, Layer, Norm, Topology
 from .contestants import PLAIN, Contestant, copy_of, offline, online
 from .step import Case
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from orepa_kernels import Block
 
-from ..block import LinearBlock
-from ..lowering import lower
-from ..topology import ConvSpec, declaration
-from ..training.errors import UserError
+from ..errors import UserError
+from ..modules.linear_block import LinearBlock
+from ..topology.language import ConvSpec, declaration
+from ..topology.lowering import lower
 from . import work
 from .shapes import Shape
 

@@ -1,0 +1,88 @@
+"""Key maps of the authors' checkpoints: their key of every tensor of a registered model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..module_info import walk
+from ..modules.linear_block import LinearBlock
+from ..modules.official_blocks import (
+    Entries,
+    Entry,
+    deep_stem_entries,
+    key_problems,
+    norm_entries,
+    orepa_entries,
+    rep1x1_entries,
+    repvgg_entries,
+    translate,
+    under,
+)
+from ..modules.orepa_conv import OREPAConv
+from ..modules.repvgg import RepVGGBlock
+
+CHECKPOINTS_URL = "https://github.com/JUGGHM/OREPA_CVPR2022"
+
+
+def official_filter(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """timm's ``pretrained_filter_fn``: the authors' tensors under our names, another state dict as it is.
+
+    Shapes are left to timm, which drops a classifier of another size.
+
+    Raises:
+        ValueError: missing or unexpected keys.
+    """
+    if "linear.weight" not in state:
+        return state
+    entries = official_entries(model)
+    problems = key_problems(state, entries)
+    if problems:
+        raise ValueError(f"no checkpoint of this model: {'; '.join(problems)}")
+    return translate(entries, state)
+
+
+#: our convolutions (RepVGG: blocks), the norm after each, and what they call the two together
+_NAMES = (
+    (r"conv1", "bn1", "stage0.conv1"),
+    (r"layer(\d+)\.(\d+)\.conv(\d+)", r"layer\1.\2.bn\3", r"stage\1.\2.conv\3"),
+    (r"layer(\d+)\.(\d+)\.downsample\.0", r"layer\1.\2.downsample.1", r"stage\1.\2.shortcut"),
+    (r"stem", "", "stage0"),
+    *((rf"stages\.{stage}\.(\d+)", "", rf"stage{stage + 1}.\1") for stage in range(4)),
+)
+
+
+def official_entries(model: nn.Module) -> Entries:
+    """Their key of every tensor of one of the registered models, and the map of its values."""
+    result: Entries = {}
+    for module, ours, norm, theirs in _blocks(model):
+        if isinstance(module, RepVGGBlock):
+            result |= under(f"{theirs}.", f"{ours}.", repvgg_entries(module.identity_bn is not None))
+            continue
+        if isinstance(module, OREPAConv):
+            own, start = _block_entries(module), f"{theirs}."
+        else:  # a shortcut that stays a convolution
+            own, start = {"weight": Entry("weight")}, f"{theirs}.conv."
+        result |= under(start, f"{ours}.", own)
+        result |= norm_entries(f"{theirs}.bn", norm)
+    head = "head.fc" if hasattr(model, "head") else "fc"
+    return result | {f"linear.{kind}": Entry(f"{head}.{kind}") for kind in ("weight", "bias")}
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
+    for name, module in walk(model, (LinearBlock, RepVGGBlock)):
+        if isinstance(module, OREPAConv | RepVGGBlock | nn.Conv2d):
+            for pattern, norm, theirs in _NAMES:
+                match = re.fullmatch(pattern, name)
+                if match:
+                    yield module, name, match.expand(norm), match.expand(theirs)
+
+
+def _block_entries(conv: OREPAConv) -> Entries:
+    if conv.topology == "rep1x1":
+        return rep1x1_entries()
+    if conv.topology == "deep_stem":
+        return deep_stem_entries(conv.kernel_size[0] // 2)
+    return orepa_entries(conv.groups)

@@ -1,0 +1,148 @@
+"""What an `nn.Conv2d` is told, for blocks that stand in its place: checked, kept, padded with, printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import orepa_kernels
+
+from ..topology.language import ConvSpec, Size, Topology, pair
+from .linear_block import LinearBlock
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The checked arguments of a convolution.
+
+    Args:
+        spec: channels, kernel size, groups, stride.
+        padding: ``(height, width)``, ``"same"`` or ``"valid"``, as `nn.Conv2d` keeps it.
+        dilation: ``(height, width)``.
+        padding_mode: one of `PADDING_MODES`.
+        borders: what ``padding`` comes to: left, right, top, bottom, in the order of `torch.nn.functional.pad`.
+    """
+
+    spec: ConvSpec
+    padding: Size | str
+    dilation: Size
+    padding_mode: str
+    borders: tuple[int, int, int, int]
+
+    @classmethod
+    def checked(
+        cls,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Size,
+        stride: int | Size,
+        padding: int | Size | str,
+        dilation: int | Size,
+        groups: int,
+        padding_mode: str,
+    ) -> ConvGeometry:
+        """Check arguments as `nn.Conv2d` takes them.
+
+        Raises:
+            ValueError: naming the argument, what was given and what is allowed.
+        """
+        size, strides, dilations = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value % groups:
+                raise ValueError(f"groups={groups} must divide {name}={value}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        borders = _borders(padding, size, strides, dilations)
+        kept = padding if isinstance(padding, str) else (borders[2], borders[0])
+        spec = ConvSpec(in_channels, out_channels, size, groups, strides)
+        return cls(spec, kept, dilations, padding_mode, borders)
+
+
+def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilation: Size) -> tuple[int, int, int, int]:
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be a number, two numbers, 'same' or 'valid', got {padding!r}")
+        if padding == "valid":
+            return (0, 0, 0, 0)
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride=1, got {stride}")
+        total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        top, left = (t // 2 for t in total)
+        return (left, total[1] - left, top, total[0] - top)
+    top, left = (padding, padding) if isinstance(padding, int) else padding
+    if min(top, left) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+    return (left, left, top, top)
+
+
+class ConvBlock(LinearBlock):
+    """A linear block with the face of an `nn.Conv2d`: its attributes, its bias, its padding, its line in ``print(model)``.
+
+    Args:
+        geometry: of the convolution.
+        topology: linearized.
+        name: of the topology, to be shown.
+        scaling: ``"vector"``, ``"scalar"`` or ``"none"``.
+        bias: whether the block has one, a vector ``[O]``.
+
+    Raises:
+        TypeError: not one of the four floating-point dtypes.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        topology: Topology,
+        name: str | Callable[..., Topology],
+        scaling: str,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if dtype is not None and dtype not in orepa_kernels.DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        spec = geometry.spec
+        super().__init__(spec, topology, scaling, device=device, dtype=dtype)
+        self.in_channels, self.out_channels, self.groups = spec.in_channels, spec.out_channels, spec.groups
+        self.kernel_size, self.stride, self.dilation = spec.kernel_size, spec.stride, geometry.dilation
+        self.padding, self.padding_mode, self.borders = geometry.padding, geometry.padding_mode, geometry.borders
+        self.topology = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+        self.scaling = scaling
+        vector = torch.empty(spec.out_channels, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if vector is None else nn.Parameter(vector))
+        self._reset_bias()
+
+    def reset_parameters(self) -> None:
+        """Draw initial values: the topology's, and for the bias those of `torch.nn.Conv2d`."""
+        super().reset_parameters()
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The block's input ``[N, I, H, W]`` with its borders, in its padding mode."""
+        return F.pad(x, self.borders, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        text += f"{'' if self.bias is not None else ', bias=False'}, topology={self.topology}"
+        return text if self.scaling == "vector" else f"{text}, scaling={self.scaling}"

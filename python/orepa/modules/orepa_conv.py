@@ -1,0 +1,279 @@
+"""`OREPAConv`: a convolution whose kernel is squeezed from many branches at every training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import orepa_kernels
+from orepa_kernels import Dense
+from orepa_kernels.backends import resolve
+
+from ..module_info import conv_arguments, is_channels_last
+from ..topology.language import Size, Topology, declaration
+from .conv_base import ConvBlock, ConvGeometry
+from .kernel_cache import KeptKernel, form_of, is_captured, watch
+
+
+def default_topology(kernel_size: Size) -> str:
+    """The block of the paper for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between.
+
+    Even sizes have no centre for a 1x1 branch, so they get the block without one.
+    """
+    if max(kernel_size) == 1:
+        return "rep1x1"
+    if any(k % 2 == 0 for k in kernel_size):
+        return "repvgg_dense"
+    return "deep_stem" if max(kernel_size) >= 7 else "orepa"
+
+
+class OREPAConv(ConvBlock):
+    """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
+
+    Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
+    mode, without gradients, the kernel is kept until a parameter changes (`clear_cache` names the writes that go unseen);
+    under FSDP2 never. The norm after the block is the host model's own and matters: without one, training diverges (paper
+    Table 3).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as for `torch.nn.Conv2d`. ``bias`` is one vector ``[O]`` for the whole block.
+        topology: a name of `orepa.topologies`, or a declaration ``spec -> Topology``. By default the paper's choice for the
+            kernel size: ``"rep1x1"`` for 1x1, ``"deep_stem"`` from 7x7 on, ``"orepa"`` between.
+        scaling: of the branches: ``"vector"``, ``"scalar"`` or ``"none"`` (paper Table 3).
+        backend: that squeezes; see `orepa_kernels.squeeze`.
+        options: of the topology, such as ``prior="dct2d"``.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was given and what is allowed.
+        TypeError: an option that the topology does not have.
+
+    Shape:
+        ``[N, I, H, W]`` (or ``[I, H, W]``) to ``[N, O, H', W']`` as for `torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Size,
+        stride: int | Size = 1,
+        padding: int | Size | str = 0,
+        dilation: int | Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        topology: str | Callable[..., Topology] | None = None,
+        scaling: str = "vector",
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        resolve(backend)
+        arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        geometry = ConvGeometry.checked(*arguments)
+        chosen = default_topology(geometry.spec.kernel_size) if topology is None else topology
+        declared = declaration(chosen, **options)(geometry.spec).linearize()
+        super().__init__(geometry, declared, chosen, scaling, bias, device, dtype)
+        if not self.plan.operands:
+            raise ValueError(f"topology {self.topology!r} has nothing to learn: no layer with a weight and no scaling")
+        self.backend = backend
+        self._kept: KeptKernel | None = None
+        self.register_load_state_dict_post_hook(_forget)
+
+    # --- forward ------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One convolution with the squeezed kernel."""
+        return self._convolve(x, self._kernel(x), self.bias)
+
+    def forward_branches(self, x: Tensor) -> Tensor:
+        """The unsqueezed multi-branch forward, layer by layer on feature maps: the ground truth that `forward` equals.
+
+        Zero padding happens once, on the block's input, so the two agree on the borders as well.
+        """
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        y = self.run_branches(self.pad(batched), self.stride, self.dilation)
+        if self.bias is not None:
+            y = y + self.bias.view(1, -1, 1, 1)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def squeeze(
+        self, dtype: torch.dtype | None = None, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """The block as one kernel, differentiable in its parameters.
+
+        Args:
+            dtype: of the kernel; by default that of the parameters.
+            memory_format: of the kernel.
+
+        Returns:
+            ``[O, I/g, kh, kw]``.
+        """
+        return self._squeeze(self.operands(), dtype, memory_format)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """A plain convolution that computes the same function, composed in float64.
+
+        It keeps device, dtype, memory format and train/eval mode, and requires gradients where the block does.
+
+        Raises:
+            RuntimeError: a weight that a forward hook computes, as the old `torch.nn.utils.weight_norm` does.
+        """
+        self._check_parameters()
+        weight = self._compose(torch.float64)
+        like = next(self.parameters())
+        conv = nn.Conv2d(**conv_arguments(self), bias=self.bias is not None, device="meta")
+        kernels = [p for p in self.parameters() if p.dim() == 4]
+        trainable = any(p.requires_grad for p in self.parameters())
+        memory_format = torch.channels_last if is_channels_last(*kernels) else torch.contiguous_format
+        weight = weight.to(like.dtype).contiguous(memory_format=memory_format)
+        conv.weight = nn.Parameter(weight, requires_grad=trainable)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+    def load_kernel_(self, weight: Tensor) -> None:
+        """Set the parameters so that the block squeezes to a given kernel: the start from pretrained weights.
+
+        The first branch that is one bare convolution of full size takes the kernel over. The other branches keep their
+        drawn weights behind a scale of zero (so they wake up with the first gradient step), or, without scaling, are
+        subtracted from the kernel.
+
+        Args:
+            weight: ``[O, I/g, kh, kw]``.
+
+        Raises:
+            ValueError: a wrong shape, or a topology without such a branch (`deep_stem` cannot hold every kernel).
+        """
+        if tuple(weight.shape) != self.plan.shape:
+            raise ValueError(f"weight must be {list(self.plan.shape)}, got {list(weight.shape)}")
+        carrier = next((t for t in self.plan.terms if isinstance(t, Dense) and self._holds_any_kernel(t)), None)
+        if carrier is None:
+            raise ValueError(f"topology {self.topology!r} has no full-size convolution that could hold a given kernel")
+        parameter = getattr(self, carrier.weight.name)  # type: ignore[union-attr]
+        with torch.no_grad():
+            if self.scales is not None:
+                keep = None if carrier.scale is None else self.scales[carrier.scale].clone()
+                self.scales.zero_()
+                if carrier.scale is not None and keep is not None:
+                    # A branch declared with scale 0 could not carry anything.
+                    self.scales[carrier.scale] = torch.where(keep == 0, torch.ones_like(keep), keep)
+            parameter.zero_()
+            rest = weight.double() - self._compose(torch.float64)
+            if carrier.scale is not None and self.scales is not None:
+                rest = rest / self.scales[carrier.scale].double().view(-1, 1, 1, 1)
+            parameter.copy_(rest)
+
+    def clear_cache(self) -> None:
+        """Forget the kernel kept for eval mode.
+
+        Needed only after writes in eval mode that PyTorch does not count and that no optimizer's step brings: in place
+        through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by another process
+        through shared memory, by the replay of a CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every
+        forward with gradients clear it as well.
+        """
+        self._kept = None
+
+    # --- the kernel ---------------------------------------------------------------------------------------------------------
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
+        # Asking for the name of a device costs more than all of these.
+        dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
+        memory_format = torch.contiguous_format
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            memory_format = torch.channels_last
+        compiles = torch.compiler.is_compiling()
+        if self.training or torch.is_grad_enabled() or compiles or is_captured(x):
+            kernel = self._squeeze_narrow(self.operands(), dtype, memory_format)
+            if self._precedes_update(kernel, compiles):
+                self._kept = None
+            return kernel
+
+        form = form_of(x, dtype, memory_format, self.backend)
+        kept = self._kept  # read once: another thread may clear or replace it
+        if kept is not None and kept.is_current(form):
+            return kept.kernel
+        operands = self.operands()
+        sources = watch(self, operands)
+        kernel = self._squeeze_narrow(operands, dtype, memory_format)
+        plain = type(kernel) in (Tensor, nn.Parameter)
+        self._kept = KeptKernel(kernel, form, sources) if plain and sources is not None else None
+        return kernel
+
+    def _precedes_update(self, kernel: Tensor, compiles: bool) -> bool:
+        """Whether to forget what is kept, as an update is likely to follow, and not every update can be seen."""
+        if compiles:  # without a look at what is kept, which the compiled code would be bound to
+            return kernel.requires_grad and not self.training
+        return self._kept is not None and (self.training or kernel.requires_grad)
+
+    def _squeeze_narrow(
+        self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format
+    ) -> Tensor:
+        """In the dtype of autocast, which leaves float64 alone."""
+        return self._squeeze(operands, None if operands[0].dtype == torch.float64 else dtype, memory_format)
+
+    def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+        (kernel,) = orepa_kernels.squeeze(
+            [self.plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
+        )
+        return kernel
+
+    @torch.no_grad()
+    def _compose(self, dtype: torch.dtype) -> Tensor:
+        """The kernel in a given precision, whatever the precision of the parameters."""
+        operands = [t.to(dtype) for t in self.operands()]
+        return orepa_kernels.squeeze([self.plan], [operands], backend="reference")[0]
+
+    def _check_parameters(self) -> None:
+        for path, name in self.sources:
+            if name in vars(self.get_submodule(".".join(path))):
+                raise RuntimeError(
+                    f"{'.'.join((*path, name))} must be a parameter, got a tensor that a hook computes before each forward; "
+                    "use torch.nn.utils.parametrizations, or take the hook away first (torch.nn.utils.remove_weight_norm, "
+                    "remove_spectral_norm, prune.remove)"
+                )
+
+    def _holds_any_kernel(self, term: Dense) -> bool:
+        return isinstance(term.weight, orepa_kernels.Operand) and term.weight.shape == self.plan.shape
+
+    # --- the convolution ------------------------------------------------------------------------------------------------------
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    # --- housekeeping ---------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> OREPAConv:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> OREPAConv:
+        replica: OREPAConv = super()._replicate_for_data_parallel()
+        replica._kept = None
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+
+
+def _forget(module: nn.Module, _incompatible: object) -> None:
+    assert isinstance(module, OREPAConv)
+    module.clear_cache()

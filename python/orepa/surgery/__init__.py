@@ -1,0 +1,1 @@
+"""Changes to models: prepare, convert, prune, and how they find what feeds what."""

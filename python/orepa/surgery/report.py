@@ -1,0 +1,105 @@
+"""What `prepare`, `convert` and `prune_branches` did to a model, layer by layer: plain data that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+_ATTRIBUTE = "_orepa_report"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution.
+
+    Args:
+        name: qualified name in the model.
+        layer: its geometry, such as ``"3x3 64->128 s2"``.
+        action: ``"swapped"`` or ``"left"`` by prepare; ``"converted"``, ``"folded"`` or ``"left"`` by convert; ``"pruned"`` or
+            ``"left"`` by prune_branches.
+        detail: the topology, the norm that was folded in, or the reason why it was left.
+        error: relative error (Frobenius norm) of the new layer against the old one, where it was measured.
+    """
+
+    name: str
+    layer: str
+    action: str
+    detail: str
+    error: float | None = None
+
+
+@dataclass
+class Report:
+    """All layers of one `prepare`, `convert` or `prune_branches`; ``str()`` is a table.
+
+    Args:
+        operation: ``"prepare"``, ``"convert"`` or ``"prune"``.
+        layers: one entry per convolution, in the model's order.
+        parameters: number of parameters before and after.
+        error: relative error of the whole model's output on the example inputs, where given.
+    """
+
+    operation: str
+    layers: list[LayerReport] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+    error: float | None = None
+
+    def select(self, *actions: str) -> list[LayerReport]:
+        """The layers with one of these actions."""
+        return [layer for layer in self.layers if layer.action in actions]
+
+    @property
+    def swapped(self) -> list[LayerReport]:
+        """The layers that `prepare` swapped."""
+        return self.select("swapped")
+
+    @property
+    def left(self) -> list[LayerReport]:
+        """The layers that were left alone; their ``detail`` says why."""
+        return self.select("left")
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of any layer, 0.0 where none was measured."""
+        return max((layer.error for layer in self.layers if layer.error is not None), default=0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "convolution", "action", "error", "detail")]
+        for layer in self.layers:
+            error = "" if layer.error is None else f"{layer.error:.1e}"
+            rows.append((layer.name, layer.layer, layer.action, error, layer.detail))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        counts = {action: len(self.select(action)) for action in dict.fromkeys(layer.action for layer in self.layers)}
+        summary = ", ".join(f"{count} {action}" for action, count in counts.items()) or "no convolutions"
+        before, after = self.parameters
+        lines.append(f"{self.operation}: {summary}; parameters {before:,} -> {after:,}")
+        if self.error is not None:
+            lines.append(f"whole model on the example inputs: relative error {self.error:.1e}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report(model: nn.Module) -> Report:
+    """What the last `prepare`, `convert` or `prune_branches` did to this model.
+
+    Raises:
+        ValueError: neither has been called on it.
+    """
+    found = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        raise ValueError(
+            "this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it"
+        )
+    assert isinstance(found, Report)
+    return found
+
+
+def attach(model: nn.Module, found: Report) -> None:
+    """Keep a report with the model; it survives ``deepcopy`` and pickling."""
+    model.__dict__[_ATTRIBUTE] = found

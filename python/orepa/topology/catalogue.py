@@ -1,0 +1,203 @@
+"""The blocks of the field, written in the language of `orepa.topology`.
+
+The OREPA blocks start from the values of the authors' released models. The others (DBB, RepVGG, ACNet, ...) are declared
+as published, with their branch-wise norms; a linear block trains without them, each branch scaled by a vector of ones.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from .filters import dct2d_prior, frequency_prior, laplacian, sobel_x, sobel_y
+from .language import (
+    AvgPool,
+    Branch,
+    Constant,
+    Conv,
+    ConvSpec,
+    Depthwise,
+    Eye,
+    Filter,
+    Identity,
+    Kaiming,
+    Nested,
+    Norm,
+    Size,
+    TapEye,
+    Topology,
+    register_topology,
+)
+
+PRIORS = {"paper": frequency_prior, "dct2d": dct2d_prior}
+DEFAULT_KAIMING = Kaiming(math.sqrt(5))  # nn.Conv2d's own
+
+
+def _dense_branches(spec: ConvSpec, prior: str, expand: int, init: Kaiming) -> dict[str, Branch]:
+    """The branches that the ResNet and the VGG block of the paper share."""
+    if prior not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+    k = spec.kernel_size
+    # Few channels per group leave the sequence little room: the authors double its width beyond four groups.
+    internal = spec.in_channels if spec.groups <= 4 else 2 * spec.in_channels
+    return {
+        "origin": Branch(Conv(k, init=init), scale=0.25),
+        "avg": Branch(Conv(1, init=init), AvgPool(k), scale=0.25),
+        "prior": Branch(Conv(1, init=init), Filter(PRIORS[prior], k), scale=0.0),
+        "conv1x1_kxk": Branch(Conv(1, internal, identity=True, init=Constant(0.0)), Conv(k, init=init), scale=0.5),
+        "dws": Branch(Depthwise(k, expand, init), Conv(1, init=init), scale=0.5),
+    }
+
+
+@register_topology("orepa")
+def orepa(spec: ConvSpec, prior: str = "paper", expand: int = 8) -> Topology:
+    """The OREPA-ResNet block (paper section 3.5, Fig. 6): origin, avg, prior, 1x1-kxk, 1x1, depthwise separable.
+
+    Args:
+        spec: a convolution with odd kernel sizes.
+        prior: ``"paper"``, the authors' frequency filters, or ``"dct2d"``, distinct 2-D DCT bases.
+        expand: expansion of the depthwise separable branch.
+    """
+    branches = _dense_branches(spec, prior, expand, Kaiming(0.0))
+    dws = branches.pop("dws")
+    return Topology(**branches, conv1x1=Branch(Conv(1), scale=1.0), dws=dws)
+
+
+@register_topology("repvgg_dense")
+def repvgg_dense(spec: ConvSpec, prior: str = "paper", expand: int = 8) -> Topology:
+    """The kxk branch of an OREPA-VGG block (paper section 4.5): `orepa` without its 1x1. Takes even kernel sizes too."""
+    return Topology(**_dense_branches(spec, prior, expand, Kaiming(1.0)))
+
+
+@register_topology("rep1x1")
+def rep1x1(spec: ConvSpec) -> Topology:
+    """Rep-1x1 (paper section 3.5): a 1x1 convolution plus two in sequence, the square one starting from the identity."""
+    init = Kaiming(1.0)
+    if spec.out_channels > spec.in_channels:
+        sequence = (Conv(1, spec.in_channels, init=Eye()), Conv(1, init=init))
+    else:
+        sequence = (Conv(1, init=init), Conv(1, init=Eye()))
+    return Topology(origin=Branch(Conv(1, init=init), scale=1.0), conv1x1_1x1=Branch(*sequence, scale=0.5))
+
+
+def _stack(kernel_size: Size) -> list[Size]:
+    """Kernel sizes, at most three each way, that compose to ``kernel_size``: (3, 7) gives (3, 3), (1, 3), (1, 3)."""
+    for size in kernel_size:
+        if size % 2 == 0:
+            raise ValueError(f"a stack of 3x3 convolutions needs odd kernel sizes, got {kernel_size}")
+    height, width = ((size - 1) // 2 for size in kernel_size)
+    return [(3 if i < height else 1, 3 if i < width else 1) for i in range(max(height, width, 1))]
+
+
+@register_topology("deep_stem")
+def deep_stem(spec: ConvSpec, prior: str = "paper", expand: int = 8) -> Topology:
+    """Linear deep stem (paper section 3.5): a large kernel as a stack of 3x3 `orepa` blocks of the block's width."""
+    stage = partial(orepa, prior=prior, expand=expand)
+    return Topology(stack=Branch(*(Nested(stage, k) for k in _stack(spec.kernel_size)), scale=None))
+
+
+@register_topology("plain_stem")
+def plain_stem(spec: ConvSpec) -> Topology:
+    """The deep stem without branches: a large kernel as a stack of bare 3x3 ones."""
+    return Topology(stack=Branch(*(Conv(k, init=DEFAULT_KAIMING) for k in _stack(spec.kernel_size)), scale=None))
+
+
+# --- blocks of other papers ---------------------------------------------------------------------------------------------
+
+
+@register_topology("plain")
+def plain(spec: ConvSpec) -> Topology:
+    """One convolution, no scaling: what `nn.Conv2d` computes. The baseline of ablations."""
+    return Topology(origin=Branch(Conv(spec.kernel_size, init=DEFAULT_KAIMING), scale=None))
+
+
+@register_topology("dbb")
+def dbb(spec: ConvSpec) -> Topology:
+    """Diverse Branch Block (Ding et al., CVPR 2021): kxk, 1x1, 1x1-kxk, 1x1-average."""
+    k, init = spec.kernel_size, DEFAULT_KAIMING
+    return Topology(
+        origin=Branch(Conv(k, init=init), Norm()),
+        avg=Branch(Conv(1, init=init), Norm(), AvgPool(k), Norm()),
+        conv1x1=Branch(Conv(1, init=init), Norm()),
+        conv1x1_kxk=Branch(
+            Conv(1, spec.in_channels, identity=True, init=Constant(0.0)), Norm(), Conv(k, init=init), Norm()
+        ),
+    )
+
+
+@register_topology("repvgg")
+def repvgg(spec: ConvSpec) -> Topology:
+    """RepVGG (Ding et al., CVPR 2021), all branches in one kernel: kxk, 1x1, identity where the shape allows it."""
+    return mobileone(spec, branches=1)
+
+
+@register_topology("mobileone")
+def mobileone(spec: ConvSpec, branches: int = 4) -> Topology:
+    """MobileOne (Vasu et al., CVPR 2023): several kxk branches, a 1x1, and the identity where the shape allows it."""
+    k, init = spec.kernel_size, DEFAULT_KAIMING
+    parts = {f"conv{i + 1}" if branches > 1 else "origin": Branch(Conv(k, init=init), Norm()) for i in range(branches)}
+    if k != (1, 1):
+        parts["conv1x1"] = Branch(Conv(1, init=init), Norm())
+    if spec.keeps_shape:
+        parts["identity"] = Branch(Identity(), Norm())
+    return Topology(**parts)
+
+
+@register_topology("acnet")
+def acnet(spec: ConvSpec) -> Topology:
+    """Asymmetric Convolution Block (Ding et al., ICCV 2019): kxk, kx1, 1xk."""
+    (kh, kw), init = spec.kernel_size, DEFAULT_KAIMING
+    return Topology(
+        origin=Branch(Conv((kh, kw), init=init), Norm()),
+        vertical=Branch(Conv((kh, 1), init=init), Norm()),
+        horizontal=Branch(Conv((1, kw), init=init), Norm()),
+    )
+
+
+@register_topology("expandnet")
+def expandnet(spec: ConvSpec, expand: int = 4) -> Topology:
+    """ExpandNet-CL (Guo et al., NeurIPS 2020): 1x1 to ``expand`` times the channels, kxk, 1x1 back."""
+    wide_in, wide_out, init = expand * spec.in_channels, expand * spec.out_channels, DEFAULT_KAIMING
+    layers = (Conv(1, wide_in, init=init), Conv(spec.kernel_size, wide_out, init=init), Conv(1, init=init))
+    return Topology(sequence=Branch(*layers, scale=None))
+
+
+@register_topology("expandnet_ck")
+def expandnet_ck(spec: ConvSpec, expand: int = 4) -> Topology:
+    """ExpandNet-CK (Guo et al., NeurIPS 2020): a kxk kernel as a stack of wide 3x3 ones."""
+    sizes = _stack(spec.kernel_size)
+    widths = [expand * spec.out_channels] * (len(sizes) - 1) + [spec.out_channels]
+    layers = (Conv(k, width, init=DEFAULT_KAIMING) for k, width in zip(sizes, widths, strict=True))
+    return Topology(sequence=Branch(*layers, scale=None))
+
+
+@register_topology("doconv")
+def doconv(spec: ConvSpec, multiplier: int | None = None) -> Topology:
+    """DO-Conv (Cao et al., 2020): ``K[o,i,:] = sum_d W[o,i,d] D[i,:,d]``, with ``D`` starting from the identity.
+
+    Args:
+        spec: the convolution.
+        multiplier: depth ``d`` of ``D``, at least and by default ``kh*kw``.
+    """
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    depth = taps if multiplier is None else multiplier
+    if depth < taps:
+        raise ValueError(f"multiplier must be at least kh*kw={taps}, got {depth}")
+    layers = (Depthwise(spec.kernel_size, depth, TapEye()), Conv(1, init=DEFAULT_KAIMING))
+    return Topology(over=Branch(*layers, scale=None))
+
+
+@register_topology("ecb")
+def ecb(spec: ConvSpec, expand: int = 2) -> Topology:
+    """Edge-oriented Convolution Block (Zhang et al., ACM MM 2021): kxk, 1x1-kxk, and 1x1 with each 3x3 edge filter."""
+    k, init = spec.kernel_size, DEFAULT_KAIMING
+    parts = {
+        "origin": Branch(Conv(k, init=init)),
+        "conv1x1_kxk": Branch(Conv(1, expand * spec.out_channels, init=init), Conv(k, init=init)),
+        "sobel_x": Branch(Conv(1, init=init), Filter(sobel_x, 3), scale=1e-3),
+        "sobel_y": Branch(Conv(1, init=init), Filter(sobel_y, 3), scale=1e-3),
+        "laplacian": Branch(Conv(1, init=init), Filter(laplacian, 3), scale=1e-3),
+    }
+    if spec.keeps_shape:
+        parts["identity"] = Branch(Identity(), scale=1.0)
+    return Topology(**parts)

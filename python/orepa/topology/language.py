@@ -1,0 +1,296 @@
+"""The language in which re-parameterised blocks are declared: branches as sequences of linear layers (paper section 3.2).
+
+A topology is plain data. ACNet, say, is three branches, each a convolution and a norm::
+
+    @orepa.register_topology("acnet")
+    def acnet(spec):
+        kh, kw = spec.kernel_size
+        return Topology(square=Branch(Conv((kh, kw)), Norm()),
+                        vertical=Branch(Conv((kh, 1)), Norm()),
+                        horizontal=Branch(Conv((1, kw)), Norm()))
+
+`Topology.linearize` takes the norms out and leaves a learnable scaling at the end of every branch, which makes the block
+linear, and so squeezable into one kernel at every training step. What each layer becomes is in `orepa.topology.lowering`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+Size: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The convolution that a block stands for; what a declaration gets to see.
+
+    Args:
+        in_channels, out_channels: ``I`` and ``O``.
+        kernel_size: ``(kh, kw)``.
+        groups: ``g``, which divides both numbers of channels.
+        stride: ``(height, width)``.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size
+    groups: int = 1
+    stride: Size = (1, 1)
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether an identity branch fits, with as many channels out as in and no stride."""
+        return self.in_channels == self.out_channels and self.stride == (1, 1)
+
+
+# --- initial values -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kaiming:
+    """``kaiming_uniform_`` with negative slope ``a``."""
+
+    a: float = 0.0
+
+    def __call__(self, weight: Tensor) -> None:
+        init.kaiming_uniform_(weight, a=self.a)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element the same."""
+
+    value: float
+
+    def __call__(self, weight: Tensor) -> None:
+        init.constant_(weight, self.value)
+
+
+class Eye:
+    """The identity of a (grouped) 1x1 convolution: ``weight[t, t mod columns] = 1``."""
+
+    def __call__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape[:2]
+        with torch.no_grad():
+            weight.zero_()
+            index = torch.arange(rows, device=weight.device)
+            weight[index, index % columns] = 1
+
+
+class TapEye:
+    """Depthwise rows that each hold one tap: row ``i*E+e`` is one at tap ``e mod (kh*kw)`` (DO-Conv's start)."""
+
+    def __call__(self, weight: Tensor) -> None:
+        taps = weight.shape[-2] * weight.shape[-1]
+        with torch.no_grad():
+            weight.zero_()
+            index = torch.arange(weight.shape[0], device=weight.device)
+            weight.view(weight.shape[0], taps)[index, index % taps] = 1
+
+
+Init: TypeAlias = Callable[[Tensor], None]
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution without bias, grouped like the block.
+
+    Args:
+        kernel_size: one number or ``(kh, kw)``.
+        out_channels: by default the block's.
+        identity: the weight is added to ``id[t, t mod I/g]``, a constant (1x1 only): the layer starts from the identity
+            and weight decay pulls it back there.
+        init: initial values of the weight.
+    """
+
+    kernel_size: int | Size
+    out_channels: int | None = None
+    identity: bool = False
+    init: Init = Kaiming(0.0)
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """A depthwise convolution: channel ``i`` of its input gives the channels ``i*E`` to ``i*E+E-1`` of its output.
+
+    Args:
+        kernel_size: one number or ``(kh, kw)``.
+        expand: output channels ``E`` per input channel.
+        init: initial values of the weight ``[I*E, 1, kh, kw]``.
+    """
+
+    kernel_size: int | Size
+    expand: int = 1
+    init: Init = Kaiming(0.0)
+
+
+@dataclass(frozen=True)
+class AvgPool:
+    """Average pooling, which divides by ``kh*kw`` everywhere."""
+
+    kernel_size: int | Size
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A fixed depthwise filter.
+
+    Args:
+        values: ``(channels, (kh, kw)) -> [channels or 1, kh, kw]`` in float64. A module-level function pickles.
+        kernel_size: one number or ``(kh, kw)``.
+    """
+
+    values: Callable[[int, Size], Tensor]
+    kernel_size: int | Size
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The input itself."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A branch-wise norm layer, as in the offline blocks. `Topology.linearize` removes it."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A whole block as a layer, with branches and scales of its own: the stages of a deep stem.
+
+    Args:
+        topology: its declaration.
+        kernel_size: one number or ``(kh, kw)``.
+        out_channels: by default the block's.
+    """
+
+    topology: Declaration
+    kernel_size: int | Size
+    out_channels: int | None = None
+
+
+Layer: TypeAlias = Conv | Depthwise | AvgPool | Filter | Identity | Norm | Nested
+
+
+@dataclass(frozen=True, init=False)
+class Branch:
+    """A sequence of layers and the initial value of the scaling after it.
+
+    Args:
+        layers: from input to output.
+        scale: initial value of the branch's scaling vector, or None for a branch that has none.
+    """
+
+    layers: tuple[Layer, ...]
+    scale: float | None
+
+    def __init__(self, *layers: Layer, scale: float | None = 1.0) -> None:
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "scale", scale)
+
+
+class Topology:
+    """Named branches, summed. The names are those of the parameters: ``origin`` gives ``origin_weight``.
+
+    Raises:
+        ValueError: no branch, or a branch without a layer.
+    """
+
+    def __init__(self, **branches: Branch) -> None:
+        if not branches:
+            raise ValueError("a topology needs at least one branch, got none")
+        for name, branch in branches.items():
+            if not any(not isinstance(layer, Norm) for layer in branch.layers):
+                raise ValueError(f"branch {name!r} needs at least one linear layer, got {list(branch.layers)}")
+        self.branches = branches
+
+    def __iter__(self) -> Iterator[tuple[str, Branch]]:
+        return iter(self.branches.items())
+
+    def __repr__(self) -> str:
+        return f"Topology({', '.join(f'{name}={branch!r}' for name, branch in self)})"
+
+    def linearize(self) -> Topology:
+        """The linear block: branch-wise norms removed, scalings in their place (paper section 3.2)."""
+
+        def strip(branch: Branch) -> Branch:
+            return Branch(*(layer for layer in branch.layers if not isinstance(layer, Norm)), scale=branch.scale)
+
+        return Topology(**{name: strip(branch) for name, branch in self})
+
+    def offline(self) -> Topology:
+        """The block as its authors train it: branch-wise norms stay, and take the place of their branch's scaling.
+
+        What `orepa.OfflineConv` runs on feature maps. A branch without a norm keeps its scaling.
+        """
+
+        def keep(branch: Branch) -> Branch:
+            normed = any(isinstance(layer, Norm) for layer in branch.layers)
+            return Branch(*branch.layers, scale=None if normed else branch.scale)
+
+        return Topology(**{name: keep(branch) for name, branch in self})
+
+
+Declaration: TypeAlias = Callable[[ConvSpec], Topology]
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, Callable[..., Topology]] = {}
+
+
+def register_topology(name: str) -> Callable[[Callable[..., Topology]], Callable[..., Topology]]:
+    """Register a declaration, ``(spec, **options) -> Topology``, under a name that ``topology=`` then takes.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(declaration: Callable[..., Topology]) -> Callable[..., Topology]:
+        if name in _REGISTRY:
+            raise ValueError(f"a topology named {name!r} is registered already")
+        _REGISTRY[name] = declaration
+        return declaration
+
+    return add
+
+
+def topologies() -> list[str]:
+    """Names of all registered topologies."""
+    return sorted(_REGISTRY)
+
+
+def declaration(topology: str | Callable[..., Topology], **options: object) -> Declaration:
+    """The declaration of that name (or the one given), with its options bound.
+
+    Raises:
+        ValueError: no topology of that name.
+        TypeError: neither a name nor a declaration.
+    """
+    if isinstance(topology, str):
+        if topology not in _REGISTRY:
+            raise ValueError(f"topology must be one of {', '.join(topologies())}, got {topology!r}")
+        topology = _REGISTRY[topology]
+    if not callable(topology):
+        raise TypeError(f"topology must be a name or a function that declares one, got {topology!r}")
+    return partial(topology, **options) if options else topology
+
+
+def pair(value: int | Size, name: str = "kernel_size") -> Size:
+    """``3`` or ``(3, 3)`` as a pair of positive integers.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    result = (value, value) if isinstance(value, int) else tuple(value)
+    if len(result) != 2 or not all(isinstance(v, int) and v > 0 for v in result):
+        raise ValueError(f"{name} must be a positive integer or two of them, got {value!r}")
+    return (result[0], result[1])
