@@ -4,7 +4,7 @@
 
 The mark is at most 15 microseconds forward, with autograd, for the Triton backend. With a GPU, calls are enqueued one after
 another and nothing is waited for. Without one, everything is done but the calls of the driver itself: Triton compiles for a
-GPU that is not there, and something that does nothing is called in place of its compiled launcher (`tests/triton_stub.py`; the
+GPU that is not there, and something that does nothing is called in place of its compiled launcher (`tests/kernels/triton_stub.py`; the
 output says what was left out). `autograd.Function` is what torch takes for one that saves ten tensors and
 makes one: nobody can be faster. Real-time priority (``chrt -f 20``) keeps other programs out.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
 import orepa_kernels
 from orepa import OREPAConv

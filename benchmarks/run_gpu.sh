@@ -52,7 +52,7 @@ fi
 if [[ $only != bench ]]; then
     pytest=("$python" -m pytest -m gpu -v --tb=short -p no:cacheprovider)
     # Processes of their own: a kernel that reads where it may not takes its process's CUDA down, and every later test.
-    step tests-cuda 100 "${pytest[@]}" tests/test_gpu.py -k "not triton"
+    step tests-cuda 100 "${pytest[@]}" tests/kernels/test_gpu.py -k "not triton"
     parallel=()
     if "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi  # compilers use most of the time
     step tests-others 200 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} -k "triton or not test_gpu"

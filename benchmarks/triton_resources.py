@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
 import triton
 from triton_aot import LARGEST_SHARED, MEMORY, PRECISIONS, catalogue, kernels_of, structures

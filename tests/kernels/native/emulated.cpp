@@ -1,10 +1,10 @@
-// The CUDA kernels, compiled for the CPU on top of tests/cuda_emulator, behind a plain C interface for tests.
+// The CUDA kernels, compiled for the CPU on top of tests/kernels/cuda_emulator, behind a plain C interface for tests.
 #include <cstdio>
 #include <exception>
 
-#include "../../csrc/cuda/backward.cu"
-#include "../../csrc/cuda/forward.cu"
-#include "../../csrc/cuda/schedule.cpp"
+#include "../../../csrc/cuda/backward.cu"
+#include "../../../csrc/cuda/forward.cu"
+#include "../../../csrc/cuda/schedule.cpp"
 
 using namespace orepa;
 

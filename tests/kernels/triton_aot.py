@@ -42,7 +42,7 @@ LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024
 #: Triton's versions (major, minor) that the tiles were chosen with: those of which there are results
 CHOSEN_WITH = {
     tuple(path.stem.removeprefix("resources_").split(".")[:2])
-    for path in (Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "triton").glob("resources_*.json")
+    for path in (Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton").glob("resources_*.json")
 }
 
 #: bytes that a thread may spill: none with those; each other version brings a compiler of its own, and 3.8 spills up to 24

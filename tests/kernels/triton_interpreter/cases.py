@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors. Not collected by itself: ``test_triton.py`` runs it in a child
 process, because Triton decides at its import whether to interpret. To run it alone::
 
-    TRITON_INTERPRET=1 pytest tests/triton_interpreter/cases.py
+    TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreter/cases.py
 """
 
 import math

@@ -10,7 +10,7 @@ import torch
 
 from orepa.bench.results import load
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def run(script, *arguments):

@@ -48,7 +48,7 @@ def relative_error(got, expected):
 
 # --- the authors' DBB ---------------------------------------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parent / "data" / "dbb_3x3.npz"
+GOLDEN = Path(__file__).parents[1] / "data" / "dbb_3x3.npz"
 THEIRS = {
     "dbb_origin.conv.weight": "origin_weight",
     "dbb_origin.bn": "origin_bn",

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: the same sources, run by `tests/cuda_emulator`, against the reference in float64."""
+"""The CUDA kernels on a CPU: the same sources, run by `tests/kernels/cuda_emulator`, against the reference in float64."""
 
 from __future__ import annotations
 

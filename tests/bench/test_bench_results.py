@@ -24,7 +24,7 @@ from orepa.cli import main
 from orepa.errors import UserError
 from orepa.timing import CpuStopwatch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Compile the CUDA kernels and print what each takes: registers, spills, shared memory. No GPU needed.
 
-    python tests/native/resources.py [--archs 80 90]
+    python tests/kernels/native/resources.py [--archs 80 90]
 
 Exits with 1 where a kernel spills registers on an architecture that it is tuned for, or where none is found.
 """
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 KERNELS = ("forward.cu", "backward.cu")
 ALL = (75, 80, 86, 89, 90, 100, 120)
 TUNED = (80, 90)

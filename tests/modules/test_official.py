@@ -15,7 +15,7 @@ from orepa.modules import official_blocks as official
 from orepa.modules.official_blocks import block_from_official, read_block, translate
 from orepa.modules.repvgg import RepVGGBlock
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 OREPA = ["orepa_3x3_s2", "orepa_3x3_g2", "orepa_3x3_g6"]
 STEMS = ["deep_stem7", "plain_stem7"]
 REPVGG = ["repvgg_identity", "repvgg_s2"]

@@ -42,7 +42,7 @@ from orepa.train.data import load_data
 from orepa.train.images import ImageData
 from orepa.train.signals import Stopped
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = ConvSpec(8, 8, (3, 3))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orepa_kernels.plan import Block, Composed, Dense, Operand, PointwiseFilter, term_kernel_size
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MAX_TERMS = 12
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FULL, TF32, BF16 = range(3)
@@ -209,7 +209,7 @@ def compile_emulated(folder: Path, *flags: str) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler: CXX or g++")
     library = folder / "libemulated.so"
-    source, include = ROOT / "tests/native/emulated.cpp", ROOT / "tests/cuda_emulator"
+    source, include = ROOT / "tests/kernels/native/emulated.cpp", ROOT / "tests/kernels/cuda_emulator"
     command = [compiler, "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wno-unknown-pragmas", *FLAGS, *flags]
     command += ["-I", str(include), "-x", "c++", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)

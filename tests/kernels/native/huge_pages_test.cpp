@@ -7,7 +7,7 @@
 #include <fstream>
 #include <string>
 
-#include "../../csrc/cpu/squeeze.h"
+#include "../../../csrc/cpu/squeeze.h"
 
 using namespace orepa;
 
