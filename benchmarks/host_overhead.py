@@ -4,9 +4,9 @@
 
 The mark is at most 15 microseconds forward, with autograd, for the Triton backend. With a GPU, calls are enqueued one after
 another and nothing is waited for. Without one, everything is done but the calls of the driver itself: Triton compiles for a
-GPU that is not there, and something that does nothing is called in place of its compiled launcher (`tests/kernels/triton_stub.py`; the
-output says what was left out). `autograd.Function` is what torch takes for one that saves ten tensors and
-makes one: nobody can be faster. Real-time priority (``chrt -f 20``) keeps other programs out.
+GPU that is not there, and something that does nothing is called in place of its compiled launcher
+(`tests/kernels/triton_stub.py`; the output says what was left out). `autograd.Function` is what torch takes for one that
+saves ten tensors and makes one: nobody can be faster. Real-time priority (``chrt -f 20``) keeps other programs out.
 """
 
 from __future__ import annotations

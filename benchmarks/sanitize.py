@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from orepa import OREPAConv
-from orepa_kernels.backends import names_on
+from orepa_kernels.dispatch import names_on
 
 #: out, in, kernel, groups
 SHAPES = [(17, 13, 3, 1), (33, 20, 1, 1), (24, 12, 3, 6), (9, 5, 5, 1), (8, 3, 7, 1)]

@@ -9,11 +9,12 @@ Squeezing turns a linear block of many branches and layers into one convolution 
     (weight,) = squeeze([block], [[origin, avg, scales]])
 """
 
-from . import operators as operators  # registers them
+from . import ops as ops
+from .api import DTYPES, squeeze
 from .autocast import autocast_dtype
-from .backends import BackendError, Verdict, backends
+from .backends.base import BackendError, Verdict
+from .dispatch import backends
 from .plan import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, Term
-from .squeeze import DTYPES, squeeze
 
 __version__ = "0.1.0"
 

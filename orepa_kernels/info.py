@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, native
-from .backends import ENVIRONMENT_VARIABLE, backends
+from . import __version__
+from .backends import native
+from .dispatch import ENVIRONMENT_VARIABLE, backends
 from .precision import float32_precision
 
 

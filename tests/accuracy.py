@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orepa_kernels import Block, squeeze
-from orepa_kernels.fused import compute_dtype
+from orepa_kernels.autograd import compute_dtype
 
 #: so many roundings, of the compute dtype or of the result's where that is coarser, are noise, whatever the plain
 #: formulation's error happens to be

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import native
-from ..fused import ForwardAgain, FusedBackend, Gradients, compute_dtype, maker
+from ..autograd import ForwardAgain, FusedBackend, Gradients, compute_dtype, maker
 from ..plan import Block
-from . import YES, Verdict
+from . import native
+from .base import YES, Verdict
 
 
 class CpuBackend(FusedBackend):

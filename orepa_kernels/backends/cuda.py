@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import native
-from ..fused import ForwardAgain, FusedBackend, Gradients, maker
+from ..autograd import ForwardAgain, FusedBackend, Gradients, maker
 from ..plan import Block, sources
 from ..precision import float32_precision
-from . import YES, Verdict
+from . import native
+from .base import YES, Verdict
 from .memory import kept
 
 #: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..autocast import no_autocast
 from ..plan import Block
-from . import YES, Backend, Request, Verdict
+from .base import YES, Backend, Request, Verdict
 
 
 class ReferenceBackend(Backend):

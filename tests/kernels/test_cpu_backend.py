@@ -27,9 +27,9 @@ from orepa_kernels import (
     PointwiseFilter,
     Separable,
     backends,
-    native,
     squeeze,
 )
+from orepa_kernels.backends import native
 
 if not backends()["cpu"]:
     pytest.skip(backends()["cpu"].reason, allow_module_level=True)
@@ -202,7 +202,7 @@ def with_instruction_set(name, *arguments):
 @pytest.mark.parametrize("name", ["baseline", "avx2"])
 def test_other_instruction_sets(name):
     """The processor that runs the tests would otherwise be the only one whose kernels are tested."""
-    script = "from orepa_kernels import native; print(native.build()['cpu_instruction_set'])"
+    script = "from orepa_kernels.backends import native; print(native.build()['cpu_instruction_set'])"
     if with_instruction_set(name, "-c", script).stdout.strip() != name:
         pytest.skip(f"this processor or this build has no {name} kernels")
     if native.build()["cpu_instruction_set"] == name:
@@ -213,7 +213,7 @@ def test_other_instruction_sets(name):
 
 
 def test_an_unknown_instruction_set_is_said():
-    done = with_instruction_set("sse9", "-c", "from orepa_kernels import native; native.build()")
+    done = with_instruction_set("sse9", "-c", "from orepa_kernels.backends import native; native.build()")
     assert "OREPA_CPU_ISA must be baseline, avx2 or avx512, got sse9" in done.stderr
 
 

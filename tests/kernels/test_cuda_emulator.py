@@ -13,9 +13,12 @@ from cuda_emulator.driver import BF16, FLAGS, FULL, TF32, Emulated, EmulatedModu
 from strategies import blocks as any_block
 from torch import Tensor
 
-from orepa_kernels import fused, native, reference, stages
-from orepa_kernels.backends import Request
-from orepa_kernels.backends import cuda as cuda_backend
+from orepa_kernels import autograd as fused
+from orepa_kernels import nested as stages
+from orepa_kernels import reference
+from orepa_kernels.backends import native
+from orepa_kernels.backends.base import Request
+from orepa_kernels.dispatch import cuda as cuda_backend
 from orepa_kernels.plan import (
     IMPULSE,
     Average,

@@ -8,7 +8,7 @@ from torch import nn
 
 import orepa
 from orepa import OREPAConv, RepVGGBlock
-from orepa_kernels.backends import names_on
+from orepa_kernels.dispatch import names_on
 
 pytestmark = pytest.mark.gpu
 

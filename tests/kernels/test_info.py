@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orepa_kernels import BackendError, Block, Dense, Operand, Verdict, backends, info, squeeze
-from orepa_kernels.backends import NAMES, names_on
+from orepa_kernels.dispatch import NAMES, names_on
 
 BLOCK = Block(4, 2, (3, 3), (Dense(Operand("w", (4, 2, 3, 3))),))
 ABSENT = [name for name, verdict in backends().items() if not verdict]

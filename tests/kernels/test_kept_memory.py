@@ -47,7 +47,7 @@ def test_counters_are_kept_and_those_of_graphs_are_not(monkeypatch):
 
 
 def test_address_tables_are_written_over_the_least_recent_first():
-    launch = pytest.importorskip("orepa_kernels.backends.triton.launch", reason="needs triton")
+    launch = pytest.importorskip("orepa_kernels.backends.triton.launcher", reason="needs triton")
     tables = launch._AddressTables(3, torch.device("cpu"))
     found = [tables.of((number, 0, 5)) for number in range(launch._ADDRESS_TABLES)]
     assert [table.tolist() for table in found] == [[number, 0, 5] for number in range(len(found))]

@@ -13,7 +13,8 @@ import orepa
 from orepa.topology import Branch, Conv, Filter, Topology
 from orepa.topology.filters import sobel_x
 from orepa_kernels import Block, Dense, Operand, PointwiseFilter, squeeze
-from orepa_kernels.backends import NAMES, BackendError, backends, get
+from orepa_kernels.backends.base import BackendError
+from orepa_kernels.dispatch import NAMES, backends, get
 
 WEIGHT = Block(2, 3, (3, 3), (Dense(Operand("w", (2, 3, 3, 3))),))
 

@@ -12,7 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import orepa
-from orepa_kernels import Block, Dense, Operand, fused, signature, squeeze
+from orepa_kernels import Block, Dense, Operand, squeeze
+from orepa_kernels import autograd as fused
+from orepa_kernels import guards as signature
 from orepa_kernels.backends.cpu import CpuBackend
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orepa_kernels import Block, Dense, Operand, Separable, squeeze
-from orepa_kernels.backends import BackendError, Request
+from orepa_kernels.backends.base import BackendError, Request
 from orepa_kernels.backends.triton import TritonBackend, device
 from orepa_kernels.backends.triton import backend as module
 

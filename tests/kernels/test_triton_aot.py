@@ -26,8 +26,9 @@ from triton_aot import (
     structures,
 )
 
-from orepa_kernels.backends.triton import configs, launch
-from orepa_kernels.backends.triton.forward import squeeze_forward
+from orepa_kernels.backends.triton import configs
+from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 
 #: the paper's block with each, and those that spilled with larger tiles
 OTHER_MEMORY = [

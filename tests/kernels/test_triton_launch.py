@@ -17,7 +17,9 @@ from triton_stub import pretend
 
 from orepa import OREPAConv
 from orepa_kernels import squeeze
-from orepa_kernels.backends.triton import again, device, kernel, launch
+from orepa_kernels.backends.triton import again, device
+from orepa_kernels.backends.triton import compiled as kernel
+from orepa_kernels.backends.triton import launcher as launch
 
 
 @pytest.fixture

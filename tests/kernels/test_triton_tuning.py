@@ -14,7 +14,8 @@ import torch
 import orepa_kernels
 from orepa import OREPAConv
 from orepa_kernels import Block, Dense, Operand
-from orepa_kernels.backends.triton import configs, tuning
+from orepa_kernels.backends.triton import autotune as tuning
+from orepa_kernels.backends.triton import configs
 from orepa_kernels.backends.triton.spec import forward_spec
 
 GPU = torch.device("cuda")
@@ -137,7 +138,8 @@ def test_the_interpreter_has_no_clock(clock, gpu):
 
 ANOTHER_PROCESS = """
 import sys, torch
-from orepa_kernels.backends.triton import configs, tuning
+from orepa_kernels.backends.triton import autotune as tuning
+from orepa_kernels.backends.triton import configs
 tuning.kind_of, tuning.capturing = (lambda device: sys.argv[1]), (lambda device: False)
 choices = configs.FORWARD_LARGE[True], configs.FORWARD_SMALL
 def run_of(config):
@@ -279,7 +281,7 @@ class Made:
 
 def made():
     pytest.importorskip("triton", reason="needs triton, which this torch does not bring")
-    from orepa_kernels.backends.triton import launch
+    from orepa_kernels.backends.triton import launcher as launch
 
     block, spec, tensors = dense()
     addresses = [tuple(tensor.data_ptr() for tensor in tensors)]
@@ -341,7 +343,7 @@ def test_without_the_clock_the_largest_tile_that_fills_the_gpu(monkeypatch, fill
     not orepa_kernels.backends()["triton"] or not torch.cuda.is_available(), reason="triton does not run here"
 )
 def test_tuned_launches_on_a_gpu(monkeypatch, tmp_path):
-    from orepa_kernels.backends.triton import launch
+    from orepa_kernels.backends.triton import launcher as launch
 
     def run():
         monkeypatch.setattr(launch, "_forwards", launch._Cache(8))

@@ -21,13 +21,14 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 import orepa
-from orepa_kernels.backends.triton import configs, launch
-from orepa_kernels.backends.triton.backward import squeeze_backward
-from orepa_kernels.backends.triton.forward import squeeze_forward
+from orepa_kernels.backends.triton import configs
+from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
+from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
+from orepa_kernels.backends.triton.kernels.sums import add_parts
 from orepa_kernels.backends.triton.spec import Spec, backward_spec, forward_spec
-from orepa_kernels.backends.triton.sums import add_parts
+from orepa_kernels.nested import program
 from orepa_kernels.plan import Block
-from orepa_kernels.stages import program
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

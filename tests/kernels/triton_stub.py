@@ -19,10 +19,11 @@ import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from orepa_kernels.backends.triton import again, backend, device, launch
-from orepa_kernels.backends.triton.backward import squeeze_backward
-from orepa_kernels.backends.triton.forward import squeeze_forward
-from orepa_kernels.backends.triton.sums import add_parts
+from orepa_kernels.backends.triton import again, backend, device
+from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
+from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
+from orepa_kernels.backends.triton.kernels.sums import add_parts
 
 #: what launches are handed to by default: takes whatever comes and does nothing, without a Python frame
 NOTHING: Callable[..., object] = itertools.chain

@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...fused import BackwardAgain, ForwardAgain, FusedBackend, Gradients
+from ...autograd import BackwardAgain, ForwardAgain, FusedBackend, Gradients
 from ...plan import Block, Separable, kernel_size_of, sources
-from .. import YES, Verdict
+from ..base import YES, Verdict
 from .device import INTERPRET, INTERPRETING, OLDEST
 
 # Asked once, at import: torch.compile cannot trace the question.
@@ -91,7 +91,7 @@ class TritonBackend(FusedBackend):
 @functools.cache
 def _launch() -> ModuleType:
     """The module that imports Triton. (The import statement alone takes half a microsecond every time.)"""
-    from . import launch
+    from . import launcher as launch
 
     return launch
 

@@ -1,7 +1,7 @@
 """What a Triton kernel is compiled for: the structure of a block, without its sizes and addresses.
 
 Blocks of one `Spec` share a launch. Everything in a `Spec` is known to the compiler, which so drops the branches that a
-block lacks; sizes, strides and addresses are read from a table (see `orepa_kernels.backends.triton.tables`).
+block lacks; sizes, strides and addresses are read from a table (see `orepa_kernels.backends.triton.tile_map`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import nn
 
-from orepa_kernels.backends import Request as BackendRequest
-from orepa_kernels.backends import select
+from orepa_kernels.backends.base import Request as BackendRequest
+from orepa_kernels.dispatch import select
 
 from ..errors import UserError
 from ..module_info import count_parameters

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import orepa_kernels
-from orepa_kernels.backends import NAMES, Request, select
+from orepa_kernels.backends.base import Request
+from orepa_kernels.dispatch import NAMES, select
 
 from ..modules.linear_block import LinearBlock
 from ..modules.orepa_conv import OREPAConv

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import orepa_kernels
-from orepa_kernels.backends import NAMES, Request, select
+from orepa_kernels.backends.base import Request
+from orepa_kernels.dispatch import NAMES, select
 
 from ..timing import Task, nothing
 from .formulation import Operands, formulation

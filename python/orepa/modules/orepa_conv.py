@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import orepa_kernels
 from orepa_kernels import Dense
-from orepa_kernels.backends import resolve
+from orepa_kernels.dispatch import resolve
 
 from ..module_info import conv_arguments, is_channels_last
 from ..topology.language import Size, Topology, declaration

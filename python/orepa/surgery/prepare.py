@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from orepa_kernels.backends import resolve
+from orepa_kernels.dispatch import resolve
 
 from ..module_info import conv_arguments, count_parameters, describe, is_channels_last, walk
 from ..modules.linear_block import LinearBlock

@@ -16,7 +16,9 @@ from torch.autograd import grad
 import orepa
 from orepa import OREPAConv
 from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, squeeze
-from orepa_kernels.backends.triton import configs, launch, spec, tuning
+from orepa_kernels.backends.triton import autotune as tuning
+from orepa_kernels.backends.triton import configs, spec
+from orepa_kernels.backends.triton import launcher as launch
 
 patch_once()
 

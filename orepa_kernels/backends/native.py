@@ -12,17 +12,17 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .backends import YES, Verdict
-from .plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
+from ..plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
+from .base import YES, Verdict
 
 _import_error = ""
 try:
-    from . import _C  # type: ignore[attr-defined]
+    from .. import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C, _import_error = None, str(error)
 
 #: whether this package is imported from a clone, where it hides an installed one
-IN_SOURCE_TREE = (Path(__file__).resolve().parents[1] / "csrc").is_dir()
+IN_SOURCE_TREE = (Path(__file__).resolve().parents[2] / "csrc").is_dir()
 
 #: numbers of the element types, as in csrc/squeeze.h
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -49,7 +49,7 @@ def why_missing() -> str:
     """Why there is no compiled module, or an empty string where there is one."""
     if _C is not None:
         return ""
-    report = Path(__file__).with_name("_build.json")
+    report = Path(__file__).parents[1] / "_build.json"
     missing = json.loads(report.read_text())["missing"] if report.is_file() else ""
     if missing:
         return f"the compiled kernels were left out when this package was built: {missing}"
@@ -57,7 +57,7 @@ def why_missing() -> str:
         return f"the compiled kernels cannot be loaded: {_import_error}"
     if IN_SOURCE_TREE:
         return (
-            f"{Path(__file__).parent} is a source folder without compiled kernels: run `pip install -e .` there, or start "
+            f"{Path(__file__).parents[1]} is a source folder without compiled kernels: run `pip install -e .` there, or start "
             "Python elsewhere to use an installed package"
         )
     return "the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder"
@@ -83,7 +83,7 @@ def build() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def plan(block: Block) -> Any:
-    """A flat block (see `orepa_kernels.stages`) as the compiled module's ``Plan``."""
+    """A flat block (see `orepa_kernels.nested`) as the compiled module's ``Plan``."""
     places = {operand.name: index for index, operand in enumerate(block.operands)}
 
     def place(factor: Operand | Block | Average | None) -> int:
@@ -142,7 +142,7 @@ def described(block: Block, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor]
 def described_again(
     block: Block, tensors: Sequence[Tensor]
 ) -> Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], Views]]:
-    """`described` for operands that look like these (`orepa_kernels.signature`)."""
+    """`described` for operands that look like these (`orepa_kernels.guards`)."""
     used, template = described(block, tensors)
     if used is not tensors:
         return lambda own: described(block, own)

@@ -10,7 +10,7 @@ Common arguments: ``addresses`` (arguments, one per slot, or a table of them), `
 import triton
 import triton.language as tl
 
-from .device import INTERPRETING
+from ..device import INTERPRETING
 
 if hasattr(triton, "constexpr_function"):
     constexpr_function = triton.constexpr_function

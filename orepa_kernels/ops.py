@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, fused
+from . import autograd as fused
+from . import dispatch
 from .plan import Block
 from .plan_text import decode
 
@@ -27,7 +28,7 @@ _LIBRARY.define(
 
 
 def _backend(name: str) -> fused.FusedBackend:
-    backend = backends.get(name)
+    backend = dispatch.get(name)
     assert isinstance(backend, fused.FusedBackend)
     return backend
 

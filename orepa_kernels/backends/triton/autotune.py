@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...dispatch import log
 from ...plan import Block
-from .. import log
 from .configs import Backward, Forward
 from .device import capturing, device_of
 from .spec import Spec

@@ -1,7 +1,7 @@
 """What all fused backends share: nested blocks, autograd, and operators that torch.compile can see.
 
 A backend computes flat blocks forward and backward on plain tensors; everything between those two raw calls and
-`orepa_kernels.squeeze` is here and in `orepa_kernels.operators`. Nothing is saved for the backward pass but the operands.
+`orepa_kernels.squeeze` is here and in `orepa_kernels.ops`. Nothing is saved for the backward pass but the operands.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .autocast import no_autocast
-from .backends import YES, Backend, Request, Shortcut, Verdict
+from .backends.base import YES, Backend, Request, Shortcut, Verdict
+from .guards import is_dispatched, is_plain, is_watched, signature
+from .nested import Key, Program, Step, program
 from .plan import Block
-from .signature import is_dispatched, is_plain, is_watched, signature
-from .stages import Key, Program, Step, program
 
 #: gradients of one block, in the order of its operands; None where none was asked for
 Gradients = list[Tensor | None]
@@ -36,7 +36,7 @@ _MOST_GRADIENTS = 4
 
 
 class FusedBackend(Backend):
-    """A backend that computes flat blocks (see `orepa_kernels.stages`), any number of them in one call."""
+    """A backend that computes flat blocks (see `orepa_kernels.nested`), any number of them in one call."""
 
     @abstractmethod
     def runs_on(self, device: torch.device) -> Verdict:
@@ -109,7 +109,7 @@ class FusedBackend(Backend):
     ) -> ForwardAgain:
         """`forward` of one flat block without a fold, for calls that will be made many times.
 
-        What operands of one signature (`orepa_kernels.signature`) have in common may be worked out here: everything but
+        What operands of one signature (`orepa_kernels.guards`) have in common may be worked out here: everything but
         their addresses. Global settings, the stream and the device that is current may differ from call to call.
         """
         return lambda own: self.forward((block,), (own,), dtype, memory_format, (None,))[0]
@@ -245,7 +245,7 @@ class _SqueezeAgain(_Squeeze):
 
 
 # `_Squeeze.apply` without its Python half, which does nothing here for 3.5 microseconds: it looks after ``torch.func``
-# transforms, and tensors inside one are not plain (see `orepa_kernels.backends.Request`).
+# transforms, and tensors inside one are not plain (see `orepa_kernels.backends.base.Request`).
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Squeeze).apply
 _apply_again: Callable[..., Tensor] = super(torch.autograd.Function, _SqueezeAgain).apply
 

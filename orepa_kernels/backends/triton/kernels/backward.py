@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .access import TILE_WORDS, constexpr_function, count_terms, of, scale_is_needed, term
-from .gradients_composed import first_gradient, second_gradient
-from .gradients_elementwise import elementwise_gradients
-from .gradients_separable import separable_gradients
+from .composed import first_gradient, second_gradient
+from .elementwise import elementwise_gradients
+from .separable import separable_gradients
 
 #: roles of a program: these, plus three times the number of the term that they serve
 SECOND = tl.constexpr(0)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import Backend, choose, recall, remember, resolve
+from .backends.base import Backend
+from .dispatch import choose, recall, remember, resolve
+from .guards import is_plain, is_watched
 from .plan import Block, Operand
-from .signature import is_plain, is_watched
 
 #: dtypes that operands and kernels can have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -20,17 +20,19 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...fused import BackwardAgain, ForwardAgain, maker
+from ...autograd import BackwardAgain, ForwardAgain, maker
 from ...plan import Block
 from ..memory import kept
-from . import configs, tables, tuning
+from . import autotune as tuning
+from . import configs
+from . import tile_map as tables
 from .again import Again, addresses_of, alignment, run
-from .backward import squeeze_backward
+from .compiled import Kernel
 from .device import INTERPRETING, capturing, device_of, stream_of
-from .forward import squeeze_forward
-from .kernel import Kernel
+from .kernels.backward import squeeze_backward
+from .kernels.forward import squeeze_forward
+from .kernels.sums import add_parts
 from .spec import Spec, backward_spec, forward_spec
-from .sums import add_parts
 
 if INTERPRETING:
     from .interpreter import repair
@@ -261,7 +263,7 @@ def forward(
     memory_format: torch.memory_format,
     folds: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Kernels of flat blocks, see `orepa_kernels.fused.FusedBackend.forward`; one launch per structure."""
+    """Kernels of flat blocks, see `orepa_kernels.autograd.FusedBackend.forward`; one launch per structure."""
     if not blocks:
         return []
     device = operands[0][0].device
@@ -300,7 +302,7 @@ def _forward_launches(
 def forward_again(
     block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
 ) -> ForwardAgain:
-    """See `orepa_kernels.fused.FusedBackend.forward_again`."""
+    """See `orepa_kernels.autograd.FusedBackend.forward_again`."""
     device = operands[0].device
     new = maker(block.shape, dtype, device, memory_format)
     launches: Again[_Forward] = Again(device)
@@ -321,7 +323,7 @@ def backward(
     upstream: Sequence[Tensor],
     needed: Sequence[Sequence[bool]],
 ) -> list[list[Tensor | None]]:
-    """Gradients of flat blocks, see `orepa_kernels.fused.FusedBackend.backward`; two launches per structure."""
+    """Gradients of flat blocks, see `orepa_kernels.autograd.FusedBackend.backward`; two launches per structure."""
     gradients: list[list[Tensor | None]] = [
         [torch.empty_like(tensor) if need else None for tensor, need in zip(own, wanted, strict=True)]
         for own, wanted in zip(operands, needed, strict=True)
@@ -366,7 +368,7 @@ def _backward_launches(
 
 
 def backward_again(device: torch.device, block: Block, needed: Sequence[bool]) -> BackwardAgain:
-    """See `orepa_kernels.fused.FusedBackend.backward_again`."""
+    """See `orepa_kernels.autograd.FusedBackend.backward_again`."""
     wanted = [index for index, need in enumerate(needed) if need]
     launches: Again[_Backward] = Again(device)
 
