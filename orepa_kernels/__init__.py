@@ -9,14 +9,13 @@ Squeezing turns a linear block of many branches and layers into one convolution 
     (weight,) = squeeze([block], [[origin, avg, scales]])
 """
 
-from . import ops as ops
+from . import ops as ops  # registers the operators
 from .api import DTYPES, squeeze
-from .autocast import autocast_dtype
-from .backends.base import BackendError, Verdict
+from .backends.base import BackendError, Support
 from .dispatch import backends
+from .guards import autocast_dtype
 from .plan import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, Term
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "DTYPES",
@@ -29,8 +28,8 @@ __all__ = [
     "Operand",
     "PointwiseFilter",
     "Separable",
+    "Support",
     "Term",
-    "Verdict",
     "__version__",
     "autocast_dtype",
     "backends",

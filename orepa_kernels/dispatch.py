@@ -1,4 +1,4 @@
-"""Which backend squeezes what: the registry, the choice, and what is remembered from call to call.
+"""Which backend squeezes what: the registry, the choice, and the one cache of calls.
 
 To add a backend, subclass `orepa_kernels.backends.base.Backend` and `register` it: nothing else in the project changes.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .backends.base import Backend, BackendError, Request, Shortcut, Verdict
+from .autograd import Call
+from .backends.base import Backend, BackendError, Request, Support
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
-from .guards import signature
+from .guards import layout_guard
 from .plan import Block, Dense, Operand
 
 log = logging.getLogger("orepa_kernels")
@@ -28,16 +30,70 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 #: environment variable that replaces ``backend="auto"``
 ENVIRONMENT_VARIABLE = "OREPA_BACKEND"
 
-
 _REGISTRY: dict[str, Backend] = {}
 #: asked on first use, once: finding out may load a driver (a plain dict, because torch.compile cannot trace functools.cache)
-_AVAILABLE: dict[str, Verdict] = {}
-#: what `choose` found; a training step asks for the same blocks every time
-_CHOICES: dict[tuple[object, ...], Backend] = {}
-_MOST_CHOICES = 1 << 16
-#: `Backend.shortcut` of calls seen before, each after the predicate that its operands have to meet
-_SHORTCUTS: dict[tuple[object, ...], list[tuple[Callable[..., bool], Shortcut]]] = {}
-_MOST_SHORTCUTS, _MOST_SIGNATURES = 1 << 14, 8
+_AVAILABLE: dict[str, Support] = {}
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------------
+
+#: what squeezes the operands of all blocks, one after the other
+Squeezer: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class CallCache:
+    """The calls made before, each with what its backend prepared: the one cache on the way to a kernel.
+
+    The key is ``(backend asked for, dtype asked for, memory format, *blocks)``. Under a key lie the newest few layouts of
+    operands, each behind a guard (`orepa_kernels.guards.layout_guard`): number, types, dtypes, devices, shapes, strides, and
+    which require gradients. What else a launch depends on (precision, alignment of addresses, layouts of upstream gradients)
+    is looked up in the call itself. The oldest key goes when there are too many.
+    """
+
+    def __init__(self, most_keys: int = 4096, most_layouts: int = 8) -> None:
+        self._most_keys, self._most_layouts = most_keys, most_layouts
+        self._calls: dict[tuple[object, ...], list[tuple[Callable[..., bool], Squeezer]]] = {}
+
+    def find(self, key: tuple[object, ...], tensors: Sequence[Tensor]) -> Squeezer | None:
+        """Return what was added for such tensors."""
+        for matches, call in self._calls.get(key, ()):
+            if matches(*tensors):
+                return call
+        return None
+
+    def add(self, key: tuple[object, ...], tensors: Sequence[Tensor], call: Squeezer) -> None:
+        """Remember a call for tensors of these layouts."""
+        while len(self._calls) >= self._most_keys:
+            self._calls.pop(next(iter(self._calls)), None)
+        newest = self._calls.get(key, [])[-self._most_layouts + 1 :]
+        self._calls[key] = [*newest, (layout_guard(tensors), call)]
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._calls.clear()
+
+
+calls = CallCache()
+
+
+def call_of(
+    backend: Backend,
+    blocks: Sequence[Block],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Call:
+    """Return the call of one backend for operands of these layouts, from the cache where it is there."""
+    key = (backend, dtype, memory_format, *blocks)
+    call = calls.find(key, tensors)
+    if call is None:
+        call = Call(backend, blocks, tensors, dtype, memory_format)
+        calls.add(key, tensors, call)
+    assert isinstance(call, Call)
+    return call
+
+
+# --- the registry -------------------------------------------------------------------------------------------------------
 
 
 def register(backend: Backend) -> Backend:
@@ -46,13 +102,12 @@ def register(backend: Backend) -> Backend:
         raise ValueError(f"backend name must be one of {', '.join(NAMES)}, got {backend.name!r}")
     _REGISTRY[backend.name] = backend
     _AVAILABLE.pop(backend.name, None)
-    _CHOICES.clear()
-    _SHORTCUTS.clear()
+    calls.clear()
     return backend
 
 
 def get(name: str) -> Backend:
-    """A registered backend by name.
+    """Return a registered backend by name.
 
     Raises:
         KeyError: there is none of that name.
@@ -60,23 +115,35 @@ def get(name: str) -> Backend:
     return _REGISTRY[name]
 
 
-def _available(name: str) -> Verdict:
+def backends() -> dict[str, Support]:
+    """Return every backend by name, fastest first, each with whether it runs here and, if not, why."""
+    return {name: _available(name) for name in NAMES}
+
+
+def names_on(device: torch.device) -> list[str]:
+    """Return the backends that squeeze float32 tensors on ``device``, fastest first."""
+    block = Block(1, 1, (1, 1), (Dense(Operand("weight", (1, 1, 1, 1))),))
+    request = Request(block, device, torch.float32, torch.float32)
+    return [name for name in NAMES if _support(name, request)]
+
+
+def _available(name: str) -> Support:
     if name not in _REGISTRY:
-        return Verdict(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
+        return Support(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
     if torch.compiler.is_compiling():
         reason = _why_not_available(name)
-        return Verdict(not reason, reason)
-    return _asked(name)
+        return Support(not reason, reason)
+    return _ask(name)
 
 
-def _asked(name: str) -> Verdict:
+def _ask(name: str) -> Support:
     if name not in _AVAILABLE:
         _AVAILABLE[name] = _REGISTRY[name].available()
     return _AVAILABLE[name]
 
 
 def _why_not_available(name: str) -> str:
-    return _asked(name).reason
+    return _ask(name).reason
 
 
 # What `torch.compiler.assume_constant_result` does, without its import of the compiler: torch.compile shall take the
@@ -85,20 +152,11 @@ def _why_not_available(name: str) -> str:
 _why_not_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def backends() -> dict[str, Verdict]:
-    """Every backend by name, fastest first, each with whether it runs here and, if not, why."""
-    return {name: _available(name) for name in NAMES}
-
-
-def names_on(device: torch.device) -> list[str]:
-    """The backends that squeeze float32 tensors on ``device``, fastest first; the CPU's are not among those of a GPU."""
-    block = Block(1, 1, (1, 1), (Dense(Operand("weight", (1, 1, 1, 1))),))
-    request = Request(block, device, torch.float32, torch.float32)
-    return [name for name in NAMES if _verdict(name, request)]
+# --- the choice ---------------------------------------------------------------------------------------------------------
 
 
 def resolve(name: str) -> str:
-    """The backend name to use: ``"auto"`` is replaced by ``OREPA_BACKEND`` where that is set.
+    """Return the backend name to use: ``"auto"`` is replaced by ``OREPA_BACKEND`` where that is set.
 
     Raises:
         ValueError: no backend has that name.
@@ -112,7 +170,7 @@ def resolve(name: str) -> str:
 
 
 def select(name: str, request: Request) -> Backend:
-    """The backend that squeezes ``request``.
+    """Return the backend that squeezes ``request``.
 
     Args:
         name: ``"auto"`` for the first that can, or the one to use (see `resolve`).
@@ -122,58 +180,21 @@ def select(name: str, request: Request) -> Backend:
     """
     if name == "auto":
         for candidate in NAMES:
-            verdict = _verdict(candidate, request)
-            if verdict:
+            support = _support(candidate, request)
+            if support:
                 return _REGISTRY[candidate]
-            if candidate in _REGISTRY:
-                _note_pass(candidate, verdict.reason)
+            if candidate in _REGISTRY and not torch.compiler.is_compiling():
+                log.debug("backend %s passes: %s", candidate, support.reason)
         raise BackendError(f"no backend can squeeze this block: {request}")
-    verdict = _verdict(name, request)
-    if not verdict:
-        raise BackendError(f"backend {name!r} was asked for but cannot run: {verdict.reason}")
+    support = _support(name, request)
+    if not support:
+        raise BackendError(f"backend {name!r} was asked for but cannot run: {support.reason}")
     return _REGISTRY[name]
 
 
-def choose(
-    name: str, block: Block, device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, plain: bool
-) -> Backend:
-    """`select` for the request of these fields; asked once, then remembered."""
-    if torch.compiler.is_compiling():  # could not trace the lookup
-        return select(name, Request(block, device, dtype, out_dtype, plain))
-    key = (name, block, device, dtype, out_dtype, plain)
-    chosen = _CHOICES.get(key)
-    if chosen is None:
-        chosen = select(name, Request(block, device, dtype, out_dtype, plain))
-        if len(_CHOICES) >= _MOST_CHOICES:
-            _CHOICES.clear()
-        _CHOICES[key] = chosen
-    return chosen
-
-
-def recall(key: tuple[object, ...], operands: Sequence[Tensor]) -> Shortcut | None:
-    """What `remember` was told for such operands."""
-    for matches, shortcut in _SHORTCUTS.get(key, ()):
-        if matches(*operands):
-            return shortcut
-    return None
-
-
-def remember(key: tuple[object, ...], operands: Sequence[Tensor], shortcut: Shortcut) -> None:
-    """Keep a shortcut for what ``key`` says and operands that look like these. The oldest of a key goes when there are many."""
-    if len(_SHORTCUTS) >= _MOST_SHORTCUTS:
-        _SHORTCUTS.clear()
-    kept = _SHORTCUTS.get(key, [])[-_MOST_SIGNATURES + 1 :]
-    _SHORTCUTS[key] = [*kept, (signature(operands), shortcut)]
-
-
-def _verdict(name: str, request: Request) -> Verdict:
+def _support(name: str, request: Request) -> Support:
     available = _available(name)
-    return _REGISTRY[name].can_run(request) if available else available
-
-
-def _note_pass(name: str, reason: str) -> None:
-    if not torch.compiler.is_compiling():
-        log.debug("backend %s passes: %s", name, reason)
+    return _REGISTRY[name].supports(request) if available else available
 
 
 for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend()):

@@ -1,8 +1,9 @@
-"""Whether tensors look as they did: a call that has been seen before may skip its questions."""
+"""What a call has to ask before it may run prepared work: tensors, tracers and modes, autocast, precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,26 +11,27 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _TensorGuards: Any = None
-try:  # what torch.compile asks before it reuses code: all tensors in one call, in a microsecond
+try:  # torch.compile's own check before it reuses code: all tensors in one call, in a microsecond
     from torch._C._dynamo import guards as _guards
 
     _TensorGuards = _guards.TensorGuards
 except (ImportError, AttributeError):
     pass
 
-
-# Asked before every call, so each is looked up once.
+# Looked up once, because every call asks.
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
 
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 
+# --- raw memory ---------------------------------------------------------------------------------------------------------
+
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether raw memory may be read.
+    """Return whether raw memory may be read.
 
     Not of tensor subclasses, of tensors that stand for others (a batch of them, or a negative), inside ``torch.func``
-    transforms or ``torch.jit.trace``, nor where derivatives go forward: all of these have to see what is computed.
+    transforms or ``torch.jit.trace``, nor under forward-mode AD: all of these have to see the operations.
     """
     return (
         _transforms() is None
@@ -42,17 +44,20 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def is_dispatched() -> bool:
-    """Whether a ``TorchDispatchMode`` is active, such as a counter of operations or a tracer: it has to see an operator."""
+    """Return whether a ``TorchDispatchMode`` is active, such as a FLOP counter or a tracer: it has to see an operator."""
     return _modes() > 0
 
 
 def is_watched() -> bool:
-    """Whether raw memory may not be read unseen though tensors do not tell: `is_dispatched`, or derivatives go forward."""
+    """Return whether the operations have to be seen though no tensor tells: `is_dispatched`, or forward-mode AD."""
     return _modes() > 0 or forward_ad._current_level >= 0
 
 
-def signature(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A predicate ``matches(*tensors)`` of ordinary tensors, outside of ``torch.func`` transforms.
+# --- layouts ------------------------------------------------------------------------------------------------------------
+
+
+def layout_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a predicate ``matches(*tensors)``, made from ordinary tensors outside of ``torch.func`` transforms.
 
     It holds for as many tensors of the same types, dtypes, devices, shapes and strides, of which the same require gradients,
     and never inside a transform or under ``torch.jit.trace``, if it was made outside. It may fail for tensors that look the
@@ -65,22 +70,58 @@ def signature(tensors: Sequence[Tensor]) -> Callable[..., bool]:
                 *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
             ).check
         except (TypeError, SystemError):  # a later torch, to which one says it differently
-            return in_python(tensors)
+            return layout_guard_in_python(tensors)
         return matches
-    return in_python(tensors)
+    return layout_guard_in_python(tensors)
 
 
-def in_python(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """`signature` by public means."""
-    looks = [_look(tensor) for tensor in tensors]
+def layout_guard_in_python(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return `layout_guard` by public means."""
+    expected = [_traits(tensor) for tensor in tensors]
 
     def matches(*others: Tensor) -> bool:
         outside = _transforms() is None and not _tracing()
-        return outside and len(others) == len(looks) and [_look(tensor) for tensor in others] == looks
+        return outside and len(others) == len(expected) and [_traits(tensor) for tensor in others] == expected
 
     return matches
 
 
-def _look(tensor: Tensor) -> tuple[Any, ...]:
-    how = tensor.requires_grad, tensor.is_neg()
-    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), *how)
+def _traits(tensor: Tensor) -> tuple[Any, ...]:
+    flags = tensor.requires_grad, tensor.is_neg()
+    return (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), *flags)
+
+
+# --- autocast and precision ---------------------------------------------------------------------------------------------
+
+# Asked once, at import: torch.compile cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that autocast computes in, or None where it is off. Traces under torch.compile.
+
+    Args:
+        device_type: such as ``"cuda"``.
+    """
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off, which would run the matrix products in half precision; the squeeze rounds once, at its end."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def float32_precision() -> str:
+    """Return how exact matrix products in float32 shall be: ``"highest"``, ``"high"`` or ``"medium"``.
+
+    `torch.get_float32_matmul_precision` raises where TF32 was set the newer way, through ``torch.backends.fp32_precision``
+    or ``torch.backends.cuda.matmul.fp32_precision`` (torch 2.9 and later).
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"

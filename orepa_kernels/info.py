@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from .backends import native
 from .dispatch import ENVIRONMENT_VARIABLE, backends
-from .precision import float32_precision
+from .guards import float32_precision
+from .version import __version__
 
 
 def collect() -> dict[str, Any]:

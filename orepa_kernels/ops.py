@@ -1,6 +1,6 @@
 """The squeeze as operators registered with PyTorch: what torch.compile sees of a fused backend.
 
-Python owns the schemas. Plans travel as text (see `orepa_kernels.plan_text`), backends by name.
+Python owns the schemas. Plans travel as text (see `orepa_kernels.plan.encode`), backends by name.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd as fused
 from . import dispatch
-from .plan import Block
-from .plan_text import decode
+from .plan import Block, decode
 
 _LIBRARY = torch.library.Library("orepa_kernels", "DEF")
 _LIBRARY.define(
@@ -25,12 +23,6 @@ _LIBRARY.define(
     "squeeze_backward(Tensor[] upstream, Tensor[] tensors, str[] plans, str backend, bool[] needed) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def _backend(name: str) -> fused.FusedBackend:
-    backend = dispatch.get(name)
-    assert isinstance(backend, fused.FusedBackend)
-    return backend
 
 
 def _blocks(plans: Sequence[str]) -> tuple[Block, ...]:
@@ -44,8 +36,9 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
 def _squeeze(
     tensors: Sequence[Tensor], plans: Sequence[str], backend: str, dtype: torch.dtype, channels_last: bool
 ) -> list[Tensor]:
-    unfolded = [None] * len(plans)
-    return fused.run_forward(_backend(backend), _blocks(plans), tensors, dtype, _memory_format(channels_last), unfolded)
+    how = dtype, _memory_format(channels_last)
+    call = dispatch.call_of(dispatch.get(backend), _blocks(plans), tensors, *how)
+    return call.prepared.forward(tensors)
 
 
 def _squeeze_fake(
@@ -58,8 +51,10 @@ def _squeeze_fake(
 def _backward(
     upstream: Sequence[Tensor], tensors: Sequence[Tensor], plans: Sequence[str], backend: str, needed: Sequence[bool]
 ) -> list[Tensor]:
-    found = fused.run_backward(_backend(backend), _blocks(plans), tensors, upstream, needed)
-    return [gradient for gradient in found if gradient is not None]
+    how = upstream[0].dtype, torch.contiguous_format  # of kernels, which no gradient depends on
+    call = dispatch.call_of(dispatch.get(backend), _blocks(plans), tensors, *how)
+    gradients = call.prepared.backward(tensors, upstream, needed)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _backward_fake(
@@ -76,10 +71,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _gradients(ctx: Any, upstream: Sequence[Tensor]) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     needed = [bool(need) for need in ctx.needs_input_grad[0]]
-    found = iter(
+    gradients = iter(
         torch.ops.orepa_kernels.squeeze_backward(list(upstream), list(tensors), ctx.plans, ctx.backend, needed)
     )
-    return [next(found) if need else None for need in needed], None, None, None, None
+    return [next(gradients) if need else None for need in needed], None, None, None, None
 
 
 # One implementation for every device: the backend's name says where it runs.

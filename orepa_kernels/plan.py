@@ -18,11 +18,12 @@ scaled per output channel (paper section 3.2) and is centre-aligned in the block
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
-
-from .plan_text import encode
+from typing import Any, TypeAlias
 
 Size: TypeAlias = tuple[int, int]
 
@@ -146,7 +147,7 @@ class Block:
     leading: int = field(init=False, compare=False, repr=False)
     #: the most terms that this block or one nested in it has
     most_terms: int = field(init=False, compare=False, repr=False)
-    #: the plan as text, see `orepa_kernels.plan_text`
+    #: the plan as text, see `encode`
     text: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -316,3 +317,45 @@ def check_alignment(kernel_size: Size, target: Size, where: str = "kernel") -> N
                 f"{where}: a {kernel_size[0]}x{kernel_size[1]} kernel {why} the block's {target[0]}x{target[1]} kernel "
                 "(in each dimension the difference must be even and not negative)"
             )
+
+
+# --- plans as text ------------------------------------------------------------------------------------------------------
+
+# What the operators registered with PyTorch take, since their arguments are tensors and plain values. The text of a plan is
+# its meaning, so a compiled graph that holds it stays valid in another process.
+
+
+def encode(block: Block) -> str:
+    """A plan as JSON; equal plans give equal texts."""
+    return json.dumps(_plain(block), separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=4096)
+def decode(text: str) -> Block:
+    """The plan that `encode` wrote.
+
+    Raises:
+        ValueError: the text is no plan, or one that could not be built.
+    """
+    kinds = {kind.__name__: kind for kind in (*Term.__args__, Operand, Average, Block)}
+
+    def build(node: Any) -> Any:
+        if isinstance(node, dict):
+            kind = kinds[node.pop("kind")]
+            return kind(**{name: build(value) for name, value in node.items()})
+        return tuple(build(value) for value in node) if isinstance(node, list) else node
+
+    try:
+        block = build(json.loads(text))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the text of a plan: {text[:80]!r} ({error!r})") from error
+    if not isinstance(block, Block):
+        raise ValueError(f"not the text of a plan: {text[:80]!r}")
+    return block
+
+
+def _plain(node: Any) -> Any:
+    if dataclasses.is_dataclass(node):
+        inputs = {f.name: _plain(getattr(node, f.name)) for f in dataclasses.fields(node) if f.init}
+        return {"kind": type(node).__name__, **inputs}
+    return [_plain(value) for value in node] if isinstance(node, tuple) else node

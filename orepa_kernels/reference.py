@@ -64,11 +64,6 @@ def term_kernel(block: Block, term: Term, tensors: Mapping[str, Tensor]) -> Tens
     return separable(depthwise, value(term.pointwise), block.in_channels, block.groups)
 
 
-def fold(kernel: Tensor, factor: Tensor | None) -> Tensor:
-    """``kernel`` times one factor ``[O]`` per output channel, such as the scale of a batch norm that follows."""
-    return kernel if factor is None else kernel * factor.to(kernel.dtype).view(-1, 1, 1, 1)
-
-
 def align(kernel: Tensor, kernel_size: Size) -> Tensor:
     """Zero-pad ``kernel`` so that it sits at the centre of a ``kernel_size`` one.
 

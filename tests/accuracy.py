@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orepa_kernels import Block, squeeze
-from orepa_kernels.autograd import compute_dtype
+from orepa_kernels.backends.base import Signature
 
 #: so many roundings, of the compute dtype or of the result's where that is coarser, are noise, whatever the plain
 #: formulation's error happens to be
@@ -61,7 +61,9 @@ def check(
 
     magnitudes = run(block, [t.double().abs() for t in tensors], upstream.double().abs(), "reference")
 
-    rounding = torch.finfo(compute_dtype(tensors)).eps  # a float64 kernel of half-precision operands has these, too
+    rounding = torch.finfo(
+        Signature.of(tensors, kernel.dtype, memory_format).compute_dtype
+    ).eps  # a float64 kernel of half-precision operands has these, too
     assert kernel.dtype == plain_kernel.dtype and kernel.shape == plain_kernel.shape
     assert kernel.is_contiguous(memory_format=memory_format)
     names = ["kernel", *(operand.name for operand in block.operands)]

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..autograd import ForwardAgain, FusedBackend, Gradients, maker
+from ..guards import float32_precision
 from ..plan import Block, sources
-from ..precision import float32_precision
 from . import native
-from .base import YES, Verdict
-from .memory import kept
+from .base import SUPPORTED, Backend, Gradients, Prepared, Signature, Support, empty_factory, split
+from .memory import alloc_persistent
 
-#: what `torch.set_float32_matmul_precision` was told, as the number that the kernels know it by (csrc/cuda/launch.h)
+#: `torch.set_float32_matmul_precision` as the number that the kernels know it by (csrc/cuda/launch.h)
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
-#: lists of blocks whose memory needs are remembered
-_MOST_NEEDS = 1 << 14
 
-
-class CudaBackend(FusedBackend):
+class CudaBackend(Backend):
     """Every kind of term, in float32, bfloat16 and float16; products of composed terms on tensor cores from sm_80 on.
 
     Launches go to the current stream, wait for nothing, and may be captured in CUDA graphs.
@@ -34,132 +30,135 @@ class CudaBackend(FusedBackend):
         self._architectures: tuple[int, ...] = ()
         self._ptx: tuple[int, ...] = ()
         self._max_taps = 0
-        self._needs: dict[tuple[Block, ...], tuple[int, int]] = {}
         self._counters: dict[tuple[int, int], Tensor] = {}
 
-    def available(self) -> Verdict:
+    def available(self) -> Support:
         missing = native.why_missing()
         if missing:
-            return Verdict(False, missing)
+            return Support(False, missing)
         module = native.module()
         if not hasattr(module, "cuda_forward"):
-            return Verdict(False, f"built without CUDA: {module.build()['why_no_cuda']}")
+            return Support(False, f"built without CUDA: {module.build()['why_no_cuda']}")
         self._architectures = tuple(sorted(module.cuda_architectures()))
         self._ptx = _with_ptx(module.cuda_asked_architectures, self._architectures)
         self._max_taps = module.cuda_max_taps
         if torch.version.cuda is None:
-            return Verdict(False, f"torch {torch.__version__} is built without CUDA")
+            return Support(False, f"torch {torch.__version__} is built without CUDA")
         if not torch.cuda.is_available():
-            return Verdict(False, "torch finds no CUDA device")
-        verdicts = [self.runs_on(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-        return next((verdict for verdict in verdicts if verdict), verdicts[0])
+            return Support(False, "torch finds no CUDA device")
+        devices = [self.supports_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        return next((support for support in devices if support), devices[0])
 
-    def runs_on(self, device: torch.device) -> Verdict:
+    def supports_device(self, device: torch.device) -> Support:
         if device.type != "cuda":
-            return Verdict(False, f"the tensors are on {device.type}")
+            return Support(False, f"the tensors are on {device.type}")
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
         if any(built // 10 == major and built <= capability for built in self._architectures):
-            return YES
+            return SUPPORTED
         if any(ptx <= capability for ptx in self._ptx):  # which the driver compiles
-            return YES
+            return SUPPORTED
         built = ", ".join(f"sm_{architecture}" for architecture in self._architectures)
-        return Verdict(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
+        return Support(False, f"{device} has compute capability {major}.{minor}, this build has {built}")
 
-    def covers(self, block: Block) -> Verdict:
+    def supports_block(self, block: Block) -> Support:
         taps = _most_taps(block)
         if taps > self._max_taps:
-            return Verdict(False, f"the block has a kernel of {taps} taps, more than {self._max_taps}")
-        return native.covers(block)
+            return Support(False, f"the block has a kernel of {taps} taps, more than {self._max_taps}")
+        return native.supports_block(block)
 
-    def forward(
-        self,
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        folds: Sequence[Tensor | None],
-    ) -> list[Tensor]:
-        device = tensors[0][0].device
-        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
-        kernels = [
-            torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks
-        ]
-        native.module().cuda_forward(
-            [native.plan(block) for block in blocks],
-            [views for _, views in operands],
-            native.views(kernels),
-            native.views(folds),
-            *_where(device),
-        )
-        return kernels
-
-    def forward_again(
-        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> ForwardAgain:
-        device, describe = operands[0].device, native.described_again(block, operands)
-        new = maker(block.shape, dtype, device, memory_format)
-        run, plans, no_folds = native.module().cuda_forward, [native.plan(block)], native.views([None])
-
-        def again(own: Sequence[Tensor]) -> Tensor:
-            kernel = new()
-            _alive, views = describe(own)
-            run(plans, [views], native.view(kernel), no_folds, *_where(device))
-            return kernel
-
-        return again
-
-    def backward(
-        self,
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        upstream: Sequence[Tensor],
-        needed: Sequence[Sequence[bool]],
-    ) -> list[Gradients]:
-        device = tensors[0][0].device
-        operands = [native.described(block, own) for block, own in zip(blocks, tensors, strict=True)]
-        upstream = [native.collapsed(gradient) for gradient in upstream]
-        gradients = [
-            [torch.empty_like(tensor) if need else None for tensor, need in zip(own, needs, strict=True)]
-            for own, needs in zip(tensors, needed, strict=True)
-        ]
-        targets = [native.places(block, own, torch.float32) for block, own in zip(blocks, gradients, strict=True)]
-        plans, views = [native.plan(block) for block in blocks], [numbers for _, numbers in operands]
-        key = tuple(blocks)
-        if key not in self._needs:
-            if len(self._needs) >= _MOST_NEEDS:
-                self._needs.clear()
-            self._needs[key] = native.module().cuda_needs(plans, views, True)
-        workspace_bytes, counter_bytes = self._needs[key]
-        where = _where(device)
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        counters = self._zeros(device, where[1], counter_bytes)
-        native.module().cuda_backward(
-            plans,
-            views,
-            native.views(upstream),
-            [numbers for _, numbers in targets],
-            *where,
-            workspace.data_ptr(),
-            workspace_bytes,
-            counters.data_ptr(),
-            counters.nbytes,
-        )
-        for own, (buffers, _) in zip(gradients, targets, strict=True):
-            native.hand_over(own, buffers)
-        return gradients
+    def prepare(self, blocks: Sequence[Block], signature: Signature) -> Prepared:
+        return _PreparedLaunch(blocks, signature, self._zeros)
 
     def _zeros(self, device: torch.device, stream: int, size: int) -> Tensor:
-        """Counters, which kernels leave zero: kept per stream, because launches on one do not overlap."""
+        """Counters, which kernels leave zero: cached per stream, because launches on one do not overlap."""
         if torch.cuda.is_current_stream_capturing():
-            # The graph's own: what is kept here could be in use by another stream when the graph is replayed.
+            # The graph needs counters of its own: cached ones could be in use by another stream when it is replayed.
             return torch.zeros(size, dtype=torch.uint8, device=device)
         key = _index(device), stream
-        found = self._counters.get(key)
-        if found is None or found.nbytes < size:
+        counters = self._counters.get(key)
+        if counters is None or counters.nbytes < size:
             zeros = functools.partial(torch.zeros, max(size, 4096), dtype=torch.uint8, device=device)
-            found = self._counters[key] = kept(device, zeros)
-        return found
+            counters = self._counters[key] = alloc_persistent(device, zeros)
+        return counters
+
+
+class _PreparedLaunch(Prepared):
+    """Any number of blocks, ready for one launch each way."""
+
+    def __init__(
+        self, blocks: Sequence[Block], signature: Signature, zeros: Callable[[torch.device, int, int], Tensor]
+    ) -> None:
+        self._blocks, self._device, self._zeros = blocks, signature.device, zeros
+        self._plans = [native.plan(block) for block in blocks]
+        self._operands = [native.PackedOperands(own.layouts) for own in signature.split(blocks)]
+        kernels = [signature.kernel(block) for block in blocks]
+        self._new_kernels = [empty_factory(kernel, signature.device) for kernel in kernels]
+        self._kernel_steps = [native.steps(kernel) for kernel in kernels]
+        #: by block and needed gradients
+        self._gradients: dict[tuple[int, tuple[bool, ...]], native.PackedGradients] = {}
+        #: bytes of workspace and of counters, by the blocks of a backward launch
+        self._needs: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        kernels = [new() for new in self._new_kernels]
+        _alive, views = self._pack(tensors)
+        targets: native.Views = []
+        for kernel, steps in zip(kernels, self._kernel_steps, strict=True):
+            targets += (kernel.data_ptr(), *steps)
+        native.module().cuda_forward(self._plans, views, targets, *_where(self._device))
+        return kernels
+
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> Gradients:
+        operands, wanted = split(self._blocks, tensors), split(self._blocks, needed)
+        gradients: list[Gradients] = [[None] * len(own) for own in operands]
+        outputs, buffers, targets = {}, {}, []
+        for index, gradient in enumerate(upstream):
+            if gradient is None or not any(wanted[index]):
+                continue
+            outputs[index] = native.collapsed(gradient)
+            rows = zip(operands[index], wanted[index], strict=True)
+            gradients[index] = [torch.empty_like(tensor) if need else None for tensor, need in rows]
+            buffers[index], views = self._pack_gradients(index, tuple(wanted[index]), gradients[index])
+            targets.append(views)
+        if outputs:
+            self._launch_backward(tensors, outputs, targets)
+        for index, own in buffers.items():
+            native.PackedGradients.copy_back(gradients[index], own)
+        return [gradient for own in gradients for gradient in own]
+
+    def _launch_backward(
+        self, tensors: Sequence[Tensor], upstream: dict[int, Tensor], targets: list[native.Views]
+    ) -> None:
+        _alive, views = self._pack(tensors)
+        plans, views = [self._plans[index] for index in upstream], [views[index] for index in upstream]
+        key = tuple(upstream)
+        if key not in self._needs:
+            self._needs[key] = native.module().cuda_needs(plans, views, True)
+        workspace_bytes, counter_bytes = self._needs[key]
+        where = _where(self._device)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=self._device)
+        counters = self._zeros(self._device, where[1], counter_bytes)
+        numbers = [number for gradient in upstream.values() for number in native.view(gradient)]
+        memory = workspace.data_ptr(), workspace_bytes, counters.data_ptr(), counters.nbytes
+        native.module().cuda_backward(plans, views, numbers, targets, *where, *memory)
+
+    def _pack(self, tensors: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], list[native.Views]]:
+        """The operands of each block as views, and the tensors that those point into."""
+        pairs = zip(self._operands, split(self._blocks, tensors), strict=True)
+        packed = [operands.pack(own) for operands, own in pairs]
+        return [alive for alive, _ in packed], [views for _, views in packed]
+
+    def _pack_gradients(
+        self, index: int, needed: tuple[bool, ...], gradients: Gradients
+    ) -> tuple[dict[int, Tensor], native.Views]:
+        packed = self._gradients.get((index, needed))
+        if packed is None:
+            packed = native.PackedGradients(self._blocks[index], gradients, torch.float32)
+            self._gradients[index, needed] = packed
+        return packed.pack(gradients)
 
 
 def _with_ptx(asked: str, built: tuple[int, ...]) -> tuple[int, ...]:

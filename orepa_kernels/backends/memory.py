@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 
-def kept(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor that ``make`` allocates on a device, to be used on its current stream and kept.
+def alloc_persistent(device: torch.device, allocate: Callable[[], Tensor]) -> Tensor:
+    """Return the tensor that ``allocate`` makes on a device, for use on its current stream in this and later calls.
 
-    Another thread makes it. ``torch.compile(mode="reduce-overhead")`` warms up with a memory pool for all that its thread
-    allocates, and then raises for whatever is alive there and is no result of the compiled function; later it would hand
-    the same memory to others.
+    Another thread allocates it. ``torch.compile(mode="reduce-overhead")`` warms up with a memory pool for all that its thread
+    allocates, raises for whatever is alive there and is no result of the compiled function, and later reuses the memory.
     """
     if device.type != "cuda":
-        return make()
+        return allocate()
     stream = torch.cuda.current_stream(device)
 
-    def elsewhere() -> Tensor:
+    def allocate_on_stream() -> Tensor:
         with torch.cuda.stream(stream):
-            return make()
+            return allocate()
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(elsewhere).result()
+        return thread.submit(allocate_on_stream).result()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..plan import Average, Block, Composed, Dense, Operand, PointwiseFilter, Term, kernel_size_of, term_kernel_size
-from .base import YES, Verdict
+from .base import SUPPORTED, Gradients, Layout, Support, layout_of
 
+_C: Any = None
 _import_error = ""
 try:
-    from .. import _C  # type: ignore[attr-defined]
+    _C = importlib.import_module("orepa_kernels._C")
 except ImportError as error:
-    _C, _import_error = None, str(error)
+    _import_error = str(error)
 
 #: whether this package is imported from a clone, where it hides an installed one
 IN_SOURCE_TREE = (Path(__file__).resolve().parents[2] / "csrc").is_dir()
@@ -28,14 +29,14 @@ IN_SOURCE_TREE = (Path(__file__).resolve().parents[2] / "csrc").is_dir()
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 #: five numbers per tensor: address, type, strides of rows, columns and taps
-Views = list[int]
+Views: TypeAlias = list[int]
 
-_ABSENT = (0, 1, 0, 0, 0)
+_ABSENT = [0, 1, 0, 0, 0]
 _FIELDS = len(_ABSENT)
 
 
 def module() -> ModuleType:
-    """The compiled module.
+    """Return the compiled module.
 
     Raises:
         RuntimeError: it is not here; see `why_missing`.
@@ -46,33 +47,34 @@ def module() -> ModuleType:
 
 
 def why_missing() -> str:
-    """Why there is no compiled module, or an empty string where there is one."""
+    """Say why there is no compiled module; an empty string where there is one."""
     if _C is not None:
         return ""
-    report = Path(__file__).parents[1] / "_build.json"
+    package = Path(__file__).parents[1]
+    report = package / "_build.json"
     missing = json.loads(report.read_text())["missing"] if report.is_file() else ""
     if missing:
         return f"the compiled kernels were left out when this package was built: {missing}"
-    if _import_error and "_C" not in _import_error:  # not "cannot import name '_C'", which is to be expected
+    if _import_error and "_C" not in _import_error:  # not "No module named 'orepa_kernels._C'", which is to be expected
         return f"the compiled kernels cannot be loaded: {_import_error}"
     if IN_SOURCE_TREE:
         return (
-            f"{Path(__file__).parents[1]} is a source folder without compiled kernels: run `pip install -e .` there, or start "
+            f"{package} is a source folder without compiled kernels: run `pip install -e .` there, or start "
             "Python elsewhere to use an installed package"
         )
     return "the compiled kernels are not built: run `pip install .` (or `pip install -e .`) in the source folder"
 
 
-def covers(block: Block) -> Verdict:
-    """Whether csrc/squeeze.h can describe a block."""
+def supports_block(block: Block) -> Support:
+    """Return whether csrc/squeeze.h can describe a block."""
     most = module().max_terms
     if block.most_terms <= most:
-        return YES
-    return Verdict(False, f"the block has {block.most_terms} terms, more than {most}")
+        return SUPPORTED
+    return Support(False, f"the block has {block.most_terms} terms, more than {most}")
 
 
 def build() -> dict[str, Any]:
-    """How the compiled module was built and what it uses here; or, under ``missing``, why it is not here."""
+    """Return how the compiled module was built and what it uses here; or, under ``missing``, why it is not here."""
     if _C is None:
         return {"missing": why_missing()}
     facts = {**_C.build(), "cpu_instruction_set": _C.cpu_instruction_set()}
@@ -81,27 +83,26 @@ def build() -> dict[str, Any]:
     return facts
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(block: Block) -> Any:
-    """A flat block (see `orepa_kernels.nested`) as the compiled module's ``Plan``."""
-    places = {operand.name: index for index, operand in enumerate(block.operands)}
+    """Return a flat block (see `orepa_kernels.nested`) as the compiled module's ``Plan``."""
+    slots = {operand.name: index for index, operand in enumerate(block.operands)}
 
-    def place(factor: Operand | Block | Average | None) -> int:
-        return places[factor.name] if isinstance(factor, Operand) else -1
+    def slot(factor: Operand | Block | Average | None) -> int:
+        return slots[factor.name] if isinstance(factor, Operand) else -1
 
     terms = []
     for term in block.terms:
-        kind, a, b, first_size, inner = _parts(block, term)
+        kind, a, b, first_size, inner = _fields(block, term)
         identity = isinstance(term, Composed) and term.identity
         scale = -1 if term.scale is None else term.scale
-        terms.append((kind, scale, term_kernel_size(term), first_size, inner, identity, place(a), place(b)))
+        terms.append((kind, scale, term_kernel_size(term), first_size, inner, identity, slot(a), slot(b)))
     return module().Plan(
         block.out_channels,
         block.in_channels // block.groups,
         block.groups,
         block.kernel_size,
         terms,
-        place(block.scales),
+        slot(block.scales),
         len(block.operands),
     )
 
@@ -109,7 +110,7 @@ def plan(block: Block) -> Any:
 _Factor: TypeAlias = "Operand | Block | Average | None"
 
 
-def _parts(block: Block, term: Term) -> tuple[int, _Factor, _Factor, tuple[int, int], int]:
+def _fields(block: Block, term: Term) -> tuple[int, _Factor, _Factor, tuple[int, int], int]:
     """Kind, factors a and b, size of the first, and inner channels, as csrc/squeeze.h has them."""
     if isinstance(term, Dense):
         return 0, term.weight, None, (1, 1), 0
@@ -120,122 +121,120 @@ def _parts(block: Block, term: Term) -> tuple[int, _Factor, _Factor, tuple[int, 
     return 3, term.depthwise, term.pointwise, (1, 1), term.depthwise.shape[0] // block.in_channels
 
 
-def is_collapsed(tensor: Tensor) -> bool:
-    """Whether the taps are evenly spaced in memory, which a `view` needs."""
-    strides = tensor.stride()
-    if len(strides) < 3:
-        return True
-    height, width = tensor.shape[-2:]
-    return height == 1 or width == 1 or strides[-2] == width * strides[-1]
+# --- tensors as views ---------------------------------------------------------------------------------------------------
 
 
-def collapsed(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where no `view` could describe it."""
-    return tensor if is_collapsed(tensor) else tensor.contiguous()
+class PackedOperands:
+    """Packs the operands of a block as views. From call to call only addresses change.
 
-
-def described(block: Block, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Views]:
-    """The operands of a block, collapsed, and their views, one after the other."""
-    return _with_views(block, tensors, collapsed)
-
-
-def described_again(
-    block: Block, tensors: Sequence[Tensor]
-) -> Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], Views]]:
-    """`described` for operands that look like these (`orepa_kernels.guards`)."""
-    used, template = described(block, tensors)
-    if used is not tensors:
-        return lambda own: described(block, own)
-    return lambda own: (own, _at_addresses(template, own))
-
-
-def places(
-    block: Block, gradients: Sequence[Tensor | None], compute: torch.dtype
-) -> tuple[Sequence[Tensor | None], Views]:
-    """Where kernels that compose in ``compute`` write the gradients of a block's operands, and the views of those places.
-
-    `hand_over` brings what they wrote to the gradients.
+    Args:
+        layouts: of the operands.
     """
-    scales = block.scales
-    if scales is not None and scales.shape[1] != block.out_channels and gradients[-1] is not None:
-        # Scalar scaling; scales are the last operand. Kernels write a column per output channel, to be added up.
-        per_channel = torch.empty(scales.shape[0], block.out_channels, dtype=compute, device=gradients[-1].device)
-        gradients = [*gradients[:-1], per_channel]
-    return _with_views(block, gradients, writable)
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self._copied = [not _is_collapsed(layout) for layout in layouts]
+        self._copies = any(self._copied)
+        self._template = _template(
+            [_like(layout, copied) for layout, copied in zip(layouts, self._copied, strict=True)]
+        )
+
+    def pack(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Views]:
+        """Return the views, and the tensors that they point into: keep those until the call is over."""
+        if self._copies:
+            tensors = [t.contiguous() if copy else t for t, copy in zip(tensors, self._copied, strict=True)]
+        numbers = self._template.copy()
+        numbers[::_FIELDS] = map(Tensor.data_ptr, tensors)
+        return tensors, numbers
 
 
-def writable(gradient: Tensor) -> Tensor:
-    """The tensor itself, or new contiguous memory to be copied from where no `view` could describe it."""
-    if is_collapsed(gradient):
-        return gradient
-    return torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+class PackedGradients:
+    """Packs where kernels write the gradients of a block's operands. From call to call only addresses change.
 
+    Args:
+        block: the plan.
+        gradients: such as those of later calls; None for an operand whose gradient is not needed.
+        compute: the dtype that kernels compose in.
+    """
 
-#: views without their addresses, of operands and gradients that `view` can describe as they are
-_templates: dict[tuple[Any, ...], Views] = {}
-_MOST_TEMPLATES = 1 << 14
+    def __init__(self, block: Block, gradients: Gradients, compute: torch.dtype) -> None:
+        targets = [None if gradient is None else layout_of(gradient) for gradient in gradients]
+        #: by operand, what the kernels write in place of a gradient that no view describes
+        self._buffers = {
+            index: _like(target, True) for index, target in enumerate(targets) if target and not _is_collapsed(target)
+        }
+        scales, last = block.scales, len(gradients) - 1
+        if scales is not None and scales.shape[1] != block.out_channels and gradients[last] is not None:
+            # Scalar scaling; scales are the last operand. Kernels write a column per output channel, to be added up.
+            shape = (scales.shape[0], block.out_channels)
+            self._buffers[last] = Layout.dense(shape, compute, torch.contiguous_format)
+        self._template = _template([self._buffers.get(index, target) for index, target in enumerate(targets)])
 
-_MaybeTensor = TypeVar("_MaybeTensor", Tensor, "Tensor | None")
+    def pack(self, gradients: Gradients) -> tuple[dict[int, Tensor], Views]:
+        """Return new buffers to `copy_back` from, and the views of what kernels write."""
+        numbers = self._template.copy()
+        numbers[::_FIELDS] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        buffers = {}
+        for index, layout in self._buffers.items():
+            gradient = gradients[index]
+            assert gradient is not None
+            buffers[index] = torch.empty(layout.shape, dtype=layout.dtype, device=gradient.device)
+            numbers[_FIELDS * index] = buffers[index].data_ptr()
+        return buffers, numbers
 
-
-def _with_views(
-    block: Block, tensors: Sequence[_MaybeTensor], described_as: Callable[[Tensor], Tensor]
-) -> tuple[Sequence[_MaybeTensor], Views]:
-    """`views` of ``described_as`` of the tensors. From step to step only addresses change, the rest is kept."""
-    key = (
-        block,
-        described_as,
-        tuple([None if tensor is None else tensor.stride() for tensor in tensors]),
-        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
-    )
-    template = _templates.get(key)
-    if template is not None:
-        return tensors, _at_addresses(template, tensors)
-    used = [None if tensor is None else described_as(tensor) for tensor in tensors]
-    numbers = views(used)
-    if all(mine is given for mine, given in zip(used, tensors, strict=True)):
-        if len(_templates) >= _MOST_TEMPLATES:
-            _templates.clear()
-        _templates[key] = numbers.copy()
-    return used, numbers
-
-
-def _at_addresses(template: Views, tensors: Sequence[Tensor | None]) -> Views:
-    numbers = template.copy()
-    numbers[::_FIELDS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return numbers
-
-
-def hand_over(gradients: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
-    """Copy what the kernels wrote to where it belongs, the other half of `places`."""
-    for gradient, buffer in zip(gradients, written, strict=True):
-        if gradient is not None and buffer is not None and gradient is not buffer:
+    @staticmethod
+    def copy_back(gradients: Gradients, buffers: dict[int, Tensor]) -> None:
+        """Bring what kernels wrote to buffers to the gradients."""
+        for index, buffer in buffers.items():
+            gradient = gradients[index]
+            assert gradient is not None
             gradient.copy_(buffer if buffer.shape == gradient.shape else buffer.sum(1, keepdim=True))
 
 
-def view(tensor: Tensor | None) -> Sequence[int]:
-    """A collapsed tensor as five numbers: a kernel, a filter ``[1|O, kh, kw]``, scales ``[B, 1|O]`` or a vector ``[O]``.
+def collapsed(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or a contiguous copy where its taps are not evenly spaced."""
+    return tensor if _is_collapsed(layout_of(tensor)) else tensor.contiguous()
+
+
+def view(tensor: Tensor) -> Views:
+    """Return one collapsed tensor as a view."""
+    return [tensor.data_ptr(), *steps(layout_of(tensor))]
+
+
+def _is_collapsed(layout: Layout) -> bool:
+    """Whether the taps are evenly spaced in memory, which a view needs."""
+    strides = layout.stride
+    if len(strides) < 3:
+        return True
+    height, width = layout.shape[-2:]
+    return height == 1 or width == 1 or strides[-2] == width * strides[-1]
+
+
+def _like(layout: Layout, contiguous: bool) -> Layout:
+    """The layout itself, or that of a contiguous copy."""
+    if not contiguous:
+        return layout
+    return Layout.dense(layout.shape, layout.dtype, torch.contiguous_format)
+
+
+def steps(layout: Layout) -> tuple[int, int, int, int]:
+    """Return type, and strides of rows, columns and taps: of a kernel, a filter ``[1|O, kh, kw]`` or scales ``[B, 1|O]``.
 
     A dimension of one that stands for all has the stride 0.
     """
-    if tensor is None:
-        return _ABSENT
-    strides = tensor.stride()
-    rank = len(strides)
+    shape, strides = layout.shape, layout.stride
     row, column, tap = strides[0], 0, 0
-    if rank == 4:
-        column, tap = strides[1], strides[2] if tensor.shape[3] == 1 else strides[3]
-    elif rank == 3:
-        rows, _, width = tensor.shape
-        row, tap = row if rows > 1 else 0, strides[1] if width == 1 else strides[2]
-    elif rank == 2:
-        column = strides[1] if tensor.shape[1] > 1 else 0
-    return tensor.data_ptr(), TYPES[tensor.dtype], row, column, tap
+    if len(strides) == 4:
+        column, tap = strides[1], strides[2] if shape[3] == 1 else strides[3]
+    elif len(strides) == 3:
+        row, tap = row if shape[0] > 1 else 0, strides[1] if shape[2] == 1 else strides[2]
+    elif len(strides) == 2:
+        column = strides[1] if shape[1] > 1 else 0
+    return TYPES[layout.dtype], row, column, tap
 
 
-def views(tensors: Iterable[Tensor | None]) -> Views:
-    """All of them, one after the other."""
+def _template(layouts: Sequence[Layout | None]) -> Views:
+    """Views without addresses."""
     numbers: Views = []
-    for tensor in tensors:
-        numbers += view(tensor)
+    for layout in layouts:
+        numbers += _ABSENT if layout is None else (0, *steps(layout))
     return numbers

@@ -145,21 +145,6 @@ def test_depthwise_alone_and_identity():
     check("cpu", block, drawn(block))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_fold_multiplies_before_rounding(dtype):
-    block, tensors = every_term(2, F32)
-    factor = torch.randn(block.out_channels, dtype=F64)
-    (folded,) = squeeze([block], [tensors], dtype=dtype, folds=[factor], backend="cpu")
-    (plain,) = squeeze([block], [tensors], dtype=dtype, folds=[factor], backend="reference")
-    (exact,) = squeeze([block], [[t.double() for t in tensors]], folds=[factor], backend="reference")
-    bound = 2 * (plain.double() - exact).norm() + 4 * torch.finfo(dtype).eps * exact.norm()
-    assert (folded.double() - exact).norm() <= bound
-    leaves = [t.requires_grad_() for t in tensors]
-    (seen,) = squeeze([block], [leaves], dtype=dtype, folds=[factor.requires_grad_()], backend="cpu")
-    torch.testing.assert_close(seen, folded, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
-    assert torch.autograd.grad(seen.float().sum(), [factor, *leaves])[0].isfinite().all()
-
-
 # --- repeatable -------------------------------------------------------------------------------------------------------------
 
 

@@ -555,7 +555,7 @@ def test_backend(backend: cuda_backend.CudaBackend) -> None:
 def test_backend_with_nested_blocks(backend: cuda_backend.CudaBackend, block: Block) -> None:
     case = make(block)
     tensors = [tensor.requires_grad_() for tensor in case.tensors.values()]
-    (kernel,) = fused.FusedBackend.squeeze(backend, [block], [tensors], torch.float32, torch.contiguous_format, [None])
+    (kernel,) = fused.Backend.squeeze(backend, [block], [tensors], torch.float32, torch.contiguous_format, [None])
     found = torch.autograd.grad(kernel, tensors, case.upstream)
     for tensor in tensors:
         tensor.requires_grad_(False)
@@ -578,7 +578,7 @@ def test_backend_says_why_not(backend: cuda_backend.CudaBackend, monkeypatch: py
     def reason(
         block: Block = block, device: torch.device = gpu, dtype: torch.dtype = single, plain: bool = True
     ) -> str:
-        return backend.can_run(Request(block, device, dtype, single, plain)).reason
+        return backend.supports(Request(block, device, dtype, single, plain)).reason
 
     assert reason() == ""
     assert "float64" in reason(dtype=torch.float64)

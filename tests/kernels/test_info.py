@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from orepa_kernels import BackendError, Block, Dense, Operand, Verdict, backends, info, squeeze
+from orepa_kernels import BackendError, Block, Dense, Operand, Support, backends, info, squeeze
 from orepa_kernels.dispatch import NAMES, names_on
 
 BLOCK = Block(4, 2, (3, 3), (Dense(Operand("w", (4, 2, 3, 3))),))
@@ -58,7 +58,7 @@ def test_info_refuses_unknown_arguments(capsys):
 def test_backends_are_all_listed_and_absent_ones_say_why():
     table = backends()
     assert tuple(table) == NAMES == ("cuda", "triton", "cpu", "reference")
-    assert table["reference"] == Verdict(True)
+    assert table["reference"] == Support(True)
     assert all(verdict.reason for verdict in table.values() if not verdict)
 
 

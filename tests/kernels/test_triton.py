@@ -42,15 +42,15 @@ def request(block=None, where=CPU, dtype=torch.float32, out_dtype=torch.float32,
 def test_it_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(module, "INTERPRETING", True)
     backend = TritonBackend()
-    assert backend.can_run(request())
-    assert "float64 is not one of" in backend.can_run(request(dtype=torch.float64)).reason
-    assert "float64 is not one of" in backend.can_run(request(out_dtype=torch.float64)).reason
-    assert "subclasses" in backend.can_run(request(plain=False)).reason
-    assert "CPU tensors, got meta" in backend.can_run(request(where=torch.device("meta"))).reason
+    assert backend.supports(request())
+    assert "float64 is not one of" in backend.supports(request(dtype=torch.float64)).reason
+    assert "float64 is not one of" in backend.supports(request(out_dtype=torch.float64)).reason
+    assert "subclasses" in backend.supports(request(plain=False)).reason
+    assert "CPU tensors, got meta" in backend.supports(request(where=torch.device("meta"))).reason
     wide = Separable(Operand("dw", (4, 1, 9, 9)), Operand("pw", (4, 4, 1, 1)))
-    assert "more than 49 taps" in backend.can_run(request(block_of(wide, size=(9, 9)))).reason
+    assert "more than 49 taps" in backend.supports(request(block_of(wide, size=(9, 9)))).reason
     monkeypatch.setattr(module, "INTERPRETING", False)
-    assert "cpu is no CUDA" in backend.can_run(request()).reason
+    assert "cpu is no CUDA" in backend.supports(request()).reason
 
 
 def test_an_explicit_request_without_a_device_raises(monkeypatch):

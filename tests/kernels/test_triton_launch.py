@@ -17,9 +17,10 @@ from triton_stub import pretend
 
 from orepa import OREPAConv
 from orepa_kernels import squeeze
-from orepa_kernels.backends.triton import again, device
-from orepa_kernels.backends.triton import compiled as kernel
+from orepa_kernels.backends.base import Signature
+from orepa_kernels.backends.triton import device
 from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.dispatch import calls
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def tell(monkeypatch, name, told):
 def test_launches_around_the_runner_say_what_the_runner_says(launched, conv, monkeypatch):
     run(conv)  # by Triton's front end
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "_hooked", lambda: True)
+        patch.setattr(launch, "_hooked", lambda: True)
         run(conv)  # by Triton's runner
     run(conv)
     count = len(launched) // 3
@@ -134,7 +135,7 @@ def test_a_triton_that_keeps_its_launcher_elsewhere_is_left_to_its_runner():
             return lambda *arguments: ran.append((grid, arguments))
 
     function = {(3, 1, 1): lambda *arguments, **named: Compiled()}
-    own = kernel.Kernel(function, 3, (5, 6), {"C": 7}, {"num_warps": 4}, 0)
+    own = launch.CompiledKernel(function, 3, (5, 6), {"C": 7}, {"num_warps": 4}, 0)
     with pretend():
         own((1, 2))
         own((3, 4), 9)
@@ -145,7 +146,9 @@ def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launche
     """The same layout, but addresses that are no multiple of 16, or another precision: another kernel has to run."""
     run(conv, backward=False)
     run(conv, backward=False)
-    assert len(launch._forwards._values) == 1
+    (((_, call),),) = calls._calls.values()
+    prepared = call.prepared
+    assert len(prepared._forward) == 1
     (name, parameter), *_ = conv.named_parameters()
     elements = parameter.numel()
     moved = torch.empty(elements + 1)[1:].view(parameter.shape)
@@ -153,11 +156,11 @@ def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launche
     old, parameter.data = parameter.data, moved
     for _ in range(2):
         run(conv, backward=False)
-        assert len(launch._forwards._values) == 2, name
+        assert len(prepared._forward) == 2, name
     used = []
-    for which, launches in enumerate(launch._forwards._values.values()):
+    for which, launches in enumerate(prepared._forward.values()):
         for own in launches:
-            own.launch = lambda addresses, which=which, go=own.launch: (used.append(which), go(addresses))
+            own.run = lambda addresses, which=which, go=own.run: (used.append(which), go(addresses))
     run(conv, backward=False)
     parameter.data = old
     run(conv, backward=False)
@@ -167,7 +170,7 @@ def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launche
     try:
         for _ in range(2):
             run(conv, backward=False)
-            assert len(launch._forwards._values) == 3
+            assert len(prepared._forward) == 3
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(launched) == 8
@@ -186,22 +189,22 @@ def test_another_device_is_made_current(launched, conv, monkeypatch):
         def __exit__(self, *_):
             current["index"] = 1
 
-    questions = device.Asked(0, lambda: current["index"], lambda: False)
-    monkeypatch.setattr(again, "asked", lambda _: questions)
-    monkeypatch.setattr(again, "current", lambda _: Guard())
-    call = launch.forward_again(conv.plan, conv.operands(), torch.float32, torch.contiguous_format)
+    state = device.LaunchState(0, lambda: current["index"], lambda: False)
+    monkeypatch.setattr(launch, "launch_state", lambda _: state)
+    monkeypatch.setattr(launch, "on_device", lambda _: Guard())
+    signature = Signature.of(conv.operands(), torch.float32, torch.contiguous_format)
+    prepared = launch.PreparedLaunches([conv.plan], signature)
     for turn in range(3):
         entered.clear()
-        call(conv.operands())
+        prepared.forward(conv.operands())
         assert current["index"] == 1 and entered and set(entered) == {1}, turn
 
 
 def test_what_a_graph_has_recorded_is_kept(launched, conv, monkeypatch):
     monkeypatch.setattr(launch, "_captured", set())
     recording = SimpleNamespace(now=False)
-    questions = device.Asked(0, lambda: 0, lambda: recording.now)
-    monkeypatch.setattr(again, "asked", lambda _: questions)
-    monkeypatch.setattr(launch, "capturing", lambda _: recording.now)
+    state = device.LaunchState(0, lambda: 0, lambda: recording.now)
+    monkeypatch.setattr(launch, "launch_state", lambda _: state)
     run(conv)
     run(conv)
     assert not launch._captured

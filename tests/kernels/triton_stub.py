@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,7 +18,8 @@ import triton.backends.nvidia.driver as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from orepa_kernels.backends.triton import again, backend, device
+from orepa_kernels import dispatch
+from orepa_kernels.backends.triton import backend, device
 from orepa_kernels.backends.triton import launcher as launch
 from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
@@ -59,7 +59,6 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
     Args:
         launched: is called in place of Triton's compiled launcher, with what Triton hands over to that.
     """
-    backends = sys.modules["orepa_kernels.backends"]
     hopper, before = device.Device("cuda", 90), dict(vars(driver))
     with contextlib.ExitStack() as stack:
 
@@ -72,12 +71,10 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
         put(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", bool)
         put(backend, "INTERPRETING", True)  # the tensors may be on the CPU
         put(launch, "device_of", lambda _: hopper)
-        questions = device.Asked(0, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
-        put(again, "asked", lambda _: questions)
-        for kept in ("_forwards", "_backwards"):
-            put(launch, kept, launch._Cache(64))
-        for kept in ("_SHORTCUTS", "_CHOICES", "_AVAILABLE"):
-            put(backends, kept, {})
+        state = device.LaunchState(0, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
+        put(launch, "launch_state", lambda _: state)
+        put(dispatch.calls, "_calls", {})
+        put(dispatch, "_AVAILABLE", {})
         for function in KERNELS:  # not what was compiled for another launcher
             put(function, "device_caches", defaultdict(function.create_binder))
         # Up to Triton 3.6 each launcher is compiled for its signature, later there is one for all.

@@ -1,18 +1,14 @@
-"""Who may use the Triton kernels: the backend as `orepa_kernels.backends` sees it. Does not import Triton."""
+"""Who may use the Triton kernels: the backend as `orepa_kernels.dispatch` sees it. Does not import Triton."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from ...autograd import BackwardAgain, ForwardAgain, FusedBackend, Gradients
 from ...plan import Block, Separable, kernel_size_of, sources
-from ..base import YES, Verdict
+from ..base import SUPPORTED, Backend, Prepared, Signature, Support
 from .device import INTERPRET, INTERPRETING, OLDEST
 
 # Asked once, at import: torch.compile cannot trace the question.
@@ -25,75 +21,47 @@ _MOST_SEPARABLE_TAPS = 49
 _SUPPORTED: dict[int | None, bool] = {}
 
 
-class TritonBackend(FusedBackend):
+class TritonBackend(Backend):
     """Every kind of term, in float32, bfloat16 and float16."""
 
     name = "triton"
 
-    def available(self) -> Verdict:
+    def available(self) -> Support:
         if not _INSTALLED:
-            return Verdict(False, "triton is not installed")
+            return Support(False, "triton is not installed")
         if INTERPRETING or torch.cuda.is_available() or torch.xpu.is_available():
-            return YES
-        return Verdict(False, f"no CUDA, ROCm or XPU device, and {INTERPRET}=1 is not set")
+            return SUPPORTED
+        return Support(False, f"no CUDA, ROCm or XPU device, and {INTERPRET}=1 is not set")
 
-    def runs_on(self, device: torch.device) -> Verdict:
+    def supports_device(self, device: torch.device) -> Support:
         if INTERPRETING:
-            return YES if device.type == "cpu" else Verdict(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
+            return (
+                SUPPORTED
+                if device.type == "cpu"
+                else Support(False, f"{INTERPRET}=1 runs on CPU tensors, got {device}")
+            )
         if device.type == "xpu":
-            return YES
+            return SUPPORTED
         if device.type != "cuda":
-            return Verdict(False, f"{device} is no CUDA, ROCm or XPU device")
+            return Support(False, f"{device} is no CUDA, ROCm or XPU device")
         if device.index not in _SUPPORTED:
             _SUPPORTED[device.index] = (
                 torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
             )
         if _SUPPORTED[device.index]:
-            return YES
-        return Verdict(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
+            return SUPPORTED
+        return Support(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
 
-    def covers(self, block: Block) -> Verdict:
+    def supports_block(self, block: Block) -> Support:
         height, width = block.kernel_size
         if height * width > _MOST_SEPARABLE_TAPS and _largest_separable(block) > _MOST_SEPARABLE_TAPS:
-            return Verdict(False, f"a separable term has more than {_MOST_SEPARABLE_TAPS} taps")
-        return YES
+            return Support(False, f"a separable term has more than {_MOST_SEPARABLE_TAPS} taps")
+        return SUPPORTED
 
-    def forward(
-        self,
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        folds: Sequence[Tensor | None],
-    ) -> list[Tensor]:
-        return _launch().forward(blocks, tensors, dtype, memory_format, folds)
+    def prepare(self, blocks: Sequence[Block], signature: Signature) -> Prepared:
+        from .launcher import PreparedLaunches  # imports Triton
 
-    def forward_again(
-        self, block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> ForwardAgain:
-        return _launch().forward_again(block, operands, dtype, memory_format)
-
-    def backward(
-        self,
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        upstream: Sequence[Tensor],
-        needed: Sequence[Sequence[bool]],
-    ) -> list[Gradients]:
-        return _launch().backward(blocks, tensors, upstream, needed)
-
-    def backward_again(
-        self, block: Block, operands: Sequence[Tensor], upstream: Tensor, needed: Sequence[bool]
-    ) -> BackwardAgain:
-        return _launch().backward_again(upstream.device, block, needed)
-
-
-@functools.cache
-def _launch() -> ModuleType:
-    """The module that imports Triton. (The import statement alone takes half a microsecond every time.)"""
-    from . import launcher as launch
-
-    return launch
+        return PreparedLaunches(blocks, signature)
 
 
 def _largest_separable(block: Block) -> int:

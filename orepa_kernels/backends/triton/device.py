@@ -1,4 +1,4 @@
-"""What a device can do, and the few questions whose answers differ between vendors."""
+"""What a device can do, and the few questions that vendors answer differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...precision import float32_precision
+from ...guards import float32_precision
 
 #: with this variable set before its import, Triton runs kernels in its interpreter, on CPU tensors
 INTERPRET = "TRITON_INTERPRET"
@@ -35,7 +35,7 @@ class Device:
     name: str = ""
 
     def precision(self) -> str:
-        """The precision of matrix products that ``torch.get_float32_matmul_precision()`` asks for.
+        """Return the precision of matrix products that ``torch.get_float32_matmul_precision()`` asks for.
 
         ``"highest"`` is three TF32 products on NVIDIA's tensor cores: the error of float32 at several times its speed.
         """
@@ -49,7 +49,7 @@ class Device:
 
 @functools.lru_cache(maxsize=64)
 def device_of(device: torch.device) -> Device:
-    """The kind of a torch device, asked once."""
+    """Return the kind of a torch device."""
     if device.type == "cpu":
         return Device("interpreter")
     if device.type == "cuda":
@@ -61,13 +61,13 @@ def device_of(device: torch.device) -> Device:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LaunchState:
     """What has to be asked before every launch on a device, with as few calls as that takes.
 
     Args:
         index: of the device.
-        current: the index of the device that is launched on.
-        capturing: whether the launches of this stream are being recorded in a graph.
+        current: the index of the device that launches go to.
+        capturing: whether a graph records the launches of this stream.
     """
 
     index: int | None
@@ -75,29 +75,28 @@ class Asked:
     capturing: Callable[[], bool]
 
 
-@functools.lru_cache(maxsize=64)
-def asked(device: torch.device) -> Asked:
-    """The questions for a device of a tensor."""
+def launch_state(device: torch.device) -> LaunchState:
+    """Return the questions for the device of a tensor."""
     if device.type == "cuda":
         # `torch.cuda.current_device` without the question whether CUDA is initialised: there is a tensor.
-        return Asked(device.index, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
+        return LaunchState(device.index, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
     if device.type == "xpu":
-        return Asked(device.index, torch.xpu.current_device, lambda: False)
-    return Asked(None, lambda: None, lambda: False)
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device``, a GPU, the one that is launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.xpu.device(device)
+        return LaunchState(device.index, torch.xpu.current_device, lambda: False)
+    return LaunchState(None, lambda: None, lambda: False)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the launches of this stream are being recorded in a graph."""
-    return asked(device).capturing()
+    """Return whether a graph records the launches of this stream."""
+    return launch_state(device).capturing()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Let launches go to ``device``, a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.xpu.device(device)
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream, as a number."""
+    """Return the current stream, as a number."""
     if device.type == "cuda":
         return torch.cuda.current_stream(device).cuda_stream
     return torch.xpu.current_stream(device).sycl_queue if device.type == "xpu" else 0

@@ -1,34 +1,37 @@
-"""Launching the kernels: what does not change from call to call is worked out once and kept.
+# mypy: disable-error-code="import-untyped, import-not-found"
+"""Launches blocks: everything that does not change from call to call is prepared once.
 
-A call costs the host the building of a key (dtypes, strides, alignment) and the launch itself. Everything else sits in a
-launcher: tile maps and strides on the device, and the compiled kernel.
+A repeated call costs the host the addresses of its tensors and the launch. The rest is in `PreparedLaunches`: tile maps and
+strides on the device, and the compiled kernels.
 
 CUDA graphs: a launch of one block passes addresses as kernel arguments, which a graph records by value. A launch of many
-reads them from a table on the device. Outside of capture such tables are kept, per addresses and stream; under capture a
-new one is filled by a copy that is part of the graph, from pinned memory that is never released; nor is a launcher that was
-captured. The first use of a launcher copies its other tables and waits for them, and Triton compiles: warm up before
+reads them from a table on the device. Outside of capture such tables are cached, per addresses and stream; under capture a
+new one is filled by a copy that is part of the graph, from pinned memory that is never released; nor is a launch that was
+captured. The first use of a launch copies its other tables and waits for them, and Triton compiles: warm up before
 capturing, as every recipe for graphs says.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
-from ...autograd import BackwardAgain, ForwardAgain, maker
+from ...guards import float32_precision
 from ...plan import Block
-from ..memory import kept
+from ..base import Gradients, Layout, Prepared, Signature, empty_factory, split
+from ..memory import alloc_persistent
 from . import autotune as tuning
 from . import configs
 from . import tile_map as tables
-from .again import Again, addresses_of, alignment, run
-from .compiled import Kernel
-from .device import INTERPRETING, capturing, device_of, stream_of
+from .device import INTERPRETING, device_of, launch_state, on_device, stream_of
 from .kernels.backward import squeeze_backward
 from .kernels.forward import squeeze_forward
 from .kernels.sums import add_parts
@@ -39,122 +42,164 @@ if INTERPRETING:
 
     repair()
 
-Value = TypeVar("Value")
-Launch = TypeVar("Launch", bound="_Launch")
-
-#: launchers kept; a model has one per layer and direction, and again for each dtype
-_LAUNCHERS = 2048
-#: address tables kept per launcher and stream
+#: address tables cached per launch and stream
 _ADDRESS_TABLES = 16
 #: elements and parts that a program of the second backward launch adds at a time
 SUM_COUNT, SUM_PARTS = 64, 16
 SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
-#: what graphs copy their address tables from, and the launchers whose tables they read
+#: what graphs copy their address tables from, and the launches whose tables they read
 _pinned: list[Tensor] = []
-_captured: set[_Launch] = set()
+_captured: set[Launch] = set()
+
+#: holds the hooks of profilers; a module attribute, which Triton never replaces
+_runtime = knobs.runtime
 
 
-class _Cache(Generic[Value]):
-    """The values made last, by key."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Any, Value] = OrderedDict()
-
-    def find(self, key: Any, make: Callable[[], Value]) -> Value:
-        """The value of ``key``."""
-        value = self._values.get(key)
-        if value is None:
-            value = self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
+# --- one kernel ---------------------------------------------------------------------------------------------------------
 
 
-class _Launch:
-    """What launches of one structure share, forward and backward: which blocks, and tables on the device."""
+class CompiledKernel:
+    """A Triton kernel with its grid and all arguments that do not change: the first call goes through Triton's front end.
 
-    #: what launches, with the addresses of one block, or that of a table of those of many
-    launch: Callable[[int | tuple[int, ...]], None]
+    Args:
+        function: the kernel, whose parameters are addresses, then tables, then a workspace where it has one, then constants.
+        programs: how many run.
+        tables: addresses of tables on the device, which have to live as long as this.
+        constants: by name, in the order of the parameters.
+        options: the compiler's.
+        index: of the device, which is current whenever this is called.
+    """
 
-    def __init__(self, spec: Spec, indices: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        function: Any,
+        programs: int,
+        tables: Sequence[int],
+        constants: dict[str, Any],
+        options: dict[str, int],
+        index: int | None,
+    ) -> None:
+        self._function, self._options, self._index = function, options, index
+        self._programs, self._tables = programs, tuple(tables)
+        self._named, self._constants = constants, tuple(constants.values())
+        self._tail = self._tables + self._constants
+        self._compiled: Any = None
+        #: how to run what was compiled: the launcher, what finds a device's stream, the function's handle, what it needs
+        self._direct: tuple[Callable[..., object], Callable[[int | None], int], object, object] | None = None
+
+    def __call__(self, addresses: int | tuple[int, ...], *workspace: int) -> None:
+        """Launch on the current stream; addresses of tensors are integers, in one tuple, or that of a table of them."""
+        direct = self._direct
+        if direct is None or _hooked():
+            self._by_triton(addresses, *self._tables, *workspace)
+            return
+        # As Inductor launches its kernels. Triton's runner would ask for the device first, and make what hooks want to know.
+        run, stream_of_index, handle, metadata = direct
+        tail = (*self._tables, *workspace, *self._constants) if workspace else self._tail
+        run(self._programs, 1, 1, stream_of_index(self._index), handle, metadata, None, None, None, addresses, *tail)
+
+    def _by_triton(self, *arguments: object) -> None:
+        grid = (self._programs, 1, 1)
+        if self._compiled is not None:
+            # Without the front end's look at each argument: all that it could find out is part of our key.
+            self._compiled[grid](*arguments, *self._constants)
+            return
+        compiled = self._compiled = self._function[grid](*arguments, **self._named, **self._options)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        with contextlib.suppress(AttributeError):  # a Triton that keeps them elsewhere; its runner will know where
+            stream_of_index = driver.active.get_current_stream
+            self._direct = compiled.run, stream_of_index, compiled.function, compiled.packed_metadata
+
+
+def _hooked() -> bool:
+    """Whether launch hooks are set. A hook is a chain, which may be empty, or (Triton 3.4) a function or None."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+# --- launches of blocks of one structure --------------------------------------------------------------------------------
+
+
+class Launch:
+    """What blocks of one structure share, forward and backward: tables on the device, and compiled kernels.
+
+    Args:
+        spec: the structure.
+        indices: which blocks of the call.
+        device: of all tensors.
+    """
+
+    #: launches, with the addresses of one block, or that of a table of those of many
+    run: Callable[[int | tuple[int, ...]], None]
+
+    def __init__(self, spec: Spec, indices: Sequence[int], device: torch.device) -> None:
         self.spec, self.indices, self.device = spec, indices, device
         self._tables: list[Tensor] = []
-        self._addresses: dict[int, _AddressTables] = {}
+        self._addresses: dict[int, AddressTables] = {}
+
+    def __call__(self, addresses: Sequence[tuple[int, ...]], capturing: bool) -> None:
+        """Launch, with the addresses of all blocks of the call. The device is the current one."""
+        mine = [addresses[index] for index in self.indices]
+        if self.spec.listed:
+            self.run(self._table([address for block in mine for address in block], capturing).data_ptr())
+        else:
+            self.run(mine[0])
 
     def upload(self, words: Sequence[int], dtype: torch.dtype) -> int:
-        """The address of constant words on the device; they live as long as this does."""
-        self._tables.append(kept(self.device, lambda: torch.tensor(words, dtype=dtype, device="cpu").to(self.device)))
-        return self._tables[-1].data_ptr()
+        """Return the address of constant words on the device; they live as long as this does."""
+        copy = alloc_persistent(self.device, lambda: torch.tensor(words, dtype=dtype, device="cpu").to(self.device))
+        self._tables.append(copy)
+        return copy.data_ptr()
 
-    def __call__(self, addresses: Sequence[tuple[int, ...]]) -> None:
-        """Launch, with the addresses of all blocks of the call. The device is the current one."""
-        own = [addresses[index] for index in self.indices]
-        recorded = capturing(self.device)
-        if recorded:
-            self.keep()
-        if not self.spec.listed:
-            self.launch(own[0])
-            return
-        table = self._table([address for block in own for address in block], recorded)
-        self.launch(table.data_ptr())
-
-    def keep(self) -> None:
-        """Never release this, because a graph reads its tables."""
-        _captured.add(self)
-
-    def _table(self, words: list[int], recorded: bool) -> Tensor:
+    def _table(self, words: list[int], capturing: bool) -> Tensor:
         """Addresses on the device."""
-        if recorded:
-            return _copied(words, self.device, _pinned)
+        if capturing:
+            _pinned.append(_host_table(words, self.device))
+            return _pinned[-1].to(self.device, non_blocking=True)
         stream = stream_of(self.device)
         tables = self._addresses.get(stream)
         if tables is None:
-            tables = self._addresses[stream] = _AddressTables(len(words), self.device)
-        return tables.of(tuple(words))
+            tables = self._addresses[stream] = AddressTables(len(words), self.device)
+        return tables.find(tuple(words))
 
 
-class _AddressTables:
+class AddressTables:
     """The address tables used last on one stream, whose order lets one be written over another."""
 
     def __init__(self, words: int, device: torch.device) -> None:
         pitch = words + words % 2  # Triton was told that tables are aligned to 16 bytes
-        self._rows = kept(device, lambda: torch.empty(_ADDRESS_TABLES, pitch, dtype=torch.int64, device=device))
+        allocate = lambda: torch.empty(_ADDRESS_TABLES, pitch, dtype=torch.int64, device=device)  # noqa: E731
+        self._rows = alloc_persistent(device, allocate)
         self._words = words
         self._used: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
-    def of(self, words: tuple[int, ...]) -> Tensor:
-        """The table of these words."""
+    def find(self, words: tuple[int, ...]) -> Tensor:
+        """Return the table of these words."""
         row = self._used.get(words)
         if row is not None:
             self._used.move_to_end(words)
             return row
         full = len(self._used) == _ADDRESS_TABLES
         row = self._used.popitem(last=False)[1] if full else self._rows[len(self._used), : self._words]
-        self._used[words] = row.copy_(_host(words, self._rows.device), non_blocking=True)
+        self._used[words] = row.copy_(_host_table(words, self._rows.device), non_blocking=True)
         return row
 
 
-def _host(words: Sequence[int], device: torch.device) -> Tensor:
+def _host_table(words: Sequence[int], device: torch.device) -> Tensor:
     """Words in memory that a device may copy from while the host goes on."""
     table = torch.tensor(words, dtype=torch.int64, device="cpu")
     return table if device.type == "cpu" else table.pin_memory()
 
 
-def _copied(words: list[int], device: torch.device, keep: list[Tensor]) -> Tensor:
-    """Words on the device, in the order of its current stream; ``keep`` gets what they are copied from."""
-    keep.append(_host(words, device))
-    return keep[-1].to(device, non_blocking=True)
-
-
-class _Forward(_Launch):
-    """The forward launch of blocks of one structure."""
+class ForwardLaunch(Launch):
+    """The forward launch of blocks of one structure; ``tensors`` per block as the spec's slots."""
 
     def __init__(
         self,
         spec: Spec,
-        indices: list[int],
+        indices: Sequence[int],
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
         precision: str,
@@ -164,18 +209,18 @@ class _Forward(_Launch):
         tiles = tables.forward_tiles(blocks, spec, tensors, config)
         words = [tables.block_words(block, spec, own) for block, own in zip(blocks, tensors, strict=True)]
         uploaded = self.upload([word for row in words for word in row], torch.int64), self.upload(tiles, torch.int32)
-        constants, options = split(config, SPEC=spec, PRECISION=precision)
+        constants, options = kernel_arguments(config, SPEC=spec, PRECISION=precision)
         programs = len(tiles) // tables.TILE_WORDS
-        self.launch = Kernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
+        self.run = CompiledKernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
 
 
-class _Backward(_Launch):
-    """The two backward launches of blocks of one structure."""
+class BackwardLaunch(Launch):
+    """The two backward launches of blocks of one structure; ``tensors`` per block as the spec's slots."""
 
     def __init__(
         self,
         spec: Spec,
-        indices: list[int],
+        indices: Sequence[int],
         blocks: Sequence[Block],
         tensors: Sequence[Sequence[Tensor]],
         precision: str,
@@ -184,20 +229,22 @@ class _Backward(_Launch):
         super().__init__(spec, indices, tensors[0][0].device)
         plan = tables.backward_tables(blocks, spec, tensors, config)
         uploaded = self.upload(plan.words, torch.int64), self.upload(plan.tiles, torch.int32)
-        constants, options = split(config, SPEC=spec, PRECISION=precision)
+        constants, options = kernel_arguments(config, SPEC=spec, PRECISION=precision)
         programs = len(plan.tiles) // tables.TILE_WORDS
-        self.launch = self._both
-        self._parts = Kernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
-        self._new_workspace = maker([max(1, plan.workspace)], torch.float32, self.device)
+        self.run = self._run_both
+        self._parts = CompiledKernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
+        workspace = Layout((max(1, plan.workspace),), (1,), torch.float32)
+        self._new_workspace = empty_factory(workspace, self.device)
         sum_tiles = plan.sum_tiles(SUM_COUNT)
-        self._sums: Kernel | None = None
+        self._sums: CompiledKernel | None = None
         if sum_tiles:
             jobs = [word for job in plan.jobs for word in job]
             uploaded = self.upload(jobs, torch.int64), self.upload(sum_tiles, torch.int32)
             constants = {"SPEC": spec, "PARTS": SUM_PARTS, "COUNT": SUM_COUNT}
-            self._sums = Kernel(add_parts, len(sum_tiles) // 2, uploaded, constants, SUM_OPTIONS, self.device.index)
+            programs = len(sum_tiles) // 2
+            self._sums = CompiledKernel(add_parts, programs, uploaded, constants, SUM_OPTIONS, self.device.index)
 
-    def _both(self, addresses: int | tuple[int, ...]) -> None:
+    def _run_both(self, addresses: int | tuple[int, ...]) -> None:
         workspace = self._new_workspace()
         address = workspace.data_ptr()
         self._parts(addresses, address)
@@ -205,180 +252,158 @@ class _Backward(_Launch):
             self._sums(addresses, address)
 
 
-def split(config: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
-    """A config as the kernel's constants, in the order of its parameters, and the compiler's options."""
+def kernel_arguments(config: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a config as the kernel's constants, in the order of its parameters, and the compiler's options."""
     values = asdict(config)
     options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
     options["enable_fp_fusion"] = True  # Triton's default so far, about to change
     return {**constants, **values}, options
 
 
-_forwards: _Cache[list[_Forward]] = _Cache(_LAUNCHERS)
-_backwards: _Cache[list[_Backward]] = _Cache(_LAUNCHERS)
+# --- prepared -----------------------------------------------------------------------------------------------------------
 
 
-def _by_structure(specs: Sequence[Spec]) -> list[tuple[Spec, list[int]]]:
-    """Blocks that can share a launch."""
-    groups: dict[Spec, list[int]] = {}
-    for index, spec in enumerate(specs):
-        groups.setdefault(spec, []).append(index)
-    return [(replace(spec, listed=len(own) > 1), own) for spec, own in groups.items()]
+class PreparedLaunches(Prepared):
+    """Any number of blocks: one launch per structure forward, two backward.
 
+    Launches are made when they are first needed, because Triton compiles for the alignment of addresses. They are found by
+    what else they depend on: precision, alignment, and backward the layouts of upstream gradients and which gradients are
+    needed.
+    """
 
-def _made(
-    kind: Callable[..., Launch],
-    config_of: Callable[[Sequence[Block], Spec, int], tuning.Config],
-    choices_of: Callable[[Spec, int], Sequence[tuning.Config]],
-    spec: Spec,
-    indices: list[int],
-    blocks: Sequence[Block],
-    tensors: Sequence[Sequence[Tensor]],
-    addresses: Sequence[tuple[int, ...]],
-) -> Launch:
-    """The launch of those blocks of a call that have one structure, with the tiles of the heuristics or of the clock."""
-    plans, own = [blocks[i] for i in indices], [tensors[i] for i in indices]
-    device = own[0][0].device
-    device_kind = device_of(device)
-    precision = device_kind.precision()
-    config = config_of(plans, spec, device_kind.arch)
-    if tuning.enabled():
+    def __init__(self, blocks: Sequence[Block], signature: Signature) -> None:
+        self._blocks, self._device = blocks, signature.device
+        self._new_kernels = [empty_factory(signature.kernel(block), signature.device) for block in blocks]
+        self._state = launch_state(signature.device)
+        self._forward: dict[object, list[ForwardLaunch]] = {}
+        self._backward: dict[object, list[BackwardLaunch]] = {}
+        #: the last addresses of operands that were multiples of 16: parameters stay where they are
+        self._aligned: tuple[int, ...] = ()
 
-        def run_of(candidate: tuning.Config) -> Callable[[], object]:
-            launch = kind(spec, indices, plans, own, precision, candidate)
-            return lambda: launch(addresses)
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        state = self._state
+        if state.current() != state.index:
+            with on_device(self._device):
+                return self.forward(tensors)
+        kernels = [new() for new in self._new_kernels]
+        addresses, pattern = self._addresses(tensors, kernels)
+        key = float32_precision(), pattern
+        launches = self._forward.get(key)
+        if launches is None:
+            launches = self._forward[key] = self._make_forward(tensors, kernels)
+        self._launch(launches, addresses, [[kernel] for kernel in kernels], len(tensors))
+        return kernels
 
-        direction = "forward" if isinstance(config, configs.Forward) else "backward"
-        key = tuning.key_of(direction, spec, plans, own, precision)
-        config = tuning.choose(choices_of(spec, device_kind.arch), config, key, device, run_of)
-    return kind(spec, indices, plans, own, precision, config)
-
-
-# --- forward ------------------------------------------------------------------------------------------------------------
-
-
-def forward(
-    blocks: Sequence[Block],
-    operands: Sequence[Sequence[Tensor]],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    folds: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Kernels of flat blocks, see `orepa_kernels.autograd.FusedBackend.forward`; one launch per structure."""
-    if not blocks:
-        return []
-    device = operands[0][0].device
-    kernels = [torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks]
-    run(*_forward_launches(blocks, operands, kernels, folds), device)
-    return kernels
-
-
-def _forward_launches(
-    blocks: Sequence[Block],
-    operands: Sequence[Sequence[Tensor]],
-    kernels: Sequence[Tensor],
-    folds: Sequence[Tensor | None],
-) -> tuple[list[_Forward], list[tuple[int, ...]]]:
-    """The launches that write kernels, and the addresses of each block."""
-    tensors = [
-        [*own, kernel] if fold is None else [*own, kernel, fold]
-        for own, kernel, fold in zip(operands, kernels, folds, strict=True)
-    ]
-    addresses = [addresses_of(own) for own in tensors]
-    device = kernels[0].device
-    key = (
-        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
-        tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
-        tuple([len(own) for own in tensors]),
-    )
-
-    def make() -> list[_Forward]:
-        specs = [forward_spec(*of) for of in zip(blocks, operands, kernels, folds, strict=True)]
-        how = _Forward, configs.forward_config, configs.forward_choices
-        return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
-
-    return _forwards.find(key, make), addresses
-
-
-def forward_again(
-    block: Block, operands: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format
-) -> ForwardAgain:
-    """See `orepa_kernels.autograd.FusedBackend.forward_again`."""
-    device = operands[0].device
-    new = maker(block.shape, dtype, device, memory_format)
-    launches: Again[_Forward] = Again(device)
-
-    def again(own: Sequence[Tensor]) -> Tensor:
-        kernel = new()
-        if not launches.run(own, (kernel,)):
-            launches.run_first(*_forward_launches((block,), (own,), (kernel,), (None,)))
-        return kernel
-
-    return again
-
-
-# --- backward -----------------------------------------------------------------------------------------------------------
-def backward(
-    blocks: Sequence[Block],
-    operands: Sequence[Sequence[Tensor]],
-    upstream: Sequence[Tensor],
-    needed: Sequence[Sequence[bool]],
-) -> list[list[Tensor | None]]:
-    """Gradients of flat blocks, see `orepa_kernels.autograd.FusedBackend.backward`; two launches per structure."""
-    gradients: list[list[Tensor | None]] = [
-        [torch.empty_like(tensor) if need else None for tensor, need in zip(own, wanted, strict=True)]
-        for own, wanted in zip(operands, needed, strict=True)
-    ]
-    busy = [index for index, own in enumerate(gradients) if any(gradient is not None for gradient in own)]
-    if busy:
-        found = _backward_launches(
-            [blocks[i] for i in busy],
-            [operands[i] for i in busy],
-            [upstream[i] for i in busy],
-            [gradients[i] for i in busy],
-        )
-        run(*found, operands[0][0].device)
-    return gradients
-
-
-def _backward_launches(
-    blocks: Sequence[Block],
-    operands: Sequence[Sequence[Tensor]],
-    upstream: Sequence[Tensor],
-    gradients: Sequence[Sequence[Tensor | None]],
-) -> tuple[list[_Backward], list[tuple[int, ...]]]:
-    """The launches that write gradients, of which each block has one at least, and the addresses of each block."""
-    tensors = [
-        [*own, gradient, *(g for g in wanted if g is not None)]
-        for own, gradient, wanted in zip(operands, upstream, gradients, strict=True)
-    ]
-    addresses = [addresses_of(own) for own in tensors]
-    device = upstream[0].device
-    key = (
-        *(device, device_of(device).precision(), tuple(blocks), alignment(addresses)),
-        tuple([tuple([gradient is not None for gradient in own]) for own in gradients]),
-        tuple([(tensor.dtype, tensor.stride()) for own in tensors for tensor in own]),
-    )
-
-    def make() -> list[_Backward]:
-        specs = [backward_spec(*of) for of in zip(blocks, operands, upstream, gradients, strict=True)]
-        how = _Backward, configs.backward_config, configs.backward_choices
-        return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
-
-    return _backwards.find(key, make), addresses
-
-
-def backward_again(device: torch.device, block: Block, needed: Sequence[bool]) -> BackwardAgain:
-    """See `orepa_kernels.autograd.FusedBackend.backward_again`."""
-    wanted = [index for index, need in enumerate(needed) if need]
-    launches: Again[_Backward] = Again(device)
-
-    def again(own: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
-        made = [torch.empty_like(own[index]) for index in wanted]
-        gradients: list[Tensor | None] = [None] * len(own)
-        for index, gradient in zip(wanted, made, strict=True):
-            gradients[index] = gradient
-        if not launches.run(own, (upstream, *made)):
-            launches.run_first(*_backward_launches((block,), (own,), (upstream,), (gradients,)))
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> Gradients:
+        state = self._state
+        if state.current() != state.index:
+            with on_device(self._device):
+                return self.backward(tensors, upstream, needed)
+        gradients = [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
+        outputs = [
+            [] if gradient is None else [gradient, *[g for g in own if g is not None]]
+            for gradient, own in zip(upstream, split(self._blocks, gradients), strict=True)
+        ]
+        written = [tensor for own in outputs if len(own) > 1 for tensor in own]
+        if not written:
+            return gradients
+        addresses, pattern = self._addresses(tensors, written)
+        given = tuple([None if gradient is None else (gradient.dtype, gradient.stride()) for gradient in upstream])
+        key = float32_precision(), pattern, tuple(needed), given
+        launches = self._backward.get(key)
+        if launches is None:
+            launches = self._backward[key] = self._make_backward(tensors, upstream, gradients)
+        self._launch(launches, addresses, [own if len(own) > 1 else [] for own in outputs], len(tensors))
         return gradients
 
-    return again
+    def _addresses(
+        self, operands: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
+        """Addresses, and which of them are multiples of 16; None where all are, as nearly always."""
+        bits, addresses = 0, tuple(map(Tensor.data_ptr, operands))
+        made = tuple(map(Tensor.data_ptr, others))
+        if addresses != self._aligned:
+            for address in addresses:
+                bits |= address
+            if bits % 16 == 0:
+                self._aligned = addresses
+        for address in made:
+            bits |= address
+        addresses += made
+        return addresses, tuple(address % 16 == 0 for address in addresses) if bits % 16 else None
+
+    def _launch(
+        self, launches: Sequence[Launch], addresses: tuple[int, ...], outputs: Sequence[Sequence[Tensor]], operands: int
+    ) -> None:
+        """Launch, with the addresses of all operands, then of each block's outputs."""
+        capturing = self._state.capturing()
+        if capturing:  # graphs read the tables
+            _captured.update(launches)
+        if len(self._blocks) == 1:
+            launches[0].run(addresses)
+            return
+        by_block, position = [], operands
+        for own, block_outputs in zip(split(self._blocks, addresses[:operands]), outputs, strict=True):
+            end = position + len(block_outputs)
+            by_block.append((*own, *addresses[position:end]))
+            position = end
+        for launch in launches:
+            launch(by_block, capturing)
+
+    def _make_forward(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[ForwardLaunch]:
+        operands = split(self._blocks, tensors)
+        specs = [forward_spec(b, own, k, None) for b, own, k in zip(self._blocks, operands, kernels, strict=True)]
+        slots = [[*own, kernel] for own, kernel in zip(operands, kernels, strict=True)]
+        indices = range(len(specs))
+        how = ForwardLaunch, configs.forward_config, configs.forward_choices
+        return [self._make(*how, spec, own, slots) for spec, own in _by_structure(specs, indices)]
+
+    def _make_backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], gradients: Gradients
+    ) -> list[BackwardLaunch]:
+        specs, slots, indices = [], [], []
+        rows = zip(self._blocks, split(self._blocks, tensors), upstream, split(self._blocks, gradients), strict=True)
+        for index, (block, operands, output, own) in enumerate(rows):
+            wanted = [gradient for gradient in own if gradient is not None]
+            slots.append([*operands, *([] if output is None else [output]), *wanted])
+            if output is not None and wanted:
+                indices.append(index)
+                specs.append(backward_spec(block, operands, output, own))
+        how = BackwardLaunch, configs.backward_config, configs.backward_choices
+        return [self._make(*how, spec, own, slots) for spec, own in _by_structure(specs, indices)]
+
+    def _make(
+        self,
+        kind: Callable[..., Any],
+        config_of: Callable[[Sequence[Block], Spec, int], Any],
+        choices_of: Callable[[Spec, int], Sequence[Any]],
+        spec: Spec,
+        indices: Sequence[int],
+        slots: Sequence[Sequence[Tensor]],
+    ) -> Any:
+        """The launch of those blocks that have one structure, with the tiles of the heuristics or of the clock."""
+        blocks, tensors = [self._blocks[index] for index in indices], [slots[index] for index in indices]
+        device_kind = device_of(self._device)
+        precision = device_kind.precision()
+        config = config_of(blocks, spec, device_kind.arch)
+        if tuning.enabled():
+            addresses = [tuple(map(Tensor.data_ptr, own)) for own in slots]
+
+            def run_of(candidate: Any) -> Callable[[], object]:
+                launch = kind(spec, indices, blocks, tensors, precision, candidate)
+                return lambda: launch(addresses, False)
+
+            direction = "forward" if isinstance(config, configs.Forward) else "backward"
+            key = tuning.key_of(direction, spec, blocks, tensors, precision)
+            config = tuning.choose(choices_of(spec, device_kind.arch), config, key, self._device, run_of)
+        return kind(spec, indices, blocks, tensors, precision, config)
+
+
+def _by_structure(specs: Sequence[Spec], indices: Sequence[int]) -> list[tuple[Spec, list[int]]]:
+    """Blocks that can share a launch."""
+    groups: dict[Spec, list[int]] = {}
+    for spec, index in zip(specs, indices, strict=True):
+        groups.setdefault(spec, []).append(index)
+    return [(replace(spec, listed=len(own) > 1), own) for spec, own in groups.items()]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import orepa_kernels
-from orepa_kernels.precision import float32_precision
+from orepa_kernels.guards import float32_precision
 
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from orepa_kernels.precision import float32_precision
+from orepa_kernels.guards import float32_precision
 
 from .linear_block import LinearBlock
 

@@ -1,8 +1,6 @@
-"""Calls that were seen before take a shortcut: only for operands that look the same, with the same results."""
+"""Cached calls: only for operands of the same layout, with the same results."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
@@ -12,10 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import orepa
-from orepa_kernels import Block, Dense, Operand, squeeze
-from orepa_kernels import autograd as fused
-from orepa_kernels import guards as signature
-from orepa_kernels.backends.cpu import CpuBackend
+from orepa_kernels import Block, Dense, Operand, autograd, dispatch, guards, nested, squeeze
+from orepa_kernels.backends import base
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -40,7 +36,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("make", [signature.signature, signature.in_python])
+@pytest.mark.parametrize("make", [guards.layout_guard, guards.layout_guard_in_python])
 def test_what_matches(make):
     matches = make(tensors())
     assert matches(*tensors())
@@ -56,18 +52,17 @@ def test_what_matches(make):
 
 
 def test_torch_still_has_the_fast_way():
-    # Where it has not, all works as before, a little slower: see `in_python`.
-    assert signature._TensorGuards is not None
-    assert "in_python" not in signature.signature(tensors()).__qualname__
+    # Where it has not, all works as before, a little slower: see `layout_guard_in_python`.
+    assert guards._TensorGuards is not None
+    assert "in_python" not in guards.layout_guard(tensors()).__qualname__
 
 
 @pytest.fixture(params=["fast", "in Python"])
 def either_way(request, monkeypatch):
-    backends = sys.modules["orepa_kernels.backends"]
-    monkeypatch.setattr(backends, "_SHORTCUTS", {})  # none that was kept in the other way
+    monkeypatch.setattr(dispatch.calls, "_calls", {})  # none that was cached the other way
     if request.param == "in Python":
-        monkeypatch.setattr(backends, "signature", signature.in_python)
-        monkeypatch.setattr(fused, "signature", signature.in_python)
+        for module in (dispatch, autograd):
+            monkeypatch.setattr(module, "layout_guard", guards.layout_guard_in_python)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -83,7 +78,6 @@ def test_calls_in_any_order_give_what_each_gives_alone():
         "grads": (grads, {}),
         "bf16": (grads, {"dtype": BF16}),
         "out": (operands, {"memory_format": torch.channels_last}),
-        "fold": (operands, {"folds": [torch.full((block.out_channels,), 2.0)]}),
     }
     alone = {name: squeeze([block], [own], backend="reference", **how)[0] for name, (own, how) in kinds.items()}
     for name in [*kinds, *reversed(kinds), *kinds]:
@@ -128,7 +122,7 @@ def test_bad_operands_are_refused_after_good_ones():
         squeeze([block], [[torch.zeros(4, 4, 3, 3)]], backend="fortran")
 
 
-# --- calls made again ---------------------------------------------------------------------------------------------------
+# --- cached calls -------------------------------------------------------------------------------------------------------
 
 
 def flat(dtype=F32):
@@ -138,41 +132,45 @@ def flat(dtype=F32):
 
 
 def seen(block, operands, upstream):
-    """Kernel and gradients of one call after others like it, and of the way that is taken without having seen any."""
-    backend = sys.modules["orepa_kernels.backends"].get("cpu")
+    """Kernel and gradients of one call after others like it, and of what is prepared for this call alone."""
     wanted = [t for t in operands if t.requires_grad]
-    for _ in range(3):  # the first finds the shortcut forward, the second that backward
+    for _ in range(3):  # the first prepares
         (kernel,) = squeeze([block], [operands], backend="cpu")
         found = torch.autograd.grad(kernel, wanted, upstream)
-    call = fused.Call(backend, (block,), kernel.dtype, torch.contiguous_format)
+    call = autograd.Call(dispatch.get("cpu"), (block,), operands, kernel.dtype, torch.contiguous_format)
     needed = [t.requires_grad for t in operands]
     with torch.no_grad():
-        alone = [*call.forward(operands), *call.backward(operands, [upstream], needed)]
+        alone = [*call.prepared.forward(operands), *call.backward(operands, [upstream], needed)]
     return [kernel.detach(), *found], [t for t in alone if t is not None]
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """One entry for each time that a shortcut was taken backward; by tensors that look like those it was made for."""
+    """One entry for each time that prepared work ran backward; by tensors of the layouts that it was prepared for."""
     taken = []
-    make = CpuBackend.backward_again
 
-    def look(tensors):
+    def layouts(tensors):
         assert all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-        return [(t.dtype, t.shape, t.stride()) for t in tensors]
+        return tuple(map(base.layout_of, tensors))
 
-    def checked(self, block, operands, upstream, needed):
-        again, expected = make(self, block, operands, upstream, needed), look((*operands, upstream))
+    class Checked(base.Prepared):
+        def __init__(self, prepared, signature):
+            self.prepared, self.signature = prepared, signature
 
-        def call(own, gradient):
-            assert look((*own, gradient)) == expected
+        def forward(self, tensors):
+            assert layouts(tensors) == self.signature.layouts
+            return self.prepared.forward(tensors)
+
+        def backward(self, tensors, upstream, needed):
+            assert layouts(tensors) == self.signature.layouts and layouts(upstream)
             taken.append(needed)
-            return again(own, gradient)
+            return self.prepared.backward(tensors, upstream, needed)
 
-        return call
+    def prepare(backend, blocks, signature):
+        return Checked(nested.prepare(backend, blocks, signature), signature)
 
-    monkeypatch.setattr(CpuBackend, "backward_again", checked)
-    monkeypatch.setattr(sys.modules["orepa_kernels.backends"], "_SHORTCUTS", {})
+    monkeypatch.setattr(autograd, "prepare", prepare)
+    monkeypatch.setattr(dispatch.calls, "_calls", {})
     return taken
 
 
@@ -190,7 +188,8 @@ def test_the_same_bits_again(taken):
             own = [change(t.detach().clone()).requires_grad_(n != index) for n, t in enumerate(operands)]
             taken.clear()
             assert equal(*seen(block, own, upstream))
-            assert taken == [tuple(n != index for n in range(len(operands)))]
+            needed = [n != index for n in range(len(operands))]
+            assert [list(own) for own in taken] == [needed] * 4  # three calls, and the one prepared alone
 
 
 @pytest.mark.usefixtures("either_way")
@@ -253,7 +252,7 @@ def test_double_backward_after_other_calls():
             torch.testing.assert_close(mine, true)
 
 
-@pytest.mark.parametrize("make", [signature.signature, signature.in_python])
+@pytest.mark.parametrize("make", [guards.layout_guard, guards.layout_guard_in_python])
 def test_tracers_and_modes_match_nothing(make):
     """They have to see what is computed, and a call that takes a shortcut shows nothing."""
     own = [torch.ones(2, 3), torch.ones(3)]
@@ -262,7 +261,7 @@ def test_tracers_and_modes_match_nothing(make):
     found = []
 
     def look(x):
-        found.append(matches(*own) and not signature.is_watched())
+        found.append(matches(*own) and not guards.is_watched())
         return x + 1
 
     torch.jit.trace(look, torch.ones(1), check_trace=False)

@@ -23,18 +23,18 @@ def test_another_thread_allocates_on_the_same_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    assert torch.equal(memory.kept(torch.device("cuda", 1), make), torch.zeros(1))
+    assert torch.equal(memory.alloc_persistent(torch.device("cuda", 1), make), torch.zeros(1))
     assert seen["thread"] != threading.get_ident() and seen["stream"] == "stream of cuda:1"
 
 
 def test_counters_are_kept_and_those_of_graphs_are_not(monkeypatch):
     made, capturing = [], [False]
 
-    def kept(device, make):
+    def alloc_persistent(device, make):
         made.append(make())
         return made[-1]
 
-    monkeypatch.setattr(cuda, "kept", kept)
+    monkeypatch.setattr(cuda, "alloc_persistent", alloc_persistent)
     monkeypatch.setattr(cuda, "_index", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     backend, device = cuda.CudaBackend(), torch.device("cpu")
@@ -48,10 +48,10 @@ def test_counters_are_kept_and_those_of_graphs_are_not(monkeypatch):
 
 def test_address_tables_are_written_over_the_least_recent_first():
     launch = pytest.importorskip("orepa_kernels.backends.triton.launcher", reason="needs triton")
-    tables = launch._AddressTables(3, torch.device("cpu"))
-    found = [tables.of((number, 0, 5)) for number in range(launch._ADDRESS_TABLES)]
+    tables = launch.AddressTables(3, torch.device("cpu"))
+    found = [tables.find((number, 0, 5)) for number in range(launch._ADDRESS_TABLES)]
     assert [table.tolist() for table in found] == [[number, 0, 5] for number in range(len(found))]
     assert all(table.data_ptr() % 16 == found[0].data_ptr() % 16 for table in found)
-    assert tables.of((0, 0, 5)) is found[0]  # used again, and so no longer the least recent
-    assert tables.of((99, 0, 5)).data_ptr() == found[1].data_ptr() and found[1].tolist() == [99, 0, 5]
-    assert tables.of((0, 0, 5)).tolist() == [0, 0, 5]
+    assert tables.find((0, 0, 5)) is found[0]  # used again, and so no longer the least recent
+    assert tables.find((99, 0, 5)).data_ptr() == found[1].data_ptr() and found[1].tolist() == [99, 0, 5]
+    assert tables.find((0, 0, 5)).tolist() == [0, 0, 5]

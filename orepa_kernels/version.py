@@ -1,0 +1,3 @@
+"""The version of the distribution, read from here at build time without importing torch."""
+
+__version__ = "0.1.0"
