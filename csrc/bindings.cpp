@@ -20,10 +20,9 @@ void bind_cpu(py::module_& module) {
   module.def("cpu_knows", [](int type) { return cpu::knows(static_cast<Type>(type)); });
   module.def(
       "cpu_forward",
-      [](const Plan& plan, const Views& operands, const Views& kernel, const Views& fold, int compute, int threads) {
+      [](const Plan& plan, const Views& operands, const Views& kernel, int compute, int threads) {
         Block block = plan.bind(operands);
         block.kernel = view_at(kernel, 0);
-        if (!fold.empty()) block.fold = view_at(fold, 0);
         cpu::forward(block, {static_cast<Type>(compute), threads});
       },
       py::call_guard<py::gil_scoped_release>());
@@ -45,17 +44,16 @@ void* at(std::int64_t address) {
 }
 
 std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
-                            const std::vector<Views>& gradients, const Views& kernels, const Views& folds) {
+                            const std::vector<Views>& gradients, const Views& kernels) {
   if (operands.size() != plans.size() || (!gradients.empty() && gradients.size() != plans.size()) ||
-      (!kernels.empty() && kernels.size() != 5 * plans.size()) || (!folds.empty() && folds.size() != 5 * plans.size()))
-    throw std::invalid_argument("as many operands, gradients, kernels and folds are needed as there are plans");
+      (!kernels.empty() && kernels.size() != 5 * plans.size()))
+    throw std::invalid_argument("as many operands, gradients and kernels are needed as there are plans");
   std::vector<Block> blocks;
   blocks.reserve(plans.size());
   for (std::size_t index = 0; index < plans.size(); ++index) {
     blocks.push_back(gradients.empty() ? plans[index]->bind(operands[index])
                                        : plans[index]->bind(operands[index], gradients[index]));
     if (!kernels.empty()) blocks.back().kernel = view_at(kernels, index);
-    if (!folds.empty()) blocks.back().fold = view_at(folds, index);
   }
   return blocks;
 }
@@ -66,15 +64,15 @@ void bind_cuda(py::module_& module) {
   module.attr("cuda_asked_architectures") = OREPA_CUDA_ARCHS;
   module.def("cuda_needs",
              [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
-               const std::vector<Block> blocks = bind_all(plans, operands, {}, {}, {});
+               const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
                const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
                return std::pair(needs.workspace_bytes, needs.counter_bytes);
              });
   module.def(
       "cuda_forward",
-      [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels,
-         const Views& folds, int device, std::uintptr_t stream, int precision) {
-        const std::vector<Block> blocks = bind_all(plans, operands, {}, kernels, folds);
+      [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels, int device,
+         std::uintptr_t stream, int precision) {
+        const std::vector<Block> blocks = bind_all(plans, operands, {}, kernels);
         cuda::Context context;
         context.device = device;
         context.stream = stream;
@@ -87,7 +85,7 @@ void bind_cuda(py::module_& module) {
       [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& upstream,
          const std::vector<Views>& gradients, int device, std::uintptr_t stream, int precision, std::int64_t workspace,
          std::int64_t workspace_bytes, std::int64_t counters, std::int64_t counter_bytes) {
-        const std::vector<Block> blocks = bind_all(plans, operands, gradients, upstream, {});
+        const std::vector<Block> blocks = bind_all(plans, operands, gradients, upstream);
         const cuda::Context context{device,        stream,          static_cast<cuda::Precision>(precision),
                                     at(workspace), workspace_bytes, at(counters),
                                     counter_bytes};

@@ -51,7 +51,6 @@ struct Block {
   View scales;       // [branch, O, 1]: row = branch, column = o; column stride 0 for scalar scaling
   View grad_scales;  // the same, always with a column per o: Python adds them up for scalar scaling
   View kernel;       // W forward (written), dW backward (read)
-  View fold;         // forward only: a factor [O] as rows, or absent
 
   std::int64_t out_per_group() const { return out_channels / groups; }
   std::int32_t taps() const { return height * width; }

@@ -20,7 +20,7 @@ constexpr std::int64_t summed_taps = 64;
 // One output channel: the sums of all terms that have whole rows of input channels, for taps [first, first + count).
 // `products`: per term what `compose` made for this channel.
 template <class T>
-static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
+static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* const* products, T* spare,
                          std::int64_t o, std::int64_t first, std::int64_t count) {
   Combination<T> sums[summed_taps];
   const std::int64_t columns = block.in_per_group;
@@ -31,7 +31,7 @@ static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* c
   for (std::int32_t index = 0; index < block.terms; ++index) {
     const Term& term = block.term[index];
     const Centred at(block, term);
-    const T scale = fold * scale_of<T>(block, term, o);
+    const T scale = scale_of<T>(block, term, o);
     if (term.kind == Kind::dense && (direct || !is_added_last<T>(block, term))) {
       const Panel<const T> a = panel<T>(term.a, o, columns, at.taps(), spare);
       spare += at.taps() * columns;
@@ -53,16 +53,15 @@ static void forward_sums(const Block& block, Panel<T> w, bool direct, const T* c
 
 // One output channel without its separable terms.
 template <class T>
-static void forward_row(const Block& block, Panel<T> w, bool direct, const T* const* products, T fold, T* spare,
+static void forward_row(const Block& block, Panel<T> w, bool direct, const T* const* products, T* spare,
                         std::int64_t o) {
   const std::int64_t columns = block.in_per_group, taps = block.taps();
   for (std::int64_t first = 0; first < taps; first += summed_taps)
-    forward_sums(block, w, direct, products, fold, spare, o, first,
-                 taps - first < summed_taps ? taps - first : summed_taps);
+    forward_sums(block, w, direct, products, spare, o, first, taps - first < summed_taps ? taps - first : summed_taps);
   for (std::int32_t index = 0; index < block.terms; ++index) {  // terms with one input channel per output channel
     const Term& term = block.term[index];
     const Centred at(block, term);
-    const T scale = fold * scale_of<T>(block, term, o);
+    const T scale = scale_of<T>(block, term, o);
     if (term.kind == Kind::pointwise && term.a.data == nullptr) {
       const Filter<T> filter(term, o);
       at.each([&](std::int64_t t, std::int64_t p) { w[p][o % columns] += scale * filter[t]; });
@@ -103,11 +102,9 @@ static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch
     products[index] = product;
   }
   Panel<T> w[rows_at_once];
-  T folds[rows_at_once];
   for (std::int64_t o = begin; o < end; ++o) {
     w[o - begin] = direct ? in_place<T>(block.kernel, o) : Panel<T>{panels + (o - begin) * taps * columns, columns};
-    folds[o - begin] = scalar<T>(block.fold, o, 0, 1);
-    forward_row(block, w[o - begin], direct, products, folds[o - begin], spare, o);
+    forward_row(block, w[o - begin], direct, products, spare, o);
     for (std::int32_t index = 0; index < block.terms; ++index)
       if (products[index] != nullptr)
         products[index] += taps_of_b(block.term[index]) * padded<T>(width_of(block, block.term[index]));
@@ -120,7 +117,7 @@ static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch
     const T* const dw = packed.depthwise[index] + group * row * own_taps;
     for (std::int64_t o = begin; o < end; ++o) load_expanded(term.b, o, columns, term.inner, spare + (o - begin) * row);
     T factors[rows_at_once];
-    for (std::int64_t o = begin; o < end; ++o) factors[o - begin] = folds[o - begin] * scale_of<T>(block, term, o);
+    for (std::int64_t o = begin; o < end; ++o) factors[o - begin] = scale_of<T>(block, term, o);
     for (std::int64_t tile = 0; tile < count; ++tile)
       in_steps<shared_rows>(end - begin, [&](std::int64_t first, auto number) {
         in_steps<8>(term.inner, [&](std::int64_t e, auto expansions) {
@@ -137,7 +134,7 @@ static void forward_rows(const Block& block, const Packed<T>& packed, T* scratch
     for (std::int32_t index = 0; index < block.terms; ++index) {
       const Term& term = block.term[index];
       if (term.kind == Kind::dense && is_added_last<T>(block, term))
-        add_as_it_lies(block, term, folds[o - begin] * scale_of<T>(block, term, o), o);
+        add_as_it_lies(block, term, scale_of<T>(block, term, o), o);
     }
   }
 }

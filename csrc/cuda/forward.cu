@@ -87,10 +87,9 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(co
       add_term<Tile>(rows, block, terms[t], place, channel);
       __syncwarp();
     }
-    const float factor = block.fold.data == nullptr ? 1.0f : load(block.fold, channel, 0, 0);
     const std::int64_t start = at(block.kernel, channel, place.first_column, place.first_tap);
     walk(place.columns, place.taps, taps_first(block.kernel), [&](int column, int tap) {
-      store(block.kernel, start + at(block.kernel, 0, column, tap), factor * rows[tap * Tile::pitch + column]);
+      store(block.kernel, start + at(block.kernel, 0, column, tap), rows[tap * Tile::pitch + column]);
     });
   }
 }

@@ -199,7 +199,6 @@ void add_block(Schedule& schedule, const Block& block, bool backward) {
   device.scales = compact(block.scales);
   device.grad_scales = compact(block.grad_scales);
   device.kernel = compact(block.kernel);
-  device.fold = compact(block.fold);
   device.terms = block.terms;
   device.first_term = static_cast<std::int32_t>(schedule.terms.size());
   device.first_item = static_cast<std::int32_t>(schedule.items);
@@ -246,7 +245,7 @@ std::string why_not(const Block& block) {
     return "too many channels";
   for (const auto& [view, name] :
        {std::pair{&block.scales, "scales"}, std::pair{&block.grad_scales, "scales' gradient"},
-        std::pair{&block.kernel, "kernel"}, std::pair{&block.fold, "fold"}})
+        std::pair{&block.kernel, "kernel"}})
     if (auto reason = why_not(*view, name); !reason.empty()) return reason;
   for (int t = 0; t < block.terms; ++t) {
     const Term& term = block.term[t];

@@ -29,7 +29,7 @@ struct DeviceTerm {
 };
 
 struct DeviceBlock {
-  DeviceView scales, grad_scales, kernel, fold;
+  DeviceView scales, grad_scales, kernel;
   std::int64_t scale_partials;  // [slot, O] in the workspace, in floats
   std::int32_t terms, first_term;
   std::int32_t first_item;

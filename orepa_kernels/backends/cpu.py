@@ -67,7 +67,7 @@ class _PreparedBlock(Prepared):
         kernel = self._new_kernel()
         _alive, views = self._operands.pack(tensors)
         self._run_forward(
-            self._plan, views, [kernel.data_ptr(), *self._kernel_steps], [], self._type, torch.get_num_threads()
+            self._plan, views, [kernel.data_ptr(), *self._kernel_steps], self._type, torch.get_num_threads()
         )
         return [kernel]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from orepa_kernels import autograd as fused
 from orepa_kernels import nested as stages
 from orepa_kernels import reference
+from orepa_kernels.backends import cuda as cuda_backend
 from orepa_kernels.backends import native
 from orepa_kernels.backends.base import Request
-from orepa_kernels.dispatch import cuda as cuda_backend
 from orepa_kernels.plan import (
     IMPULSE,
     Average,
@@ -176,7 +176,6 @@ class Case:
     block: Block
     tensors: dict[str, Tensor]
     upstream: Tensor
-    fold: Tensor | None = None
 
     def reference(self) -> Tensor:
         wide = {name: tensor.double() for name, tensor in self.tensors.items()}
@@ -202,7 +201,7 @@ def spread(tensor: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
-def make(block: Block, layout: Any = None, dtype: torch.dtype = torch.float32, fold: bool = False) -> Case:
+def make(block: Block, layout: Any = None, dtype: torch.dtype = torch.float32) -> Case:
     tensors = {}
     for operand in block.operands:
         tensor = torch.randn(operand.shape).to(dtype)
@@ -212,7 +211,6 @@ def make(block: Block, layout: Any = None, dtype: torch.dtype = torch.float32, f
         block,
         tensors,
         upstream if layout is None else layout(upstream),
-        torch.randn(block.out_channels) if fold else None,
     )
 
 
@@ -231,7 +229,7 @@ def squeeze(
     for case in cases:
         output = torch.full(case.block.shape, float("nan"), dtype=dtype)
         outputs.append(output if layout is None else layout(output))
-    described = [describe(c.block, c.tensors, o, c.fold) for c, o in zip(cases, outputs, strict=True)]
+    described = [describe(c.block, c.tensors, o) for c, o in zip(cases, outputs, strict=True)]
     kernels.run(described, backward=False, precision=precision)
     return outputs
 
@@ -253,7 +251,7 @@ def gradients(
             grad_scales = torch.full(shape, float("nan"))
             used = {term.scale for term in case.block.terms}
             grad_scales[[row for row in range(scales.shape[0]) if row not in used]] = 0
-        described.append(describe(case.block, case.tensors, case.upstream, None, own, grad_scales))
+        described.append(describe(case.block, case.tensors, case.upstream, own, grad_scales))
         if grad_scales is not None:
             own[scales.name] = grad_scales
         found.append(own)
@@ -327,13 +325,6 @@ def test_half_precision_gradient_of_float_parameters(kernels: Emulated, layout: 
     case.upstream = case.upstream.bfloat16()
     (own,) = gradients(kernels, [case])
     check_gradients(own, case, GRADIENT)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_fold(tensor_cores: Emulated, name: str) -> None:
-    case = make(BLOCKS[name], fold=True)
-    (found,) = squeeze(tensor_cores, [case])
-    assert error(found, reference.fold(case.reference(), case.fold)) <= FORWARD
 
 
 def test_tf32_is_less_exact_and_an_identity_is_not(tensor_cores: Emulated) -> None:
@@ -476,7 +467,7 @@ def test_what_is_not_covered(plain: Emulated) -> None:
 def test_too_little_workspace(plain: Emulated) -> None:
     case = make(BLOCKS["orepa 8x3"])
     grads = {name: torch.empty_like(tensor) for name, tensor in case.tensors.items()}
-    block = describe(case.block, case.tensors, case.upstream, None, grads, torch.empty(6, 8))
+    block = describe(case.block, case.tensors, case.upstream, grads, torch.empty(6, 8))
     with pytest.raises(RuntimeError, match="of workspace"):
         plain.run([block], backward=True, shorten=4)
 
@@ -528,12 +519,12 @@ def backend(tensor_cores: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def test_backend(backend: cuda_backend.CudaBackend) -> None:
     cases = [make(BLOCKS[name]) for name in ("orepa 33x17", "3x3 of 3x3", "identities", "doconv")]
     blocks, tensors = [c.block for c in cases], [list(c.tensors.values()) for c in cases]
-    folds = [None, torch.randn(6), None, None]
-    for found, case, fold in zip(
-        backend.forward(blocks, tensors, torch.float32, torch.channels_last, folds), cases, folds, strict=True
+    folds = [None] * len(cases)
+    for found, case in zip(
+        backend.forward(blocks, tensors, torch.float32, torch.channels_last, folds), cases, strict=True
     ):
         assert found.is_contiguous(memory_format=torch.channels_last)
-        assert error(found, reference.fold(case.reference(), fold)) <= FORWARD
+        assert error(found, case.reference()) <= FORWARD
     for block, own in zip(blocks, tensors, strict=True):
         how = torch.float32, torch.channels_last
         again = backend.forward_again(block, own, *how)

@@ -52,7 +52,7 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("out_channels", "in_per_group", "groups")),
         *((name, ctypes.c_int32) for name in ("height", "width", "terms")),
         ("term", _Term * MAX_TERMS),
-        *((name, _View) for name in ("scales", "grad_scales", "kernel", "fold")),
+        *((name, _View) for name in ("scales", "grad_scales", "kernel")),
     ]
 
 
@@ -75,7 +75,6 @@ def describe(
     block: Block,
     tensors: dict[str, Tensor],
     kernel: Tensor,
-    fold: Tensor | None = None,
     gradients: dict[str, Tensor] | None = None,
     grad_scales: Tensor | None = None,
 ) -> _Block:
@@ -85,7 +84,6 @@ def describe(
     (kh, kw), out = block.kernel_size, block.out_channels
     result = _Block(out, per_group, block.groups, kh, kw, len(block.terms))
     result.kernel = _view(kernel, kh * kw)
-    result.fold = _view(fold)
     if block.scales is not None:
         scales = tensors[block.scales.name]
         result.scales = _view(scales)
@@ -246,12 +244,10 @@ class EmulatedModule:
     def cuda_needs(self, plans: list[Any], operands: list[list[int]], backward: bool) -> tuple[int, int]:
         return self._kernels.needs([_bind(p, own) for p, own in zip(plans, operands, strict=True)], backward)
 
-    def cuda_forward(
-        self, plans: list[Any], operands: list[Any], kernels: list[int], folds: list[int], *where: int
-    ) -> None:
+    def cuda_forward(self, plans: list[Any], operands: list[Any], kernels: list[int], *where: int) -> None:
         blocks = [_bind(p, own) for p, own in zip(plans, operands, strict=True)]
         for index, block in enumerate(blocks):
-            block.kernel, block.fold = _view_at(kernels, index), _view_at(folds, index)
+            block.kernel = _view_at(kernels, index)
         self._kernels.run(blocks, backward=False, precision=where[2])
 
     def cuda_backward(
