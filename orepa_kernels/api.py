@@ -47,16 +47,12 @@ def squeeze(
         BackendError: the backend asked for cannot do it; the message says why.
     """
     name = resolve(backend)
-    cacheable = not torch.compiler.is_compiling() and not is_watched()
-    if cacheable and len(blocks) == len(tensors) == 1:  # a training step makes the same calls every time
-        operands = tensors[0]
-        call = calls.find((name, dtype, memory_format, blocks[0]), operands)
-        if call is not None:
-            return call(operands)
-    _check_counts(blocks, tensors)
+    if [len(own) for own in tensors] != [len(block.operands) for block in blocks]:
+        _raise_for_counts(blocks, tensors)
     operands = tensors[0] if len(tensors) == 1 else [tensor for own in tensors for tensor in own]
     key = (name, dtype, memory_format, *blocks)
-    if cacheable and len(blocks) > 1:
+    cacheable = not torch.compiler.is_compiling() and not is_watched()
+    if cacheable:  # a training step makes the same calls every time
         call = calls.find(key, operands)
         if call is not None:
             return call(operands)
@@ -161,20 +157,27 @@ def _make_call(
 # --- validation ---------------------------------------------------------------------------------------------------------
 
 
-def _check_counts(blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]]) -> None:
+def _raise_for_counts(blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]]) -> None:
     if len(blocks) != len(tensors):
         raise ValueError(f"tensors must have one entry per block: got {len(tensors)} for {len(blocks)} blocks")
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
         if len(operands) != len(block.operands):
             raise ValueError(f"blocks[{index}] needs {len(block.operands)} tensors, got {len(operands)}")
-        if not operands:
-            raise ValueError(f"blocks[{index}] has no operands, so its device and dtype are unknown")
 
 
 def _check_operands(block: Block, operands: Sequence[Tensor], where: str) -> None:
     """Raise where shapes, dtypes or devices do not fit."""
-    leading = block.operands[block.leading].name
-    first = operands[block.leading]
+    if not operands:
+        raise ValueError(f"{where} has no operands, so its device and dtype are unknown")
+    leading, first = block.operands[block.leading].name, operands[block.leading]
+    # Whole lists first: this is a good part of what the host does for the first squeeze.
+    if (
+        first.dtype in DTYPES
+        and [tensor.shape for tensor in operands] == block.shapes
+        and {tensor.dtype for tensor in operands} == {first.dtype}
+        and {tensor.device for tensor in operands} == {first.device}
+    ):
+        return
     for operand, tensor in zip(block.operands, operands, strict=True):
         if tensor.shape != operand.shape:
             raise ValueError(

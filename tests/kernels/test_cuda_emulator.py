@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from cuda_emulator.driver import BF16, FLAGS, FULL, TF32, Emulated, EmulatedModu
 from strategies import blocks as any_block
 from torch import Tensor
 
-from orepa_kernels import autograd as fused
-from orepa_kernels import nested as stages
 from orepa_kernels import reference
+from orepa_kernels.autograd import Call
 from orepa_kernels.backends import cuda as cuda_backend
 from orepa_kernels.backends import native
-from orepa_kernels.backends.base import Request
+from orepa_kernels.backends.base import Request, Signature, split
+from orepa_kernels.nested import program
 from orepa_kernels.plan import (
     IMPULSE,
     Average,
@@ -480,8 +480,8 @@ def test_too_little_workspace(plain: Emulated) -> None:
 def test_any_block(tensor_cores: Emulated, block: Block) -> None:
     """Every plan, nested ones in steps; products may cancel, so the yardstick is what is added up."""
     tensor_cores.seed(0)
-    program = stages.program((block,))
-    for step in (*(s for level in program.inner for s in level), *program.last):
+    steps = program((block,))
+    for step in (*(s for level in steps.inner for s in level), *steps.last):
         case = make(step.block)
         size = squeeze_of_absolutes(case)
         (found,) = squeeze(tensor_cores, [case])
@@ -504,38 +504,36 @@ def squeeze_of_absolutes(case: Case) -> Tensor:
 
 
 @pytest.fixture
-def backend(tensor_cores: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda_backend.CudaBackend]:
+def backend(tensor_cores: Emulated, monkeypatch: pytest.MonkeyPatch) -> cuda_backend.CudaBackend:
     """The backend with the emulated kernels under it, on CPU tensors."""
     tensor_cores.seed(0)
     monkeypatch.setattr(native, "_C", EmulatedModule(tensor_cores))
     monkeypatch.setattr(cuda_backend, "_where", lambda device: (0, 0, FULL))
     monkeypatch.setattr(cuda_backend, "_index", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    native.plan.cache_clear()
-    yield cuda_backend.CudaBackend()
-    native.plan.cache_clear()
+    return cuda_backend.CudaBackend()
 
 
 def test_backend(backend: cuda_backend.CudaBackend) -> None:
     cases = [make(BLOCKS[name]) for name in ("orepa 33x17", "3x3 of 3x3", "identities", "doconv")]
     blocks, tensors = [c.block for c in cases], [list(c.tensors.values()) for c in cases]
-    folds = [None] * len(cases)
-    for found, case in zip(
-        backend.forward(blocks, tensors, torch.float32, torch.channels_last, folds), cases, strict=True
-    ):
+    operands = [tensor for own in tensors for tensor in own]
+    how = torch.float32, torch.channels_last
+    prepared = backend.prepare(blocks, Signature.of(operands, *how))
+    for found, case in zip(prepared.forward(operands), cases, strict=True):
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert error(found, case.reference()) <= FORWARD
     for block, own in zip(blocks, tensors, strict=True):
-        how = torch.float32, torch.channels_last
-        again = backend.forward_again(block, own, *how)
-        for operands in (own, [tensor.clone() for tensor in own], [tensor + 1 for tensor in own]):
-            (expected,) = backend.forward([block], [operands], *how, [None])
-            found_again = again(operands)
-            assert torch.equal(found_again, expected) and found_again.stride() == expected.stride()
-    for turn in range(2):  # the second finds what the first has kept
+        repeated = backend.prepare([block], Signature.of(own, *how))
+        for values in (own, [tensor.clone() for tensor in own], [tensor + 1 for tensor in own]):
+            (expected,) = backend.prepare([block], Signature.of(values, *how)).forward(values)
+            (kernel,) = repeated.forward(values)
+            assert torch.equal(kernel, expected) and kernel.stride() == expected.stride()
+    for turn in range(2):  # the second has other needs
         needed = [[(index + turn) % 3 > 0 for index in range(len(own))] for own in tensors]
-        found = backend.backward(blocks, tensors, [spread(c.upstream) for c in cases], needed)
-        for own, case, need in zip(found, cases, needed, strict=True):
+        flat = [need for own in needed for need in own]
+        gradients = prepared.backward(operands, [spread(c.upstream) for c in cases], flat)
+        for own, case, need in zip(split(blocks, gradients), cases, needed, strict=True):
             assert [gradient is not None for gradient in own] == need
             named = dict(zip(case.tensors, own, strict=True))
             check_gradients({name: g for name, g in named.items() if g is not None}, case, GRADIENT)
@@ -546,7 +544,7 @@ def test_backend(backend: cuda_backend.CudaBackend) -> None:
 def test_backend_with_nested_blocks(backend: cuda_backend.CudaBackend, block: Block) -> None:
     case = make(block)
     tensors = [tensor.requires_grad_() for tensor in case.tensors.values()]
-    (kernel,) = fused.Backend.squeeze(backend, [block], [tensors], torch.float32, torch.contiguous_format, [None])
+    (kernel,) = Call(backend, [block], tensors, torch.float32, torch.contiguous_format)(tensors)
     found = torch.autograd.grad(kernel, tensors, case.upstream)
     for tensor in tensors:
         tensor.requires_grad_(False)

@@ -170,8 +170,8 @@ def test_backends_are_told_of_float64_filters(monkeypatch):
     tensors = [torch.randn(2, 3, 1, 1), torch.randn(1, 3, 3, dtype=torch.float64)]
     told = []
     for backend in map(get, NAMES):
-        can_run = backend.can_run
-        monkeypatch.setattr(backend, "can_run", lambda request, ask=can_run: told.append(request) or ask(request))
+        supports = backend.supports
+        monkeypatch.setattr(backend, "supports", lambda request, ask=supports: told.append(request) or ask(request))
     (kernel,) = squeeze([block], [tensors])
     assert {(request.dtype, request.out_dtype) for request in told} == {(torch.float64, torch.float32)}
     assert kernel.dtype == torch.float32
