@@ -63,10 +63,10 @@ class CallCache:
 
     def add(self, key: tuple[object, ...], tensors: Sequence[Tensor], call: Squeezer) -> None:
         """Remember a call for tensors of these layouts."""
-        while len(self._calls) >= self._most_keys:
+        layouts = self._calls.get(key, [])
+        self._calls[key] = [*layouts[-self._most_layouts + 1 :], (layout_guard(tensors), call)]
+        if len(self._calls) > self._most_keys:
             self._calls.pop(next(iter(self._calls)), None)
-        newest = self._calls.get(key, [])[-self._most_layouts + 1 :]
-        self._calls[key] = [*newest, (layout_guard(tensors), call)]
 
     def clear(self) -> None:
         """Forget all calls."""

@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -34,12 +35,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ... import __version__
-from ...dispatch import log
 from ...plan import Block
+from ...version import __version__
 from .configs import Backward, Forward
 from .device import capturing, device_of
 from .spec import Spec
+
+log = logging.getLogger("orepa_kernels")
 
 ENVIRONMENT_VARIABLE = "OREPA_AUTOTUNE"
 FOLDER_VARIABLE = "OREPA_AUTOTUNE_CACHE"
