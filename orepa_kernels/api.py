@@ -47,10 +47,12 @@ def squeeze(
         BackendError: the backend asked for cannot do it; the message says why.
     """
     name = resolve(backend)
-    if [len(own) for own in tensors] != [len(block.operands) for block in blocks]:
-        _raise_for_counts(blocks, tensors)
-    operands = tensors[0] if len(tensors) == 1 else [tensor for own in tensors for tensor in own]
-    key = (name, dtype, memory_format, *blocks)
+    key: tuple[object, ...]
+    if len(blocks) == 1 and len(tensors) == 1 and len(tensors[0]) == len(blocks[0].shapes):
+        operands, key = tensors[0], (name, dtype, memory_format, blocks[0])
+    else:
+        _check_counts(blocks, tensors)
+        operands, key = [tensor for own in tensors for tensor in own], (name, dtype, memory_format, *blocks)
     cacheable = not torch.compiler.is_compiling() and not is_watched()
     if cacheable:  # a training step makes the same calls every time
         call = calls.find(key, operands)
@@ -157,7 +159,7 @@ def _make_call(
 # --- validation ---------------------------------------------------------------------------------------------------------
 
 
-def _raise_for_counts(blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]]) -> None:
+def _check_counts(blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]]) -> None:
     if len(blocks) != len(tensors):
         raise ValueError(f"tensors must have one entry per block: got {len(tensors)} for {len(blocks)} blocks")
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):

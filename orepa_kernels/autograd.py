@@ -29,6 +29,8 @@ class Call:
         memory_format: of the kernels.
     """
 
+    __slots__ = ("_backward", "_recorded", "alone", "backend", "blocks", "prepared", "signature")
+
     def __init__(
         self,
         backend: Backend,
@@ -37,16 +39,17 @@ class Call:
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> None:
-        self.backend, self.blocks = backend, tuple(blocks)
+        self.backend, self.blocks, self.alone = backend, tuple(blocks), len(blocks) == 1
         self.signature = Signature.of(tensors, dtype, memory_format)
         self.prepared = prepare(backend, self.blocks, self.signature)
-        self._records = not backend.traceable and any([tensor.requires_grad for tensor in tensors])
+        self._recorded = not backend.traceable and any([tensor.requires_grad for tensor in tensors])
         self._backward: list[tuple[Callable[..., bool], Prepared]] = []
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the kernels."""
-        if self._records and torch.is_grad_enabled():
-            return list(_apply(self, *tensors))
+        if self._recorded and torch.is_grad_enabled():
+            kernels = _apply(self, *tensors)
+            return [kernels] if self.alone else list(kernels)
         return self.prepared.forward(tensors)
 
     def backward(self, tensors: Sequence[Tensor], upstream: Sequence[Tensor], needed: Sequence[bool]) -> Gradients:
@@ -73,10 +76,11 @@ class _Squeeze(torch.autograd.Function):
 
     # In the older style, without `setup_context`: that one inspects the signature at every call, for 30 microseconds.
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        return tuple(call.prepared.forward(tensors))
+        kernels = call.prepared.forward(tensors)
+        return kernels[0] if call.alone else tuple(kernels)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -88,4 +92,4 @@ class _Squeeze(torch.autograd.Function):
 
 # `_Squeeze.apply` without its Python half, which does nothing here for 3.5 microseconds: it looks after ``torch.func``
 # transforms, and tensors inside one are not plain (see `orepa_kernels.guards.is_plain`).
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Squeeze).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Squeeze).apply

@@ -272,56 +272,68 @@ class PreparedLaunches(Prepared):
     """
 
     def __init__(self, blocks: Sequence[Block], signature: Signature) -> None:
-        self._blocks, self._device = blocks, signature.device
+        self._blocks, self._device, self._alone = blocks, signature.device, len(blocks) == 1
         self._new_kernels = [empty_factory(signature.kernel(block), signature.device) for block in blocks]
-        self._state = launch_state(signature.device)
+        state = launch_state(signature.device)
+        self._index, self._current, self._capturing = state.index, state.current, state.capturing
         self._forward: dict[object, list[ForwardLaunch]] = {}
         self._backward: dict[object, list[BackwardLaunch]] = {}
         #: the last addresses of operands that were multiples of 16: parameters stay where they are
         self._aligned: tuple[int, ...] = ()
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        state = self._state
-        if state.current() != state.index:
+        if self._current() != self._index:
             with on_device(self._device):
                 return self.forward(tensors)
-        kernels = [new() for new in self._new_kernels]
-        addresses, pattern = self._addresses(tensors, kernels)
-        key = float32_precision(), pattern
-        launches = self._forward.get(key)
+        kernels = [self._new_kernels[0]()] if self._alone else [new() for new in self._new_kernels]
+        addresses, setting = self._addresses(tensors, kernels)
+        launches = self._forward.get(setting)
         if launches is None:
-            launches = self._forward[key] = self._make_forward(tensors, kernels)
-        self._launch(launches, addresses, [[kernel] for kernel in kernels], len(tensors))
+            launches = self._forward[setting] = self._make_forward(tensors, kernels)
+        if self._alone and not self._capturing():
+            launches[0].run(addresses)
+        else:
+            self._launch(launches, addresses, tensors, [1] * len(kernels))
         return kernels
 
     def backward(
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> Gradients:
-        state = self._state
-        if state.current() != state.index:
+        if self._current() != self._index:
             with on_device(self._device):
                 return self.backward(tensors, upstream, needed)
         gradients = [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
-        outputs = [
-            [] if gradient is None else [gradient, *[g for g in own if g is not None]]
-            for gradient, own in zip(upstream, split(self._blocks, gradients), strict=True)
-        ]
-        written = [tensor for own in outputs if len(own) > 1 for tensor in own]
-        if not written:
+        if self._alone:
+            counts: list[int] = []
+            others = [tensor for tensor in (*upstream, *gradients) if tensor is not None]
+        else:
+            counts, others = self._others(upstream, gradients)
+        if len(others) < 2:  # no upstream gradient, or none of an operand
             return gradients
-        addresses, pattern = self._addresses(tensors, written)
-        given = tuple([None if gradient is None else (gradient.dtype, gradient.stride()) for gradient in upstream])
-        key = float32_precision(), pattern, tuple(needed), given
+        addresses, setting = self._addresses(tensors, others)
+        layouts = [None if output is None else (output.dtype, output.stride()) for output in upstream]
+        key = (setting, tuple(needed), *layouts)
         launches = self._backward.get(key)
         if launches is None:
             launches = self._backward[key] = self._make_backward(tensors, upstream, gradients)
-        self._launch(launches, addresses, [own if len(own) > 1 else [] for own in outputs], len(tensors))
+        if self._alone and not self._capturing():
+            launches[0].run(addresses)
+        else:
+            self._launch(launches, addresses, tensors, counts)
         return gradients
 
-    def _addresses(
-        self, operands: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> tuple[tuple[int, ...], tuple[bool, ...] | None]:
-        """Addresses, and which of them are multiples of 16; None where all are, as nearly always."""
+    def _others(self, upstream: Sequence[Tensor | None], gradients: Gradients) -> tuple[list[int], list[Tensor]]:
+        """What launches write or read beside operands: block by block, and how many per block; none where none is needed."""
+        counts, others = [], []
+        for output, own in zip(upstream, split(self._blocks, gradients), strict=True):
+            made = [gradient for gradient in own if gradient is not None]
+            used = [output, *made] if output is not None and made else []
+            counts.append(len(used))
+            others += used
+        return counts, others
+
+    def _addresses(self, operands: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[tuple[int, ...], object]:
+        """Addresses; and the precision, with which addresses are multiples of 16 where not all are."""
         bits, addresses = 0, tuple(map(Tensor.data_ptr, operands))
         made = tuple(map(Tensor.data_ptr, others))
         if addresses != self._aligned:
@@ -332,21 +344,23 @@ class PreparedLaunches(Prepared):
         for address in made:
             bits |= address
         addresses += made
-        return addresses, tuple(address % 16 == 0 for address in addresses) if bits % 16 else None
+        if bits % 16 == 0:
+            return addresses, float32_precision()
+        return addresses, (float32_precision(), tuple([address % 16 == 0 for address in addresses]))
 
     def _launch(
-        self, launches: Sequence[Launch], addresses: tuple[int, ...], outputs: Sequence[Sequence[Tensor]], operands: int
+        self, launches: Sequence[Launch], addresses: tuple[int, ...], operands: Sequence[Tensor], others: Sequence[int]
     ) -> None:
-        """Launch, with the addresses of all operands, then of each block's outputs."""
-        capturing = self._state.capturing()
+        """Launch, with the addresses of all operands, then those of each block's ``others``, so many per block."""
+        capturing = self._capturing()
         if capturing:  # graphs read the tables
             _captured.update(launches)
-        if len(self._blocks) == 1:
+        if self._alone:
             launches[0].run(addresses)
             return
-        by_block, position = [], operands
-        for own, block_outputs in zip(split(self._blocks, addresses[:operands]), outputs, strict=True):
-            end = position + len(block_outputs)
+        by_block, position = [], len(operands)
+        for own, count in zip(split(self._blocks, addresses[: len(operands)]), others, strict=True):
+            end = position + count
             by_block.append((*own, *addresses[position:end]))
             position = end
         for launch in launches:
