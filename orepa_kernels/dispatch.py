@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .autograd import Call
 from .backends.base import Backend, BackendError, Request, Support
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
@@ -74,23 +73,6 @@ class CallCache:
 
 
 calls = CallCache()
-
-
-def call_of(
-    backend: Backend,
-    blocks: Sequence[Block],
-    tensors: Sequence[Tensor],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> Call:
-    """Return the call of one backend for operands of these layouts, from the cache where it is there."""
-    key = (backend, dtype, memory_format, *blocks)
-    call = calls.find(key, tensors)
-    if call is None:
-        call = Call(backend, blocks, tensors, dtype, memory_format)
-        calls.add(key, tensors, call)
-    assert isinstance(call, Call)
-    return call
 
 
 # --- the registry -------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .plan import Block, decode
+from .autograd import Call
+from .dispatch import calls, get
+from .plan import decode
 
 _LIBRARY = torch.library.Library("orepa_kernels", "DEF")
 _LIBRARY.define(
@@ -25,8 +26,22 @@ _LIBRARY.define(
 )
 
 
-def _blocks(plans: Sequence[str]) -> tuple[Block, ...]:
-    return tuple(decode(text) for text in plans)
+def _call(
+    backend: str,
+    plans: Sequence[str],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Call:
+    """What squeezes operands of these layouts, from the cache of calls."""
+    key = (backend, dtype, memory_format, *plans)
+    call = calls.find(key, tensors)
+    if call is None:
+        blocks = [decode(text) for text in plans]
+        call = Call(get(backend), blocks, tensors, dtype, memory_format)
+        calls.add(key, tensors, call)
+    assert isinstance(call, Call)
+    return call
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:
@@ -36,24 +51,22 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
 def _squeeze(
     tensors: Sequence[Tensor], plans: Sequence[str], backend: str, dtype: torch.dtype, channels_last: bool
 ) -> list[Tensor]:
-    how = dtype, _memory_format(channels_last)
-    call = dispatch.call_of(dispatch.get(backend), _blocks(plans), tensors, *how)
-    return call.prepared.forward(tensors)
+    return _call(backend, plans, tensors, dtype, _memory_format(channels_last)).prepared.forward(tensors)
 
 
 def _squeeze_fake(
     tensors: Sequence[Tensor], plans: Sequence[str], backend: str, dtype: torch.dtype, channels_last: bool
 ) -> list[Tensor]:
-    memory_format = _memory_format(channels_last)
-    return [tensors[0].new_empty(b.shape, dtype=dtype).to(memory_format=memory_format) for b in _blocks(plans)]
+    kernels = [tensors[0].new_empty(decode(text).shape, dtype=dtype) for text in plans]
+    return [kernel.to(memory_format=_memory_format(channels_last)) for kernel in kernels]
 
 
 def _backward(
     upstream: Sequence[Tensor], tensors: Sequence[Tensor], plans: Sequence[str], backend: str, needed: Sequence[bool]
 ) -> list[Tensor]:
-    how = upstream[0].dtype, torch.contiguous_format  # of kernels, which no gradient depends on
-    call = dispatch.call_of(dispatch.get(backend), _blocks(plans), tensors, *how)
-    gradients = call.prepared.backward(tensors, upstream, needed)
+    # No gradient depends on the dtype and memory format of kernels: any will do.
+    prepared = _call(backend, plans, tensors, upstream[0].dtype, torch.contiguous_format).prepared
+    gradients = prepared.backward(tensors, upstream, needed)
     return [gradient for gradient in gradients if gradient is not None]
 
 

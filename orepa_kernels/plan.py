@@ -19,7 +19,6 @@ scaled per output channel (paper section 3.2) and is centre-aligned in the block
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -330,7 +329,6 @@ def encode(block: Block) -> str:
     return json.dumps(_plain(block), separators=(",", ":"))
 
 
-@functools.lru_cache(maxsize=4096)
 def decode(text: str) -> Block:
     """The plan that `encode` wrote.
 

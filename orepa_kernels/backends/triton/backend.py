@@ -17,9 +17,6 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 #: taps of a separable term beyond which its gradients would no longer fit into registers
 _MOST_SEPARABLE_TAPS = 49
 
-#: by index of a CUDA or ROCm device (a plain dict: torch.compile cannot trace functools.cache)
-_SUPPORTED: dict[int | None, bool] = {}
-
 
 class TritonBackend(Backend):
     """Every kind of term, in float32, bfloat16 and float16."""
@@ -44,11 +41,7 @@ class TritonBackend(Backend):
             return SUPPORTED
         if device.type != "cuda":
             return Support(False, f"{device} is no CUDA, ROCm or XPU device")
-        if device.index not in _SUPPORTED:
-            _SUPPORTED[device.index] = (
-                torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
-            )
-        if _SUPPORTED[device.index]:
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST:
             return SUPPORTED
         return Support(False, f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -47,7 +46,6 @@ class Device:
         return "ieee"
 
 
-@functools.lru_cache(maxsize=64)
 def device_of(device: torch.device) -> Device:
     """Return the kind of a torch device."""
     if device.type == "cpu":
