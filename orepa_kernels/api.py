@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def squeeze(
         operands, key = tensors[0], (name, dtype, memory_format, blocks[0])
     else:
         _check_counts(blocks, tensors)
-        operands, key = [tensor for own in tensors for tensor in own], (name, dtype, memory_format, *blocks)
+        operands, key = [tensor for part in tensors for tensor in part], (name, dtype, memory_format, *blocks)
     cacheable = not torch.compiler.is_compiling() and not is_watched()
     if cacheable:  # a training step makes the same calls every time
         call = calls.find(key, operands)
@@ -62,35 +62,54 @@ def squeeze(
         raise TypeError(f"dtype must be one of {_names(DTYPES)}, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
-    groups, plain = _choose(name, blocks, tensors, dtype)
-    if not (cacheable and plain):
-        return _squeeze_visibly(groups, blocks, tensors, memory_format)
-    call = _make_call(groups, blocks, tensors, memory_format)
-    if call is None:
-        return []
-    calls.add(key, operands, call)
+    groups = _group(name, blocks, tensors, dtype)
+    if not (cacheable and all(group.plain for group in groups)):
+        return _run(groups, [group.visible(memory_format) for group in groups], operands)
+    parts = [
+        Call(group.backend, group.blocks, [operands[place] for place in group.places], group.dtype, memory_format)
+        for group in groups
+    ]
+    call = parts[0] if len(parts) == 1 else partial(_run, groups, parts)
+    if blocks:
+        calls.add(key, operands, call)
     return call(operands)
 
 
-@dataclass(frozen=True)
 class _Group:
-    """Blocks that go to one backend in one call, so that a fused backend can take them in one launch."""
+    """Blocks that go to one backend in one call, so that a fused backend can take them in one launch.
 
-    backend: Backend
-    dtype: torch.dtype
-    indices: list[int]
-
-
-def _choose(
-    name: str, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], dtype: torch.dtype | None
-) -> tuple[list[_Group], bool]:
-    """Check all operands and pick the backends.
-
-    Returns:
-        The groups, and whether raw memory of all operands may be read.
+    Args:
+        backend: that computes them.
+        dtype: of their kernels.
     """
+
+    def __init__(self, backend: Backend, dtype: torch.dtype) -> None:
+        self.backend, self.dtype = backend, dtype
+        self.plain = True  # whether raw memory of all operands may be read
+        self.blocks: list[Block] = []
+        self.indices: list[int] = []  # of the blocks
+        self.places: list[int] = []  # of their operands, among those of all blocks
+
+    def visible(self, memory_format: torch.memory_format) -> Squeezer:
+        """Return what squeezes by operations that tracers, modes and transforms see: the registered operator, or plain ones."""
+
+        def squeeze_visibly(operands: Sequence[Tensor]) -> list[Tensor]:
+            if self.backend.traceable:
+                signature = Signature.of(operands, self.dtype, memory_format)
+                return self.backend.prepare(self.blocks, signature).forward(operands)
+            texts, channels_last = [block.text for block in self.blocks], memory_format == torch.channels_last
+            operator = torch.ops.orepa_kernels.squeeze
+            return operator(list(operands), texts, self.backend.name, self.dtype, channels_last)
+
+        return squeeze_visibly
+
+
+def _group(
+    name: str, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], dtype: torch.dtype | None
+) -> list[_Group]:
+    """Check all operands and pick the backends."""
     groups: dict[tuple[str, torch.dtype], _Group] = {}
-    all_plain = True
+    place = 0
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
         _check_operands(block, operands, f"blocks[{index}]")
         # Where the compiler traces, operators are recorded, which run on what the tensors then are.
@@ -99,61 +118,21 @@ def _choose(
         out_dtype = first.dtype if dtype is None else dtype
         widest = torch.float64 if torch.float64 in dtypes else first.dtype  # a float64 filter widens all
         backend = select(name, Request(block, first.device, widest, out_dtype, plain))
-        groups.setdefault((backend.name, out_dtype), _Group(backend, out_dtype, [])).indices.append(index)
-        all_plain = all_plain and plain
-    return list(groups.values()), all_plain
+        group = groups.setdefault((backend.name, out_dtype), _Group(backend, out_dtype))
+        group.plain = group.plain and plain
+        group.blocks.append(block)
+        group.indices.append(index)
+        group.places += range(place, place + len(operands))
+        place += len(operands)
+    return list(groups.values())
 
 
-def _squeeze_visibly(
-    groups: Sequence[_Group],
-    blocks: Sequence[Block],
-    tensors: Sequence[Sequence[Tensor]],
-    memory_format: torch.memory_format,
-) -> list[Tensor]:
-    """Squeeze by operations that tracers, modes and transforms see: the registered operator, or the reference's own."""
+def _run(groups: Sequence[_Group], squeezers: Sequence[Squeezer], operands: Sequence[Tensor]) -> list[Tensor]:
+    """Squeeze the blocks of each group, and bring the kernels into the order of the blocks."""
     kernels: dict[int, Tensor] = {}
-    for group in groups:
-        chosen = [blocks[index] for index in group.indices]
-        operands = [tensor for index in group.indices for tensor in tensors[index]]
-        if group.backend.traceable:
-            signature = Signature.of(operands, group.dtype, memory_format)
-            results = group.backend.prepare(chosen, signature).forward(operands)
-        else:
-            texts, channels_last = [block.text for block in chosen], memory_format == torch.channels_last
-            results = torch.ops.orepa_kernels.squeeze(operands, texts, group.backend.name, group.dtype, channels_last)
-        kernels.update(zip(group.indices, results, strict=True))
-    return [kernels[index] for index in range(len(blocks))]
-
-
-def _make_call(
-    groups: Sequence[_Group],
-    blocks: Sequence[Block],
-    tensors: Sequence[Sequence[Tensor]],
-    memory_format: torch.memory_format,
-) -> Squeezer | None:
-    """What squeezes these blocks from operands of these layouts; None without blocks."""
-    if not groups:
-        return None
-    parts = []
-    begins = [0]
-    for own in tensors:
-        begins.append(begins[-1] + len(own))
-    for group in groups:
-        chosen = [blocks[index] for index in group.indices]
-        places = [place for index in group.indices for place in range(begins[index], begins[index + 1])]
-        operands = [tensor for index in group.indices for tensor in tensors[index]]
-        call = Call(group.backend, chosen, operands, group.dtype, memory_format)
-        if len(groups) == 1:
-            return call
-        parts.append((call, places, group.indices))
-
-    def squeeze_groups(operands: Sequence[Tensor]) -> list[Tensor]:
-        kernels: dict[int, Tensor] = {}
-        for call, places, indices in parts:
-            kernels.update(zip(indices, call([operands[place] for place in places]), strict=True))
-        return [kernels[index] for index in range(len(blocks))]
-
-    return squeeze_groups
+    for group, squeezer in zip(groups, squeezers, strict=True):
+        kernels.update(zip(group.indices, squeezer([operands[place] for place in group.places]), strict=True))
+    return [kernels[index] for index in range(len(kernels))]
 
 
 # --- validation ---------------------------------------------------------------------------------------------------------

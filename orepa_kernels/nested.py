@@ -145,7 +145,7 @@ def prepare(backend: Backend, blocks: Sequence[Block], signature: Signature) -> 
 
 
 class _PreparedProgram(Prepared):
-    """One launch per level. Kernels of nested blocks are in the precision of composing; backward computes them again."""
+    """One launch per level. Kernels of nested blocks are in the precision of composing; backward recomputes them."""
 
     def __init__(self, backend: Backend, steps: Program, signature: Signature) -> None:
         self._program, self._device, self._dtype = steps, signature.device, signature.compute_dtype
@@ -155,9 +155,9 @@ class _PreparedProgram(Prepared):
             layouts[step.output] = Layout.dense(step.block.shape, self._dtype, torch.contiguous_format)
         self._levels = []
         for level in (*steps.inner, steps.last):
-            how = signature if level is steps.last else inner
-            how = replace(how, layouts=tuple(layouts[key] for step in level for key in step.inputs))
-            self._levels.append((level, backend.prepare([step.block for step in level], how)))
+            wanted = signature if level is steps.last else inner
+            wanted = replace(wanted, layouts=tuple(layouts[key] for step in level for key in step.inputs))
+            self._levels.append((level, backend.prepare([step.block for step in level], wanted)))
             layouts.update((step.output, inner.kernel(step.block)) for step in level)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -46,7 +46,7 @@ class CpuBackend(Backend):
         return native.supports_block(block)
 
     def prepare(self, blocks: Sequence[Block], signature: Signature) -> Prepared:
-        parts = [_PreparedBlock(block, own) for block, own in zip(blocks, signature.split(blocks), strict=True)]
+        parts = [_PreparedBlock(block, part) for block, part in zip(blocks, signature.split(blocks), strict=True)]
         return parts[0] if len(parts) == 1 else PreparedEach(blocks, parts)
 
 

@@ -40,7 +40,7 @@ class CudaBackend(Backend):
         if not hasattr(module, "cuda_forward"):
             return Support(False, f"built without CUDA: {module.build()['why_no_cuda']}")
         self._architectures = tuple(sorted(module.cuda_architectures()))
-        self._ptx = _with_ptx(module.cuda_asked_architectures, self._architectures)
+        self._ptx = _ptx_architectures(module.cuda_asked_architectures, self._architectures)
         self._max_taps = module.cuda_max_taps
         if torch.version.cuda is None:
             return Support(False, f"torch {torch.__version__} is built without CUDA")
@@ -91,7 +91,7 @@ class _PreparedLaunch(Prepared):
     ) -> None:
         self._blocks, self._device, self._zeros = blocks, signature.device, zeros
         self._plans = [native.plan(block) for block in blocks]
-        self._operands = [native.PackedOperands(own.layouts) for own in signature.split(blocks)]
+        self._operands = [native.PackedOperands(part.layouts) for part in signature.split(blocks)]
         kernels = [signature.kernel(block) for block in blocks]
         self._new_kernels = [empty_factory(kernel, signature.device) for kernel in kernels]
         self._kernel_steps = [native.steps(kernel) for kernel in kernels]
@@ -113,7 +113,7 @@ class _PreparedLaunch(Prepared):
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> Gradients:
         operands, wanted = split(self._blocks, tensors), split(self._blocks, needed)
-        gradients: list[Gradients] = [[None] * len(own) for own in operands]
+        gradients: list[Gradients] = [[None] * len(part) for part in operands]
         outputs, buffers, targets = {}, {}, []
         for index, gradient in enumerate(upstream):
             if gradient is None or not any(wanted[index]):
@@ -125,9 +125,9 @@ class _PreparedLaunch(Prepared):
             targets.append(views)
         if outputs:
             self._launch_backward(tensors, outputs, targets)
-        for index, own in buffers.items():
-            native.PackedGradients.copy_back(gradients[index], own)
-        return [gradient for own in gradients for gradient in own]
+        for index, written in buffers.items():
+            native.PackedGradients.copy_back(gradients[index], written)
+        return [gradient for part in gradients for gradient in part]
 
     def _launch_backward(
         self, tensors: Sequence[Tensor], upstream: dict[int, Tensor], targets: list[native.Views]
@@ -148,7 +148,7 @@ class _PreparedLaunch(Prepared):
     def _pack(self, tensors: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], list[native.Views]]:
         """The operands of each block as views, and the tensors that those point into."""
         pairs = zip(self._operands, split(self._blocks, tensors), strict=True)
-        packed = [operands.pack(own) for operands, own in pairs]
+        packed = [operands.pack(part) for operands, part in pairs]
         return [alive for alive, _ in packed], [views for _, views in packed]
 
     def _pack_gradients(
@@ -161,11 +161,11 @@ class _PreparedLaunch(Prepared):
         return packed.pack(gradients)
 
 
-def _with_ptx(asked: str, built: tuple[int, ...]) -> tuple[int, ...]:
+def _ptx_architectures(requested: str, built: tuple[int, ...]) -> tuple[int, ...]:
     """Of ``OREPA_CUDA_ARCHS``, such as ``"80-real,90"``, those whose code newer GPUs can run: no ``-real``, no ``90a``."""
-    if asked in ("all", "all-major"):
+    if requested in ("all", "all-major"):
         return built[-1:]
-    names = [name.removesuffix("-virtual") for name in asked.split(",")]
+    names = [name.removesuffix("-virtual") for name in requested.split(",")]
     return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
