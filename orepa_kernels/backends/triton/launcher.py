@@ -207,8 +207,8 @@ class ForwardLaunch(Launch):
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
         tiles = tables.forward_tiles(blocks, spec, tensors, config)
-        words = [tables.block_words(block, spec, own) for block, own in zip(blocks, tensors, strict=True)]
-        uploaded = self.upload([word for row in words for word in row], torch.int64), self.upload(tiles, torch.int32)
+        rows = [tables.block_words(block, spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
+        uploaded = self.upload([word for row in rows for word in row], torch.int64), self.upload(tiles, torch.int32)
         constants, options = kernel_arguments(config, SPEC=spec, PRECISION=precision)
         programs = len(tiles) // tables.TILE_WORDS
         self.run = CompiledKernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
@@ -325,8 +325,8 @@ class PreparedLaunches(Prepared):
     def _others(self, upstream: Sequence[Tensor | None], gradients: Gradients) -> tuple[list[int], list[Tensor]]:
         """What launches write or read beside operands: block by block, and how many per block; none where none is needed."""
         counts, others = [], []
-        for output, own in zip(upstream, split(self._blocks, gradients), strict=True):
-            made = [gradient for gradient in own if gradient is not None]
+        for output, part in zip(upstream, split(self._blocks, gradients), strict=True):
+            made = [gradient for gradient in part if gradient is not None]
             used = [output, *made] if output is not None and made else []
             counts.append(len(used))
             others += used
@@ -359,34 +359,33 @@ class PreparedLaunches(Prepared):
             launches[0].run(addresses)
             return
         by_block, position = [], len(operands)
-        for own, count in zip(split(self._blocks, addresses[: len(operands)]), others, strict=True):
+        for part, count in zip(split(self._blocks, addresses[: len(operands)]), others, strict=True):
             end = position + count
-            by_block.append((*own, *addresses[position:end]))
+            by_block.append((*part, *addresses[position:end]))
             position = end
         for launch in launches:
             launch(by_block, capturing)
 
     def _make_forward(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[ForwardLaunch]:
         operands = split(self._blocks, tensors)
-        specs = [forward_spec(b, own, k, None) for b, own, k in zip(self._blocks, operands, kernels, strict=True)]
-        slots = [[*own, kernel] for own, kernel in zip(operands, kernels, strict=True)]
-        indices = range(len(specs))
-        how = ForwardLaunch, configs.forward_config, configs.forward_choices
-        return [self._make(*how, spec, own, slots) for spec, own in _by_structure(specs, indices)]
+        rows = zip(self._blocks, operands, kernels, strict=True)
+        specs = {index: forward_spec(*row, None) for index, row in enumerate(rows)}
+        slots = [[*part, kernel] for part, kernel in zip(operands, kernels, strict=True)]
+        tiles = configs.forward_config, configs.forward_choices
+        return [self._make(ForwardLaunch, *tiles, *shared, slots) for shared in _by_structure(specs)]
 
     def _make_backward(
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], gradients: Gradients
     ) -> list[BackwardLaunch]:
-        specs, slots, indices = [], [], []
+        specs, slots = {}, []
         rows = zip(self._blocks, split(self._blocks, tensors), upstream, split(self._blocks, gradients), strict=True)
-        for index, (block, operands, output, own) in enumerate(rows):
-            wanted = [gradient for gradient in own if gradient is not None]
-            slots.append([*operands, *([] if output is None else [output]), *wanted])
-            if output is not None and wanted:
-                indices.append(index)
-                specs.append(backward_spec(block, operands, output, own))
-        how = BackwardLaunch, configs.backward_config, configs.backward_choices
-        return [self._make(*how, spec, own, slots) for spec, own in _by_structure(specs, indices)]
+        for index, (block, operands, output, part) in enumerate(rows):
+            made = [gradient for gradient in part if gradient is not None]
+            slots.append([*operands, *([] if output is None else [output]), *made])
+            if output is not None and made:
+                specs[index] = backward_spec(block, operands, output, part)
+        tiles = configs.backward_config, configs.backward_choices
+        return [self._make(BackwardLaunch, *tiles, *shared, slots) for shared in _by_structure(specs)]
 
     def _make(
         self,
@@ -403,7 +402,7 @@ class PreparedLaunches(Prepared):
         precision = device_kind.precision()
         config = config_of(blocks, spec, device_kind.arch)
         if tuning.enabled():
-            addresses = [tuple(map(Tensor.data_ptr, own)) for own in slots]
+            addresses = [tuple(map(Tensor.data_ptr, part)) for part in slots]
 
             def run_of(candidate: Any) -> Callable[[], object]:
                 launch = kind(spec, indices, blocks, tensors, precision, candidate)
@@ -415,9 +414,9 @@ class PreparedLaunches(Prepared):
         return kind(spec, indices, blocks, tensors, precision, config)
 
 
-def _by_structure(specs: Sequence[Spec], indices: Sequence[int]) -> list[tuple[Spec, list[int]]]:
-    """Blocks that can share a launch."""
+def _by_structure(specs: dict[int, Spec]) -> list[tuple[Spec, list[int]]]:
+    """Blocks, by their index, that can share a launch."""
     groups: dict[Spec, list[int]] = {}
-    for spec, index in zip(specs, indices, strict=True):
+    for index, spec in specs.items():
         groups.setdefault(spec, []).append(index)
-    return [(replace(spec, listed=len(own) > 1), own) for spec, own in groups.items()]
+    return [(replace(spec, listed=len(indices) > 1), indices) for spec, indices in groups.items()]
