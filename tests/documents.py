@@ -1,8 +1,8 @@
-"""The code blocks of Markdown pages: found, run as they stand there, or, where they say why not, checked without running.
+"""Find the code blocks of Markdown pages, and run or check them.
 
-A page marks its blocks by their language: ``python``, ``bash``, and ``output`` for what the block before it prints, where
-``...`` stands for anything. Everything else (``text``) is no code. A block whose first line is a comment that begins with
-`NOT_RUN` is compiled, or parsed by the command's own parser, and not run; the reason stands there for the reader.
+The language of a block decides: ``python`` and ``bash`` are run; ``output`` is compared with what the block before it
+prints, where ``...`` matches anything; ``text`` is ignored. A block whose first line is a comment that begins with
+`NOT_RUN` and a reason is only checked: Python is compiled, commands are parsed by their argument parser.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class CodeBlock:
 
     Args:
         page: the file.
-        line: number of its first line of code, from 1.
-        language: what stands behind the fence.
-        code: without the fences.
-        run_by_ci: `.ci/run` takes this block's commands from the README.
+        line: number of the first line of code, from 1.
+        language: the word after the fence.
+        code: the lines between the fences.
+        run_by_ci: whether `.ci/run` runs this block.
     """
 
     page: Path
@@ -52,7 +52,7 @@ class CodeBlock:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not run, in its own words, or None."""
+        """The block's reason for not being run, or None."""
         first = self.code.partition("\n")[0]
         return first.removeprefix(NOT_RUN) if first.startswith(NOT_RUN) else None
 
@@ -61,40 +61,40 @@ class CodeBlock:
 
 
 def code_blocks(page: Path) -> list[CodeBlock]:
-    """Every fenced block of a page, in order.
+    """Return every fenced block of a page, in order.
 
     Raises:
-        ValueError: a block without a language, of an unknown one, or one that does not end.
+        ValueError: a block has no language or an unknown one, or does not end.
     """
-    found: list[CodeBlock] = []
+    blocks: list[CodeBlock] = []
     lines = page.read_text(encoding="utf-8").splitlines()
-    number = 0
-    while number < len(lines):
-        opening = _FENCE.match(lines[number])
-        number += 1
+    index = 0
+    while index < len(lines):
+        opening = _FENCE.match(lines[index])
+        index += 1
         if opening is None:
             continue
         indent, fence, language = opening["indent"], opening["fence"], opening["info"].strip()
-        start = number
-        while number < len(lines) and lines[number].strip() != fence:
-            number += 1
-        if number == len(lines):
+        start = index
+        while index < len(lines) and lines[index].strip() != fence:
+            index += 1
+        if index == len(lines):
             raise ValueError(f"{page.name}:{start}: the block does not end")
-        code = "\n".join(line.removeprefix(indent) for line in lines[start:number]) + "\n"
+        code = "\n".join(line.removeprefix(indent) for line in lines[start:index]) + "\n"
         before = lines[start - 2] if start > 1 else ""
-        number += 1
+        index += 1
         if language not in {"python", "bash", *_DATA}:
             raise ValueError(f"{page.name}:{start}: a block must be python, bash, output or text, got {language!r}")
-        found.append(CodeBlock(page, start + 1, language, code, before.startswith("<!-- ci:")))
-    return found
+        blocks.append(CodeBlock(page, start + 1, language, code, before.startswith("<!-- ci:")))
+    return blocks
 
 
 def run(blocks: list[CodeBlock], shared: bool = True) -> None:
     """Run the blocks of a page in the current folder.
 
     Args:
-        blocks: in the order of the page.
-        shared: whether a Python block sees the names of those before it.
+        blocks: the blocks, in the order of the page.
+        shared: whether Python blocks share their variables.
     """
     names: dict[str, Any] = _namespace()
     printed = ""
@@ -119,7 +119,7 @@ def run(blocks: list[CodeBlock], shared: bool = True) -> None:
 
 
 def check(block: CodeBlock) -> None:
-    """What can be checked of a block without running it."""
+    """Check a block without running it."""
     if block.language == "python":
         _compiled(block)
         return
@@ -132,7 +132,7 @@ def _namespace() -> dict[str, Any]:
 
 
 def _compiled(block: CodeBlock) -> Any:
-    """With the line numbers of the page, for tracebacks."""
+    """Compile a block with the line numbers of its page, for tracebacks."""
     return compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
 
 
@@ -141,7 +141,7 @@ def _compiled(block: CodeBlock) -> Any:
 
 @dataclass(frozen=True)
 class Command:
-    """One line of a shell block: environment variables, program, arguments."""
+    """A command of a shell block: environment variables, program, arguments."""
 
     variables: dict[str, str]
     program: str
@@ -149,7 +149,7 @@ class Command:
 
 
 def commands(block: CodeBlock) -> Iterator[Command]:
-    """The commands of a shell block: one per line, or several with ``&&`` between them, and no other shell syntax."""
+    """Yield the commands of a shell block: one per line, or several joined by ``&&``. No other shell syntax is allowed."""
     for line in block.code.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -162,7 +162,7 @@ def commands(block: CodeBlock) -> Iterator[Command]:
 
 
 def run_command(block: CodeBlock, command: Command) -> None:
-    """Run a command of the project in this process, which spares the seconds that importing torch takes."""
+    """Run a command of the project in this process, to save the import of torch."""
     arguments = command.arguments
     with mock.patch.dict(os.environ, command.variables):
         if command.program == "orepa":
@@ -173,7 +173,7 @@ def run_command(block: CodeBlock, command: Command) -> None:
             with mock.patch.object(sys, "argv", arguments):
                 code = 0 if runpy.run_path(str(ROOT / arguments[0]), run_name="__main__") else 1
         else:
-            raise AssertionError(f"{block}: the tests know no command {command.program!r}; say why it is not run")
+            raise AssertionError(f"{block}: the tests know no command {command.program!r}; give a reason not to run it")
     assert not code, f"{block}: {command} ended with {code}"
 
 
@@ -183,7 +183,7 @@ def check_command(block: CodeBlock, command: Command) -> None:
     if program == "torchrun":
         assert arguments[-1].endswith(".py") or "-m" in arguments, f"{block}: torchrun of what?"
         if "-m" not in arguments:
-            return  # a script of the reader's
+            return  # a script that the reader writes
         program, arguments = "python", arguments[arguments.index("-m") :]
     if program == "python" and arguments[:2] == ["-m", "orepa"]:
         program, arguments = "orepa", arguments[2:]

@@ -1,4 +1,4 @@
-"""The README and the user guide: their code runs as written, their links lead somewhere, the guide builds, the API is whole."""
+"""Test the README and the guide: code runs as written, links resolve, the guide builds, the API page is complete."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ OPTIONAL = {"PIL", "onnxruntime", *TRAINING}
 
 @pytest.fixture
 def _as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An empty folder, one thread, no window, and afterwards nothing of what a page has registered."""
+    """Work in an empty folder, with one thread and no window; unregister a page's topologies afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     if all(importlib.util.find_spec(name) for name in TRAINING):
-        # Only how often inference is timed at the end of a run.
+        # How often inference is timed at the end of a run: two rounds are enough here.
         monkeypatch.setattr("orepa.train.outcome._ROUNDS", 2, raising=False)
     known, threads = set(orepa.topologies()), torch.get_num_threads()
-    torch.set_num_threads(1)  # such small tensors gain nothing from more, and wait for them on a busy machine
+    torch.set_num_threads(1)  # tensors this small gain nothing from more threads
     yield
     torch.set_num_threads(threads)
     for name in set(orepa.topologies()) - known:
@@ -59,7 +59,7 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 
 def missing_packages(blocks: list[CodeBlock]) -> list[str]:
-    """Optional packages that these blocks use and this environment lacks."""
+    """Return the optional packages that these blocks use and this environment lacks."""
     used: set[str] = set()
     for block in blocks:
         if block.language not in ("python", "bash") or block.reason is not None or block.run_by_ci:
@@ -84,12 +84,12 @@ def missing_packages(blocks: list[CodeBlock]) -> list[str]:
 )
 def test_code_runs_as_written(page: Path) -> None:
     blocks = code_blocks(page)
-    if page is README:  # whose blocks stand alone
+    if page is README:  # its blocks do not share variables
         blocks = [block for block in blocks if not missing_packages([block])]
     missing = missing_packages(blocks)
     if missing:
         pytest.skip(f"{page.name} needs {', '.join(missing)}")
-    if page.stem == "migration":  # which says so
+    if page.stem == "migration":  # the page says that it uses synthetic checkpoints
         state = {f"module.{name}": tensor for name, tensor in synthetic("ResNet-18").items()}
         torch.save({"state_dict": state}, "ResNet-18.pth.tar")
     run(blocks, shared=page is not README)
@@ -99,10 +99,10 @@ def test_every_page_has_code_and_few_blocks_are_not_run() -> None:
     blocks = {page.stem: [b for b in code_blocks(page) if b.language in ("python", "bash")] for page in PAGES}
     without = {name for name, found in blocks.items() if not found}
     assert without == {"api"}
-    every = [block for found in blocks.values() for block in found]
-    left_out = [block for block in every if block.reason is not None]
-    assert all(len(block.reason or "") > 20 for block in left_out), "a reason, in words"
-    assert len(left_out) <= len(every) / 6
+    all_blocks = [block for found in blocks.values() for block in found]
+    not_run = [block for block in all_blocks if block.reason is not None]
+    assert all(len(block.reason or "") > 20 for block in not_run), "a reason, in words"
+    assert len(not_run) <= len(all_blocks) / 6
 
 
 def test_a_block_that_cannot_be_run_is_checked_all_the_same(tmp_path: Path) -> None:
@@ -148,11 +148,11 @@ def test_a_traceback_names_the_line_of_the_page(tmp_path: Path) -> None:
     assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (page, 5)
 
 
-# --- what the pages say -----------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings of a page, as GitHub (and MyST) make them."""
+    """Return the anchors of a page's headings, as GitHub and MyST form them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ +(.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
@@ -174,13 +174,27 @@ def test_links_between_pages_resolve() -> None:
 
 
 def test_every_topology_has_its_row() -> None:
-    text = README.read_text(encoding="utf-8")
-    missing = [name for name in orepa.topologies() if f"`{name}`" not in text]
+    text = (GUIDE / "status.md").read_text(encoding="utf-8")
+    missing = [name for name in orepa.topologies() if f"| `{name}` |" not in text]
     assert not missing
 
 
+def test_every_model_and_backend_has_its_row() -> None:
+    pytest.importorskip("timm")
+    from orepa.models import MODELS
+
+    text = (GUIDE / "status.md").read_text(encoding="utf-8")
+    missing = [name for name in MODELS if f"`{name}`" not in text]
+    missing += [name for name in orepa_kernels.backends() if f"| `{name}` |" not in text]
+    assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= 1800
+
+
 def test_every_public_name_is_on_the_api_page() -> None:
-    """And whoever is there with a signature by hand has the parameters that it really has."""
+    """A signature that the page spells out has the parameters of the object."""
     text = (GUIDE / "api.md").read_text(encoding="utf-8")
     documented, current = set(), ""
     for directive, argument in re.findall(r"^\.\. ([\w:]+):: (.+)$", text, flags=re.MULTILINE):
@@ -195,9 +209,13 @@ def test_every_public_name_is_on_the_api_page() -> None:
             assert given == list(inspect.signature(pkgutil.resolve_name(":".join(full.rsplit(".", 1)))).parameters), (
                 full
             )
-    for module in (orepa, orepa_kernels):
+    modules = [orepa, orepa.topology, orepa.analysis, orepa_kernels]
+    if importlib.util.find_spec("timm"):
+        modules.append(importlib.import_module("orepa.models"))
+    for module in modules:
         missing = {f"{module.__name__}.{name}" for name in module.__all__} - documented
-        same = {"orepa.BackendError"}  # said in words to be that of orepa_kernels
+        # The page says that these are the same objects as those it documents.
+        same = {"orepa.BackendError", *(f"orepa.{m}.{n}" for m in ("analysis", "topology") for n in orepa.__all__)}
         assert missing <= same, missing
 
 
@@ -217,7 +235,7 @@ def test_the_figure_is_what_the_script_draws(tmp_path: Path) -> None:
 
 
 def test_the_guide_builds_without_a_warning(tmp_path: Path) -> None:
-    """In a process of its own, without a network: warnings are errors, and every reference must lead somewhere."""
+    """Build in a separate process, without a network: warnings and unresolved references are errors."""
     for package in ("sphinx", "myst_parser", "furo", "timm"):
         pytest.importorskip(package, reason=f"{package} is not installed (the extras docs, models)")
     out = tmp_path / "html"
