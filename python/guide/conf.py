@@ -1,4 +1,4 @@
-"""Sphinx configuration of the user guide: ``sphinx-build -W -n python/guide build/guide``. It needs no network."""
+"""Configure Sphinx for the user guide: ``sphinx-build -W -n python/guide build/guide``. Needs no network."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ suppress_warnings = ["config.cache"]
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
-myst_heading_anchors = 3  # so that links to a section work as on GitHub
+myst_heading_anchors = 3  # the anchors of GitHub
 highlight_language = "text"
 
 # --- docstrings -------------------------------------------------------------------------------------------------------
 
-default_role = "py:obj"  # docstrings put names in single backticks
+default_role = "py:obj"  # for names in single backticks
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False  # `train` and the like are torch's
+autodoc_inherit_docstrings = False  # those of torch, for `train` and other methods
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
-napoleon_use_param = False  # "Args: in_channels, out_channels: as for Conv2d" is one entry for several names
+napoleon_use_param = False  # an entry of "Args" may name several arguments
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape"]
 
-# There is no inventory of other projects to link into: that would need the network.
+# Links to other projects are not checked: their inventories would need the network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|os|typing)\..*"),
-    (r"py:class", r"Tensor|Module|Conv2d|Any|Callable|Mapping"),  # in signatures, which name them as the sources do
-    (r"py:class", r"Policy|Choice|Term"),  # type aliases, which are no classes to Sphinx 8.1
+    (r"py:class", r"Tensor|Module|Conv2d|Any|Callable|Mapping"),  # short names in signatures
+    (r"py:class", r"Policy|Choice|Term"),  # Sphinx 8.1 does not know type aliases as classes
     (r"py:(class|exc)", r"str|int|float|bool|tuple|list|dict|object|None|[A-Z]\w*Error"),
 ]
 
 
 def _unknown_name(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
-    """Names in docstrings that are not of this project (``nn.Conv2d``), or no names (``orepa train``), stay unlinked.
+    """Leave names unlinked that the guide does not document; fail if a name of this project does not exist.
 
-    So do this project's own that are not on the API page; they must exist, though.
+    Names of other projects (``nn.Conv2d``) and commands (``orepa train``) are in single backticks too.
     """
     target = node.get("reftarget", "")
     if node.get("reftype") != "obj":
@@ -65,7 +65,7 @@ def _unknown_name(app: Sphinx, env: Any, node: nodes.Element, content: nodes.Nod
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls first."""
+    """Register the handler; Sphinx calls this first."""
     app.connect("missing-reference", _unknown_name)
 
 

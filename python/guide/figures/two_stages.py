@@ -1,7 +1,7 @@
 """Draw the two stages of OREPA, linearize and squeeze, for a block of the catalogue: ``python two_stages.py``.
 
-The branches are read from the block's declaration, so the figure shows what the package does. It writes SVG by itself and
-without a date, so the committed file can be compared with what the script draws.
+The branches come from the block's declaration, so the figure shows what the package does. The SVG has no date, so a test can
+compare the committed file with a new drawing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from orepa.topology.language import AvgPool, Branch, Conv, ConvSpec, Layer, Norm
 OUTPUT = Path(__file__).with_suffix(".svg")
 SPEC = ConvSpec(in_channels=64, out_channels=64, kernel_size=(3, 3))
 
-BOX, HIGH, GAP, COLUMN = 88, 26, 12, 98  # width and height of a box, space between two, distance of two branches
-TOP = 96  # where the branches begin
+BOX, HIGH, GAP, COLUMN = 88, 26, 12, 98  # width and height of a box, space between boxes, distance between branches
+TOP = 96  # upper edge of the branches
 LINES = 4  # boxes in the longest branch
 FILL = {"conv": "#cfe2f3", "pool": "#d9ead3", "norm": "#f4cccc", "scale": "#fff2cc", "kernel": "#e6e0ec"}
 INK = "#222222"
 
 
 class Canvas:
-    """SVG elements in the order in which they are drawn."""
+    """Collect SVG elements in drawing order."""
 
     def __init__(self) -> None:
         self.elements: list[str] = []
 
     def box(self, x: float, y: float, text: str, kind: str, width: float = BOX) -> None:
-        """A box with its label; ``x`` is its middle, ``y`` its upper edge."""
+        """Draw a box with its label; ``x`` is the middle, ``y`` the upper edge."""
         self.elements.append(
             f'<rect x="{x - width / 2:g}" y="{y:g}" width="{width:g}" height="{HIGH}" rx="4" fill="{FILL[kind]}" '
             f'stroke="{INK}"/>'
@@ -38,23 +38,23 @@ class Canvas:
         self.text(x, y + 17, text)
 
     def text(self, x: float, y: float, text: str, size: int = 12, weight: str = "normal") -> None:
-        """A line of text around ``x``, standing on ``y``."""
+        """Draw a line of text, centred at ``x`` on the baseline ``y``."""
         self.elements.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" text-anchor="middle">{escape(text)}</text>'
         )
 
     def arrow(self, *points: tuple[float, float]) -> None:
-        """A line through the points, with a head at its end."""
+        """Draw a line through the points, with an arrowhead at its end."""
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         self.elements.append(f'<polyline points="{path}" fill="none" stroke="{INK}" marker-end="url(#head)"/>')
 
     def plus(self, x: float, y: float) -> None:
-        """The sum of what arrives at ``(x, y)``."""
+        """Draw a plus sign in a circle at ``(x, y)``."""
         self.elements.append(f'<circle cx="{x:g}" cy="{y:g}" r="11" fill="#ffffff" stroke="{INK}"/>')
         self.text(x, y + 5, "+", 16)
 
     def svg(self, width: float, height: float) -> str:
-        """The whole file."""
+        """Return the file."""
         title = "From a block with norms in its branches to a linear block to one kernel"
         return "\n".join(
             [
@@ -71,7 +71,7 @@ class Canvas:
 
 
 def label(layer: Layer) -> tuple[str, str]:
-    """What stands in the box of a layer, and what kind of box it is."""
+    """Return the label of a layer's box, and its kind."""
     if isinstance(layer, Norm):
         return "norm", "norm"
     if not isinstance(layer, Conv | AvgPool):
@@ -82,7 +82,7 @@ def label(layer: Layer) -> tuple[str, str]:
 
 
 def draw_block(canvas: Canvas, middle: float, branches: Sequence[Branch], scaled: bool) -> float:
-    """Branches side by side on feature maps, with their sum; returns where the sum stands."""
+    """Draw branches on feature maps and their sum; return the height of the sum."""
     first = middle - COLUMN * (len(branches) - 1) / 2
     fork, end = TOP - 22, TOP + LINES * (HIGH + GAP)
     canvas.text(middle, TOP - 32, "x")
@@ -107,7 +107,7 @@ def draw_block(canvas: Canvas, middle: float, branches: Sequence[Branch], scaled
 
 
 def draw(topology: Topology) -> str:
-    """The figure as SVG: the block as published, linearized, squeezed."""
+    """Return the figure as SVG: the block as published, linearized, and squeezed."""
     canvas = Canvas()
     published = [branch for _, branch in topology.offline()]
     linear = [branch for _, branch in topology.linearize()]
@@ -134,7 +134,7 @@ def draw(topology: Topology) -> str:
     canvas.arrow((two, sum_at + 28 + HIGH), (two, sum_at + 70))
     canvas.text(two, sum_at + 85, "y")
 
-    # The third picture: kernels above, feature maps in one row below.
+    # The third panel: kernels above, feature maps in one row below.
     first, kernel_sum = three - COLUMN * (len(linear) - 1) / 2, TOP + 66
     for index in range(len(linear)):
         x, n = first + index * COLUMN, "₁₂₃₄"[index]
