@@ -48,7 +48,7 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     if all(importlib.util.find_spec(name) for name in TRAINING):
-        # How often inference is timed at the end of a run: two rounds are enough here.
+        # Only how often inference is timed at the end of a run.
         monkeypatch.setattr("orepa.train.outcome._ROUNDS", 2, raising=False)
     known, threads = set(orepa.topologies()), torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small gain nothing from more threads
