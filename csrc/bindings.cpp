@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/squeeze.h"
+#include "cpu/api.h"
 #ifdef OREPA_WITH_CUDA
-#include "cuda/launch.h"
+#include "cuda/api.h"
 #include "cuda/tile_shape.h"
 #endif
 #include "plan.h"

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-#include "squeeze.h"
+#include "api.h"
+#include "isa/kernels.h"
 
 namespace orepa::cpu {
 

@@ -2,7 +2,7 @@
 // share go through the workspace (see arrive.cuh).
 #include "backward_composed.cuh"
 #include "backward_separable.cuh"
-#include "runtime.h"
+#include "launch.cuh"
 #include "schedule.h"
 
 namespace orepa::cuda {

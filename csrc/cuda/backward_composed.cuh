@@ -1,8 +1,8 @@
 // Backward of a composed term K = s * (b o a): two matrix products and, in the epilogue of one, the scale's gradient.
 #pragma once
 
-#include "arrive.cuh"
-#include "multiply.cuh"
+#include "gemm.cuh"
+#include "reduction.cuh"
 
 namespace orepa::cuda {
 

@@ -1,8 +1,8 @@
 // Backward of a depthwise separable term K[o,i,p] = s[o] sum_e pw[o, i*E+e] dw[i*E+e, p].
 #pragma once
 
-#include "arrive.cuh"
 #include "backward_elementwise.cuh"
+#include "reduction.cuh"
 
 namespace orepa::cuda {
 

@@ -1,7 +1,7 @@
 // Forward: one thread block computes one tile of W, all branches of it, and writes it once.
 #include "forward_terms.cuh"
-#include "multiply.cuh"
-#include "runtime.h"
+#include "gemm.cuh"
+#include "launch.cuh"
 #include "schedule.h"
 
 namespace orepa::cuda {

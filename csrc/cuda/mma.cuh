@@ -6,7 +6,7 @@
 //   each both:             C (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)
 #pragma once
 
-#include "numeric.cuh"
+#include "elements.cuh"
 
 #if defined(OREPA_EMULATED)
 #define OREPA_MMA OREPA_EMULATED_MMA

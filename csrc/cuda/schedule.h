@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "launch.h"
-#include "table.h"
+#include "api.h"
+#include "kernel_params.h"
 #include "tile_shape.h"
 
 namespace orepa::cuda {

@@ -1,7 +1,7 @@
 // The two tile configurations, their shared memory, and how threads walk over a tile.
 #pragma once
 
-#include "numeric.cuh"
+#include "elements.cuh"
 #include "tile_shape.h"
 
 namespace orepa::cuda {

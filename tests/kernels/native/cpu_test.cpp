@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "../../../csrc/cpu/squeeze.h"
+#include "../../../csrc/cpu/api.h"
 
 using namespace orepa;
 

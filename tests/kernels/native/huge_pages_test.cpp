@@ -7,7 +7,7 @@
 #include <fstream>
 #include <string>
 
-#include "../../../csrc/cpu/squeeze.h"
+#include "../../../csrc/cpu/api.h"
 
 using namespace orepa;
 

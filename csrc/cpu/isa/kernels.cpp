@@ -7,16 +7,17 @@
 #include <type_traits>
 #include <utility>
 
+#include "../sizes.h"
 #include "kernels.h"
-#include "terms.h"
 
 namespace orepa::cpu::OREPA_ISA {
 
-#include "layout.h"
+#include "layout.inl"
 
-#include "ahead.h"
-#include "multiply.h"
-#include "sums.h"
+#include "prefetch.inl"
+
+#include "gemm.inl"
+#include "vector_ops.inl"
 
 // --- geometry -------------------------------------------------------------------------------------------------------
 
@@ -70,11 +71,11 @@ class Filter {
   T average_;
 };
 
-#include "composed.h"
-#include "separable.h"
+#include "composed.inl"
+#include "separable.inl"
 
-#include "backward.h"
-#include "forward.h"
+#include "backward.inl"
+#include "forward.inl"
 
 template <class T>
 constexpr Kernels<T> table = {

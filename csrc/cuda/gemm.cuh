@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mma.cuh"
-#include "patch.cuh"
+#include "operand_tile.cuh"
 
 namespace orepa::cuda {
 

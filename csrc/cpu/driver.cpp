@@ -1,4 +1,4 @@
-#include "squeeze.h"
+#include "api.h"
 
 #include <algorithm>
 #include <memory>
@@ -10,8 +10,8 @@
 #endif
 
 #include "huge_pages.h"
-#include "kernels.h"
-#include "terms.h"
+#include "isa/kernels.h"
+#include "sizes.h"
 
 namespace orepa::cpu {
 

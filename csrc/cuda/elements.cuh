@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "table.h"
+#include "kernel_params.h"
 
 namespace orepa::cuda {
 

@@ -5,7 +5,7 @@
 // composing, float or double. Arrays over terms have null where a term has no such thing.
 #pragma once
 
-#include "../squeeze.h"
+#include "../../squeeze.h"
 
 namespace orepa::cpu {
 

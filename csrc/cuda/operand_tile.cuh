@@ -4,7 +4,7 @@
 // columns, are such patches; `multiply` reads them straight or transposed.
 #pragma once
 
-#include "copy.cuh"
+#include "async_copy.cuh"
 #include "tile.cuh"
 
 namespace orepa::cuda {

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernel_params.h"
 #include "schedule.h"
-#include "table.h"
 
 namespace orepa::cuda {
 

@@ -1,7 +1,7 @@
 // Copies from global to shared memory: asynchronous where the elements are float32 already and the GPU can (sm_80).
 #pragma once
 
-#include "numeric.cuh"
+#include "elements.cuh"
 
 namespace orepa::cuda {
 
