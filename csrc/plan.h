@@ -1,4 +1,4 @@
-// A plan that Python made once, and its binding to memory at every call.
+// A plan: a block's structure, parsed once. Every call binds it to tensors.
 #pragma once
 
 #include <stdexcept>
@@ -11,18 +11,19 @@
 
 namespace orepa {
 
-// Views as Python passes them: five numbers each, address, type, and the strides of rows, columns and taps.
+// Views as Python passes them, five numbers each: address, type, strides of rows, columns and taps.
+constexpr std::size_t view_fields = 5;
 using Views = std::vector<std::int64_t>;
 
 inline View view_at(const Views& views, std::size_t index) {
-  const std::int64_t* field = views.data() + 5 * index;
+  const std::int64_t* field = views.data() + view_fields * index;
   return {reinterpret_cast<void*>(field[0]), field[2], field[3], field[4], static_cast<Type>(field[1])};
 }
 
-// A block without memory. Operands are counted as Python counts them.
+// A block without memory. Operands are indexed as in Python's `Block.operands`.
 class Plan {
  public:
-  // kind, scale, (height, width), (first_height, first_width), inner, identity, operand a or -1, operand b or -1
+  // kind, scale, (height, width), (first_height, first_width), inner, identity, index of a or -1, index of b or -1
   using TermFields = std::tuple<int, int, std::pair<int, int>, std::pair<int, int>, int, bool, int, int>;
 
   Plan(std::int64_t out_channels, std::int64_t in_per_group, std::int64_t groups, std::pair<int, int> kernel_size,
@@ -44,16 +45,16 @@ class Plan {
       std::tie(term.first_height, term.first_width) = first_size;
       term.inner = inner;
       term.identity = identity;
-      places_.emplace_back(a, b);
+      operand_indices_.emplace_back(a, b);
     }
   }
 
-  // The block with its operands.
+  // The block with operands, for forward.
   Block bind(const Views& operands) const {
     check(operands);
     Block block = block_;
     for (std::int32_t index = 0; index < block.terms; ++index) {
-      const auto [a, b] = places_[index];
+      const auto [a, b] = operand_indices_[index];
       if (a >= 0) block.term[index].a = view_at(operands, a);
       if (b >= 0) block.term[index].b = view_at(operands, b);
     }
@@ -61,12 +62,12 @@ class Plan {
     return block;
   }
 
-  // The same with places for the gradients; absent ones have the address 0.
+  // The block with operands and gradients, for backward; gradients that are not needed have the address 0.
   Block bind(const Views& operands, const Views& gradients) const {
     check(gradients);
     Block block = bind(operands);
     for (std::int32_t index = 0; index < block.terms; ++index) {
-      const auto [a, b] = places_[index];
+      const auto [a, b] = operand_indices_[index];
       if (a >= 0) block.term[index].grad_a = view_at(gradients, a);
       if (b >= 0) block.term[index].grad_b = view_at(gradients, b);
     }
@@ -76,13 +77,13 @@ class Plan {
 
  private:
   void check(const Views& views) const {
-    if (views.size() != 5 * operands_)
+    if (views.size() != view_fields * operands_)
       throw std::invalid_argument("a plan of " + std::to_string(operands_) + " operands got " +
                                   std::to_string(views.size()) + " numbers, not five for each");
   }
 
   Block block_;
-  std::vector<std::pair<int, int>> places_;
+  std::vector<std::pair<int, int>> operand_indices_;
   int scales_;
   std::size_t operands_;
 };
