@@ -1,4 +1,4 @@
-// The Python module `orepa_kernels._C`: the one file that knows Python. Memory is Python's; addresses travel as
+// The Python module `orepa_kernels._C`. Only this file depends on Python, which owns all memory and passes addresses as
 // integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,7 +17,7 @@ namespace {
 
 void bind_cpu(py::module_& module) {
   module.def("cpu_instruction_set", &cpu::instruction_set);
-  module.def("cpu_knows", [](int type) { return cpu::knows(static_cast<Type>(type)); });
+  module.def("cpu_knows", [](int type) { return cpu::supports_type(static_cast<Type>(type)); });
   module.def(
       "cpu_forward",
       [](const Plan& plan, const Views& operands, const Views& kernel, int compute, int threads) {
@@ -39,15 +39,15 @@ void bind_cpu(py::module_& module) {
 
 #ifdef OREPA_WITH_CUDA
 
-void* at(std::int64_t address) {
+void* pointer(std::int64_t address) {
   return reinterpret_cast<void*>(address);
 }
 
 std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
                             const std::vector<Views>& gradients, const Views& kernels) {
   if (operands.size() != plans.size() || (!gradients.empty() && gradients.size() != plans.size()) ||
-      (!kernels.empty() && kernels.size() != 5 * plans.size()))
-    throw std::invalid_argument("as many operands, gradients and kernels are needed as there are plans");
+      (!kernels.empty() && kernels.size() != view_fields * plans.size()))
+    throw std::invalid_argument("every plan needs its operands, gradients and kernel: the lists differ in length");
   std::vector<Block> blocks;
   blocks.reserve(plans.size());
   for (std::size_t index = 0; index < plans.size(); ++index) {
@@ -62,12 +62,12 @@ void bind_cuda(py::module_& module) {
   module.attr("cuda_max_taps") = cuda::max_taps;
   module.def("cuda_architectures", &cuda::architectures);
   module.attr("cuda_asked_architectures") = OREPA_CUDA_ARCHS;
-  module.def("cuda_needs",
-             [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
-               const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
-               const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
-               return std::pair(needs.workspace_bytes, needs.counter_bytes);
-             });
+  module.def(
+      "cuda_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
+        const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
+        const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
+        return std::pair(needs.workspace_bytes, needs.counter_bytes);
+      });
   module.def(
       "cuda_forward",
       [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels, int device,
@@ -86,8 +86,12 @@ void bind_cuda(py::module_& module) {
          const std::vector<Views>& gradients, int device, std::uintptr_t stream, int precision, std::int64_t workspace,
          std::int64_t workspace_bytes, std::int64_t counters, std::int64_t counter_bytes) {
         const std::vector<Block> blocks = bind_all(plans, operands, gradients, upstream);
-        const cuda::Context context{device,        stream,          static_cast<cuda::Precision>(precision),
-                                    at(workspace), workspace_bytes, at(counters),
+        const cuda::Context context{device,
+                                    stream,
+                                    static_cast<cuda::Precision>(precision),
+                                    pointer(workspace),
+                                    workspace_bytes,
+                                    pointer(counters),
                                     counter_bytes};
         cuda::backward(blocks.data(), static_cast<int>(blocks.size()), context);
       },
@@ -96,7 +100,7 @@ void bind_cuda(py::module_& module) {
 
 #endif
 
-// How this module was built.
+// Return how this module was built.
 py::dict build() {
   py::dict facts;
   facts["compiler"] = OREPA_COMPILER;

@@ -1,26 +1,25 @@
-// The squeeze on a CPU. Results depend neither on the number of threads nor on which thread does what.
+// The squeeze on a CPU. Results are bitwise independent of the number of threads and of their scheduling.
 #pragma once
 
 #include "../squeeze.h"
 
 namespace orepa::cpu {
 
-// How to compute: in float32 or float64, on at most so many threads.
 struct Context {
-  Type compute = Type::float32;
-  int threads = 1;
+  Type compute = Type::float32;  // precision of the arithmetic: float32 or float64
+  int threads = 1;               // at most
 };
 
-// Whether this build can read and write elements of a type (float16 needs a recent compiler).
-bool knows(Type type);
+// Return whether this build can read and write elements of a type (float16 needs a recent compiler).
+bool supports_type(Type type);
 
-// The instruction set in use, such as "avx512".
+// Return the instruction set in use, such as "avx512".
 const char* instruction_set();
 
-// Writes `block.kernel`.
+// Write `block.kernel`.
 void forward(const Block& block, const Context& context);
 
-// Writes the gradients that the block has places for, from dW, its `kernel`.
+// Write the gradients that have memory in `block`, given dW in `block.kernel`.
 void backward(const Block& block, const Context& context);
 
 }  // namespace orepa::cpu

@@ -1,4 +1,4 @@
-// Which of the kernels that rows.cpp was compiled into are used.
+// The choice among the instruction sets that isa/kernels.cpp is compiled for.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -36,29 +36,29 @@ static Isa best_isa() {
   return Isa::baseline;
 }
 
-// The best that this processor has, or less where OREPA_CPU_ISA says so.
-static Isa chosen_isa() {
-  const char* const wanted = std::getenv("OREPA_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best_isa();
+// The best that this processor has, unless OREPA_CPU_ISA asks for less.
+static Isa choose_isa() {
+  const char* const requested = std::getenv("OREPA_CPU_ISA");
+  if (requested == nullptr || *requested == '\0') return best_isa();
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-    if (std::strcmp(wanted, isa_names[static_cast<int>(isa)]) == 0) return std::min(isa, best_isa());
-  throw std::invalid_argument("OREPA_CPU_ISA must be baseline, avx2 or avx512, got " + std::string(wanted));
+    if (std::strcmp(requested, isa_names[static_cast<int>(isa)]) == 0) return std::min(isa, best_isa());
+  throw std::invalid_argument("OREPA_CPU_ISA must be baseline, avx2 or avx512, got " + std::string(requested));
 }
 
-static Isa isa_in_use() {
-  static const Isa isa = chosen_isa();
+static Isa current_isa() {
+  static const Isa isa = choose_isa();
   return isa;
 }
 
 const char* instruction_set() {
-  return isa_names[static_cast<int>(isa_in_use())];
+  return isa_names[static_cast<int>(current_isa())];
 }
 
 template <>
 const Kernels<float>& kernels<float>() {
 #ifdef OREPA_X86_KERNELS
-  if (isa_in_use() == Isa::avx512) return avx512::float_kernels;
-  if (isa_in_use() == Isa::avx2) return avx2::float_kernels;
+  if (current_isa() == Isa::avx512) return avx512::float_kernels;
+  if (current_isa() == Isa::avx2) return avx2::float_kernels;
 #endif
   return baseline::float_kernels;
 }
@@ -66,13 +66,13 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
 #ifdef OREPA_X86_KERNELS
-  if (isa_in_use() == Isa::avx512) return avx512::double_kernels;
-  if (isa_in_use() == Isa::avx2) return avx2::double_kernels;
+  if (current_isa() == Isa::avx512) return avx512::double_kernels;
+  if (current_isa() == Isa::avx2) return avx2::double_kernels;
 #endif
   return baseline::double_kernels;
 }
 
-bool knows([[maybe_unused]] Type type) {
+bool supports_type([[maybe_unused]] Type type) {
 #ifdef __FLT16_MANT_DIG__
   return true;
 #else

@@ -1,6 +1,7 @@
-// The arithmetic of the squeeze on a CPU, row by row. CMake compiles this file once per instruction set, each time with
-// its own OREPA_ISA: attributes such as target_clones reach neither templates nor the bodies of OpenMP regions. Nothing
-// here may come from a header with inline functions: the linker would keep one copy, of whichever instruction set.
+// The arithmetic of the squeeze on a CPU, output channel by output channel. CMake compiles this file once per
+// instruction set, each time with another OREPA_ISA: attributes such as target_clones reach neither templates nor the
+// bodies of OpenMP regions. No inline function may come from a header unless it is static or always inlined: of all
+// copies the linker would keep one, of any instruction set.
 
 #include <cstdint>
 #include <cstring>
@@ -21,22 +22,21 @@ namespace orepa::cpu::OREPA_ISA {
 
 // --- geometry -------------------------------------------------------------------------------------------------------
 
-// The taps of a kernel that is centred in the block's.
-struct Centred {
+// The taps of a term's kernel, centred in the block's.
+struct Window {
   std::int64_t height, width, top, left, block_width;
 
-  Centred(const Block& block, std::int64_t height, std::int64_t width)
-      : height(height),
-        width(width),
+  Window(const Block& block, const Term& term)
+      : height(term.height),
+        width(term.width),
         top((block.height - height) / 2),
         left((block.width - width) / 2),
         block_width(block.width) {}
-  Centred(const Block& block, const Term& term) : Centred(block, term.height, term.width) {}
 
   std::int64_t taps() const { return height * width; }
 
-  // Calls f(tap, the block's tap in the same place) for each tap. To divide tap numbers instead would cost more than
-  // what is done with them.
+  // Call f(tap, the block's tap in the same place) for each tap. Nested loops, because dividing tap numbers would cost
+  // more than f.
   template <class F>
   void each(F f) const {
     for (std::int64_t h = 0, tap = 0; h < height; ++h)
@@ -46,24 +46,27 @@ struct Centred {
 
 template <class T>
 static T scale_of(const Block& block, const Term& term, std::int64_t o) {
-  return term.scale < 0 ? T{1} : scalar<T>(block.scales, term.scale, o, 1);
+  return term.scale < 0 ? T{1} : load_scalar<T>(block.scales, term.scale, o, 1);
 }
 
 template <class T>
-static void put_scale(const Block& block, const Term& term, std::int64_t o, T gradient) {
-  if (term.scale >= 0 && block.grad_scales.data != nullptr) set_scalar(block.grad_scales, term.scale, o, gradient);
+static void store_scale_gradient(const Block& block, const Term& term, std::int64_t o, T gradient) {
+  if (block.needs_scale_grad(term)) store_scalar(block.grad_scales, term.scale, o, gradient);
 }
 
-// The filter of an output channel: a view's row, or the average.
+// A view with its taps as columns.
+static View taps_as_columns(const View& view) {
+  return {view.data, view.row, view.tap, 0, view.type};
+}
+
+// The filter of an output channel: a row of b, or the average.
 template <class T>
 class Filter {
  public:
   Filter(const Term& term, std::int64_t o)
-      : values_{term.b.data, term.b.row, term.b.tap, 0, term.b.type},  // taps as columns
-        o_(o),
-        average_(T{1} / static_cast<T>(term.height * term.width)) {}
+      : values_(taps_as_columns(term.b)), o_(o), average_(T{1} / static_cast<T>(term.height * term.width)) {}
 
-  T operator[](std::int64_t tap) const { return scalar<T>(values_, o_, tap, average_); }
+  T operator[](std::int64_t tap) const { return load_scalar<T>(values_, o_, tap, average_); }
 
  private:
   View values_;
@@ -80,7 +83,7 @@ class Filter {
 template <class T>
 constexpr Kernels<T> table = {
     lanes<T>,      tile_width<T>,   unpack<T>,  pack_depthwise<T>, unpack_depthwise<T>,
-    pack_first<T>, unpack_first<T>, forward<T>, backward<T>,       add_to_first<T>,
+    pack_first<T>, unpack_first<T>, forward<T>, backward<T>,       first_gradient<T>,
 };
 
 extern const Kernels<float> float_kernels;

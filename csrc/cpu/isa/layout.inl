@@ -1,4 +1,4 @@
-// Between tensors of any strides and type, and panels. Included by rows.cpp only, inside its namespace.
+// Loads and stores between panels and tensors of any strides and element type.
 
 // --- element types --------------------------------------------------------------------------------------------------
 
@@ -25,9 +25,9 @@ struct BFloat16 {
 using Float16 = _Float16;
 #endif
 
-// Calls f with a pointer to the element type of `type`.
+// Call f with a pointer to the element type of `type`.
 template <class F>
-static void with_type(Type type, F f) {
+static void dispatch_type(Type type, F f) {
   switch (type) {
     case Type::float64:
       return f(static_cast<double*>(nullptr));
@@ -40,16 +40,13 @@ static void with_type(Type type, F f) {
       return f(static_cast<Float16*>(nullptr));
 #else
     case Type::float16:
-      return;  // refused by the driver
+      return;  // see `supports_type`
 #endif
   }
 }
 
-template <class T>
-constexpr Type type_of = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
-
-// Rounding from double to a half type goes through float: twice rounded, which no half-precision kernel can tell from
-// once except on a tie, and float64 operands with half-precision kernels are no training set-up.
+// Double is rounded to a half type through float. Rounding twice differs from rounding once only near ties, and
+// training does not combine float64 operands with half-precision kernels.
 template <class S, class T>
 static inline S narrow(T value) {
   if constexpr (sizeof(S) == 2)
@@ -59,11 +56,11 @@ static inline S narrow(T value) {
 }
 
 template <class T>
-static inline T scalar(const View& view, std::int64_t row, std::int64_t column, T otherwise) {
-  if (view.data == nullptr) return otherwise;
+static inline T load_scalar(const View& view, std::int64_t row, std::int64_t column, T fallback) {
+  if (view.data == nullptr) return fallback;
   if (view.type == type_of<T>) return static_cast<const T*>(view.data)[row * view.row + column * view.column];
   T value{};
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     value = static_cast<T>(static_cast<const S*>(view.data)[row * view.row + column * view.column]);
   });
@@ -71,12 +68,12 @@ static inline T scalar(const View& view, std::int64_t row, std::int64_t column, 
 }
 
 template <class T>
-static inline void set_scalar(const View& view, std::int64_t row, std::int64_t column, T value) {
+static inline void store_scalar(const View& view, std::int64_t row, std::int64_t column, T value) {
   if (view.type == type_of<T>) {
     static_cast<T*>(view.data)[row * view.row + column * view.column] = value;
     return;
   }
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     static_cast<S*>(view.data)[row * view.row + column * view.column] = narrow<S>(value);
   });
@@ -84,7 +81,7 @@ static inline void set_scalar(const View& view, std::int64_t row, std::int64_t c
 
 // --- vectors --------------------------------------------------------------------------------------------------------
 
-// As many elements as fill a register. A vector of several registers would be legal, but GCC keeps those in memory.
+// A vector fills one register. Longer vectors would be legal, but GCC keeps them in memory.
 #ifdef __AVX512F__
 constexpr std::int64_t vector_bytes = 64;
 #elif defined(__AVX__)
@@ -117,15 +114,15 @@ static inline void store_vector(T* to, Vector<T> value) {
 
 // --- transposition --------------------------------------------------------------------------------------------------
 
-// A 3x3 kernel is stored with its nine taps innermost. Nine-way (de)interleaving does not vectorise, three-way twice
-// does.
-constexpr int nine_block = 64;
+// Contiguous 3x3 kernels have their nine taps innermost. Nine-way (de)interleaving does not vectorise; three-way, done
+// twice, does.
+constexpr int interleave_block = 64;
 
 template <class S, class T>
-static void split_nine(const S* __restrict from, T* __restrict to, std::int64_t step, std::int64_t columns) {
-  T part[3][3 * nine_block];
-  for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
-    const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
+static void deinterleave_nine(const S* __restrict from, T* __restrict to, std::int64_t step, std::int64_t columns) {
+  T part[3][3 * interleave_block];
+  for (std::int64_t begin = 0; begin < columns; begin += interleave_block) {
+    const int n = static_cast<int>(columns - begin < interleave_block ? columns - begin : interleave_block);
     const S* __restrict source = from + 9 * begin;
     for (int j = 0; j < 3 * n; ++j)
       for (int b = 0; b < 3; ++b) part[b][j] = static_cast<T>(source[3 * j + b]);
@@ -138,10 +135,10 @@ static void split_nine(const S* __restrict from, T* __restrict to, std::int64_t 
 }
 
 template <class S, class T>
-static void join_nine(const T* __restrict from, std::int64_t step, S* __restrict to, std::int64_t columns) {
-  T part[3][3 * nine_block];
-  for (std::int64_t begin = 0; begin < columns; begin += nine_block) {
-    const int n = static_cast<int>(columns - begin < nine_block ? columns - begin : nine_block);
+static void interleave_nine(const T* __restrict from, std::int64_t step, S* __restrict to, std::int64_t columns) {
+  T part[3][3 * interleave_block];
+  for (std::int64_t begin = 0; begin < columns; begin += interleave_block) {
+    const int n = static_cast<int>(columns - begin < interleave_block ? columns - begin : interleave_block);
     for (int b = 0; b < 3; ++b) {
       const T* rows[3] = {from + b * step + begin, from + (3 + b) * step + begin, from + (6 + b) * step + begin};
       for (int i = 0; i < n; ++i)
@@ -157,10 +154,10 @@ static void join_nine(const T* __restrict from, std::int64_t step, S* __restrict
 template <class T>
 static void load(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps, T* to,
                  std::int64_t step) {
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const S* from = static_cast<const S*>(view.data) + row * view.row;
-    if (taps == 9 && view.tap == 1 && view.column == 9) return split_nine(from, to, step, columns);
+    if (taps == 9 && view.tap == 1 && view.column == 9) return deinterleave_nine(from, to, step, columns);
     for (std::int64_t t = 0; t < taps; ++t) {
       const S* __restrict source = from + t * view.tap;
       T* __restrict target = to + t * step;
@@ -176,10 +173,10 @@ static void load(const View& view, std::int64_t row, std::int64_t columns, std::
 template <class T>
 static void store(const T* from, std::int64_t step, std::int64_t columns, std::int64_t taps, const View& view,
                   std::int64_t row) {
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     S* to = static_cast<S*>(view.data) + row * view.row;
-    if (taps == 9 && view.tap == 1 && view.column == 9) return join_nine(from, step, to, columns);
+    if (taps == 9 && view.tap == 1 && view.column == 9) return interleave_nine(from, step, to, columns);
     for (std::int64_t t = 0; t < taps; ++t) {
       const T* __restrict source = from + t * step;
       S* __restrict target = to + t * view.tap;
@@ -191,7 +188,7 @@ static void store(const T* from, std::int64_t step, std::int64_t columns, std::i
   });
 }
 
-// A row as a panel that may lie in the tensor itself: element (tap, column) at data[tap * step + column].
+// A panel, possibly in a tensor's own memory: element (tap, column) is data[tap * step + column].
 template <class T>
 struct Panel {
   T* data;
@@ -201,31 +198,32 @@ struct Panel {
 };
 
 template <class T>
-static bool is_panel(const View& view, std::int64_t columns) {
+static bool has_panel_layout(const View& view, std::int64_t columns) {
   return view.type == type_of<T> && (view.column == 1 || columns == 1);
 }
 
 template <class T>
-static Panel<T> in_place(const View& view, std::int64_t row) {
+static Panel<T> panel_in_place(const View& view, std::int64_t row) {
   return {static_cast<T*>(view.data) + row * view.row, view.tap};
 }
 
-// For reading: the tensor's own memory where its layout allows, else a copy in `scratch`.
+// Return a panel to read: the tensor's own memory where its layout allows, else a copy in `scratch`.
 template <class T>
-static Panel<const T> panel(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps, T* scratch) {
-  if (is_panel<T>(view, columns)) {
-    const Panel<T> own = in_place<T>(view, row);
-    return {own.data, own.step};
+static Panel<const T> load_panel(const View& view, std::int64_t row, std::int64_t columns, std::int64_t taps,
+                                 T* scratch) {
+  if (has_panel_layout<T>(view, columns)) {
+    const Panel<T> tensor = panel_in_place<T>(view, row);
+    return {tensor.data, tensor.step};
   }
   load(view, row, columns, taps, scratch, columns);
   return {scratch, columns};
 }
 
-// Whether rows of both views are runs of T in the same order, so that one can be worked on against the other as they
-// lie.
+// Return whether rows of both views are gapless elements of T in the same order: elementwise loops need no panels then.
 template <class T>
-static bool same_runs(const View& one, const View& other, std::int64_t columns, std::int64_t taps) {
-  const bool taps_inside = one.tap == 1 && one.column == taps, columns_inside = one.column == 1 && one.tap == columns;
+static bool same_dense_layout(const View& one, const View& other, std::int64_t columns, std::int64_t taps) {
+  const bool taps_innermost = one.tap == 1 && one.column == taps,
+             columns_innermost = one.column == 1 && one.tap == columns;
   return one.type == type_of<T> && other.type == type_of<T> && one.column == other.column && one.tap == other.tap &&
-         (taps_inside || columns_inside);
+         (taps_innermost || columns_innermost);
 }

@@ -1,42 +1,42 @@
-// Memory asked for ahead of time. Included by rows.cpp only, inside its namespace.
+// Prefetching, interleaved with products.
 //
-// Products keep the arithmetic units busy and the memory idle; whatever is between products does the reverse. So while
-// a product is computed, the rows that are worked on next come into the second-level cache, a few cache lines at a
-// time: more would fill the queue of outstanding loads, and the product would wait for its own.
+// Products keep the arithmetic units busy and the memory idle; the steps between products do the reverse. So while a
+// product is computed, the rows of the next steps are loaded into the second-level cache, a few cache lines at a time:
+// more would fill the queue of outstanding loads and delay the product's own.
 
 constexpr std::int64_t cache_line = 64;
 
-// So many lines, every so many steps of a product.
-constexpr std::int64_t lines_ahead = 6, steps_between = 16;
+// Cache lines per prefetch, and steps of a product from one prefetch to the next.
+constexpr std::int64_t prefetch_lines = 6, prefetch_interval = 16;
 
-class Ahead {
+class Prefetcher {
  public:
-  // Rows [begin, end) of a view, of so many elements each, where they are without gaps.
+  // Add rows [begin, end) of a view, each of `elements`, unless there are gaps between them.
   void add(const View& view, std::int64_t begin, std::int64_t end, std::int64_t elements) {
-    if (view.data == nullptr || view.row != elements || begin >= end || count_ == most) return;
-    with_type(view.type, [&](auto* type) {
+    if (view.data == nullptr || view.row != elements || begin >= end || count_ == capacity) return;
+    dispatch_type(view.type, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       const S* const data = static_cast<const S*>(view.data);
-      run_[count_++] = {reinterpret_cast<const char*>(data + begin * elements),
-                        reinterpret_cast<const char*>(data + end * elements)};
+      range_[count_++] = {reinterpret_cast<const char*>(data + begin * elements),
+                          reinterpret_cast<const char*>(data + end * elements)};
     });
   }
 
-  // Where to begin with the next lines, for so many steps; `otherwise` where there is nothing left to ask for.
-  const char* next(std::int64_t steps, const void* otherwise) {
-    if (now_ == count_) return static_cast<const char*>(otherwise);
-    Run& run = run_[now_];
-    const char* const begin = run.begin;
-    run.begin += (steps + steps_between - 1) / steps_between * lines_ahead * cache_line;
-    if (run.begin >= run.end) ++now_;
+  // Return the address at which a product of `steps` starts prefetching; `fallback` when all ranges are done.
+  const char* next(std::int64_t steps, const void* fallback) {
+    if (current_ == count_) return static_cast<const char*>(fallback);
+    Range& range = range_[current_];
+    const char* const begin = range.begin;
+    range.begin += (steps + prefetch_interval - 1) / prefetch_interval * prefetch_lines * cache_line;
+    if (range.begin >= range.end) ++current_;
     return begin;
   }
 
  private:
-  struct Run {
+  struct Range {
     const char *begin, *end;
   };
-  static constexpr int most = 4 * max_terms;
-  Run run_[most];
-  int count_ = 0, now_ = 0;
+  static constexpr int capacity = 4 * max_terms;
+  Range range_[capacity];
+  int count_ = 0, current_ = 0;
 };

@@ -1,18 +1,19 @@
-// Depthwise separable terms (paper Eq. 4's last branch). Included by rows.cpp only, inside its namespace.
-
-// Input channels are taken in tiles of one vector, the last one padded with zeros; all that belongs to a tile lies
-// together, so that it stays in the nearest cache while output channels pass by:
+// Depthwise separable terms (paper Eq. 4's last branch).
+//
+// Input channels are processed in tiles of one vector, the last one padded with zeros. A tile's data is contiguous, so
+// that it stays in the first-level cache for all output channels:
 //   depthwise  [tile][tap][e][lane], one for all output channels of a group
 //   pointwise  [tile][e][lane], one per output channel
-//   upstream   [tile][tap][lane], likewise (backward)
+//   upstream   [tile][tap][lane], one per output channel (backward)
+
 template <class T>
 static std::int64_t tiles(std::int64_t columns) {
   return (columns + lanes<T> - 1) / lanes<T>;
 }
 
-// A row of pointwise weights, [Ig * E], as [tile][e][lane].
+// Load a row of pointwise weights, [Ig * E], as [tile][e][lane].
 template <class T>
-static void load_expanded(const View& view, std::int64_t row, std::int64_t columns, std::int64_t expand, T* to) {
+static void load_pointwise(const View& view, std::int64_t row, std::int64_t columns, std::int64_t expand, T* to) {
   constexpr std::int64_t n = lanes<T>;
   if (view.type == type_of<T> && view.column == 1 && expand == 8 && columns % n == 0) {
     const T* __restrict from = static_cast<const T*>(view.data) + row * view.row;
@@ -22,7 +23,7 @@ static void load_expanded(const View& view, std::int64_t row, std::int64_t colum
         for (int e = 0; e < 8; ++e) out[e * n + lane] = from[lane * 8 + e];
     return;
   }
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const S* from = static_cast<const S*>(view.data) + row * view.row;
     for (std::int64_t tile = 0; tile < tiles<T>(columns); ++tile)
@@ -36,8 +37,8 @@ static void load_expanded(const View& view, std::int64_t row, std::int64_t colum
 }
 
 template <class T>
-static void store_expanded(const T* from, std::int64_t columns, std::int64_t expand, const View& view,
-                           std::int64_t row) {
+static void store_pointwise(const T* from, std::int64_t columns, std::int64_t expand, const View& view,
+                            std::int64_t row) {
   constexpr std::int64_t n = lanes<T>;
   if (view.type == type_of<T> && view.column == 1 && expand == 8 && columns % n == 0) {
     T* __restrict to = static_cast<T*>(view.data) + row * view.row;
@@ -47,7 +48,7 @@ static void store_expanded(const T* from, std::int64_t columns, std::int64_t exp
         for (int e = 0; e < 8; ++e) to[lane * 8 + e] = in[e * n + lane];
     return;
   }
-  with_type(view.type, [&](auto* type) {
+  dispatch_type(view.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     S* to = static_cast<S*>(view.data) + row * view.row;
     for (std::int64_t i = 0; i < columns; ++i)
@@ -56,73 +57,72 @@ static void store_expanded(const T* from, std::int64_t columns, std::int64_t exp
   });
 }
 
-// The depthwise kernels of one group as [tile][tap][e][lane], tiles [begin, end).
+// Pack the depthwise kernels of one group as [tile][tap][e][lane], tiles [begin, end).
 template <class T>
 static void pack_depthwise(const Block& block, const Term& term, std::int64_t group, T* out, std::int64_t begin,
                            std::int64_t end) {
-  const std::int64_t columns = block.in_per_group, expand = term.inner, taps = term.height * term.width;
+  const std::int64_t columns = block.in_per_group, expand = term.inner, taps = term.taps();
   const View& a = term.a;
-  with_type(a.type, [&](auto* type) {
+  dispatch_type(a.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const S* from = static_cast<const S*>(a.data) + group * columns * expand * a.row;
     for (std::int64_t i = begin * lanes<T>; i < end * lanes<T>; ++i)
       for (std::int64_t e = 0; e < expand; ++e)
         for (std::int64_t t = 0; t < taps; ++t) {
-          const std::int64_t place = ((i / lanes<T> * taps + t) * expand + e) * lanes<T> + i % lanes<T>;
-          out[place] = i < columns ? static_cast<T>(from[(i * expand + e) * a.row + t * a.tap]) : T{0};
+          const std::int64_t index = ((i / lanes<T> * taps + t) * expand + e) * lanes<T> + i % lanes<T>;
+          out[index] = i < columns ? static_cast<T>(from[(i * expand + e) * a.row + t * a.tap]) : T{0};
         }
   });
 }
 
 template <class T>
 static void unpack_depthwise(const Block& block, const Term& term, std::int64_t group, const T* in) {
-  const std::int64_t columns = block.in_per_group, expand = term.inner, taps = term.height * term.width;
+  const std::int64_t columns = block.in_per_group, expand = term.inner, taps = term.taps();
   const View& a = term.grad_a;
-  with_type(a.type, [&](auto* type) {
+  dispatch_type(a.type, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     S* to = static_cast<S*>(a.data) + group * columns * expand * a.row;
     for (std::int64_t i = 0; i < columns; ++i)
       for (std::int64_t e = 0; e < expand; ++e)
         for (std::int64_t t = 0; t < taps; ++t) {
-          const std::int64_t place = ((i / lanes<T> * taps + t) * expand + e) * lanes<T> + i % lanes<T>;
-          to[(i * expand + e) * a.row + t * a.tap] = narrow<S>(in[place]);
+          const std::int64_t index = ((i / lanes<T> * taps + t) * expand + e) * lanes<T> + i % lanes<T>;
+          to[(i * expand + e) * a.row + t * a.tap] = narrow<S>(in[index]);
         }
   });
 }
 
-// So much of what follows is kept in registers at a time: with AVX-512, two output channels or three taps share what is
-// loaded for one.
+// Register blocking of the loops below: with AVX-512, two output channels or three taps share each load.
 #ifdef __AVX512F__
-constexpr int shared_rows = 2, shared_taps = 3;
+constexpr int rows_per_step = 2, taps_per_step = 3;
 #else
-constexpr int shared_rows = 1, shared_taps = 1;
+constexpr int rows_per_step = 1, taps_per_step = 1;
 #endif
 
 // panel[row][tap][i] += factor[row] * sum_e pointwise[row][e][i] depthwise[tap][e][i], for R output channels, one tile
 // and E expansions
 template <class T, int E, int R>
-static inline void add_separable(const Panel<T>* panels, const Centred& at, const T* pointwise, std::int64_t step,
+static inline void add_separable(const Panel<T>* panels, const Window& window, const T* pointwise, std::int64_t step,
                                  const T* depthwise, std::int64_t expand, const T* factor, std::int64_t begin,
                                  std::int64_t columns) {
   constexpr std::int64_t n = lanes<T>;
   const std::int64_t width = columns - begin < n ? columns - begin : n;
-  Vector<T> p[R][E];
+  Vector<T> scaled[R][E];
 #pragma GCC unroll 2
   for (int row = 0; row < R; ++row)
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) p[row][e] = load_vector(pointwise + row * step + e * n) * factor[row];
-  at.each([&](std::int64_t t, std::int64_t place) {
-    const T* const own = depthwise + t * expand * n;
+    for (int e = 0; e < E; ++e) scaled[row][e] = load_vector(pointwise + row * step + e * n) * factor[row];
+  window.each([&](std::int64_t t, std::int64_t p) {
+    const T* const filters = depthwise + t * expand * n;
     Vector<T> sum[R][2] = {};  // two chains of additions hide each other's latency
 #pragma GCC unroll 8
     for (int e = 0; e < E; ++e) {
-      const Vector<T> d = load_vector(own + e * n);
+      const Vector<T> d = load_vector(filters + e * n);
 #pragma GCC unroll 2
-      for (int row = 0; row < R; ++row) sum[row][e % 2] += p[row][e] * d;
+      for (int row = 0; row < R; ++row) sum[row][e % 2] += scaled[row][e] * d;
     }
 #pragma GCC unroll 2
     for (int row = 0; row < R; ++row) {
-      T* const to = panels[row][place] + begin;
+      T* const to = panels[row][p] + begin;
       if (width == n) {
         store_vector(to, load_vector(static_cast<const T*>(to)) + (sum[row][0] + sum[row][1]));
       } else {
@@ -192,12 +192,12 @@ static inline void depthwise_gradient(const T* upstream, std::int64_t upstream_s
     for (int e = 0; e < E; ++e) store_vector(grad + (t * expand + e) * n, sum[t][e]);
 }
 
-// Calls f(first, number) for all of `count` things, as many at a time as `Most` says and one by one in the end; the
-// number is a constant expression.
-template <int Most, class F>
-static inline void in_steps(std::int64_t count, F f) {
+// Call f(first, number) for all of `count` items, `Step` at a time and the remainder one by one; the number is a
+// constant expression.
+template <int Step, class F>
+static inline void each_step(std::int64_t count, F f) {
   std::int64_t first = 0;
-  for (; first + Most <= count; first += Most) f(first, std::integral_constant<int, Most>());
-  if constexpr (Most > 1)
+  for (; first + Step <= count; first += Step) f(first, std::integral_constant<int, Step>());
+  if constexpr (Step > 1)
     for (; first < count; ++first) f(first, std::integral_constant<int, 1>());
 }

@@ -1,4 +1,4 @@
-// Sums over channels and over terms. Included by rows.cpp only, inside its namespace.
+// Dot products and linear combinations of vectors.
 
 template <class T>
 static T dot(const T* __restrict x, const T* __restrict y, std::int64_t n) {
@@ -8,9 +8,9 @@ static T dot(const T* __restrict x, const T* __restrict y, std::int64_t n) {
   return sum;
 }
 
-// y = factor * x, and <x, z>
+// y = factor * x; returns <x, z>
 template <class T>
-static T set_and_dot(T* __restrict y, const T* __restrict x, const T* __restrict z, T factor, std::int64_t n) {
+static T scale_into_and_dot(T* __restrict y, const T* __restrict x, const T* __restrict z, T factor, std::int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t i = 0; i < n; ++i) {
@@ -20,7 +20,7 @@ static T set_and_dot(T* __restrict y, const T* __restrict x, const T* __restrict
   return sum;
 }
 
-// y = factor * y, and <y, z> before
+// y = factor * y; returns <y, z> of the old y
 template <class T>
 static T scale_and_dot(T* __restrict y, const T* __restrict z, T factor, std::int64_t n) {
   T sum = 0;
@@ -32,40 +32,39 @@ static T scale_and_dot(T* __restrict y, const T* __restrict z, T factor, std::in
   return sum;
 }
 
-// y[i] = sum_k factor[k] * x[k][i], or added to y. Every source is read once and y written once, however many there
-// are.
+// y[i] = sum_k factor[k] * x[k][i], or added to y, in one pass over all sources and y.
 template <class T>
-static void combine(T* __restrict y, const T* const* x, const T* factor, int count, bool onto, std::int64_t n) {
-  constexpr std::int64_t wide = 4, step = lanes<T>;  // that many sums under way hide each other's latency
+static void combine(T* __restrict y, const T* const* x, const T* factor, int count, bool accumulate, std::int64_t n) {
+  constexpr std::int64_t unroll = 4, step = lanes<T>;  // independent sums hide each other's latency
   std::int64_t i = 0;
-  for (; i + wide * step <= n; i += wide * step) {
-    Vector<T> sum[wide] = {};
-    if (onto)
+  for (; i + unroll * step <= n; i += unroll * step) {
+    Vector<T> sum[unroll] = {};
+    if (accumulate)
 #pragma GCC unroll 4
-      for (int v = 0; v < wide; ++v) sum[v] = load_vector(static_cast<const T*>(y + i + v * step));
+      for (int v = 0; v < unroll; ++v) sum[v] = load_vector(static_cast<const T*>(y + i + v * step));
     for (int k = 0; k < count; ++k)
 #pragma GCC unroll 4
-      for (int v = 0; v < wide; ++v) sum[v] += load_vector(x[k] + i + v * step) * factor[k];
+      for (int v = 0; v < unroll; ++v) sum[v] += load_vector(x[k] + i + v * step) * factor[k];
 #pragma GCC unroll 4
-    for (int v = 0; v < wide; ++v) store_vector(y + i + v * step, sum[v]);
+    for (int v = 0; v < unroll; ++v) store_vector(y + i + v * step, sum[v]);
   }
   for (; i + step <= n; i += step) {
     Vector<T> sum = {};
-    if (onto) sum = load_vector(static_cast<const T*>(y + i));
+    if (accumulate) sum = load_vector(static_cast<const T*>(y + i));
     for (int k = 0; k < count; ++k) sum += load_vector(x[k] + i) * factor[k];
     store_vector(y + i, sum);
   }
-  // The rest, less than a vector, channel by channel too: along the sources, the compiler would multiply some of them
-  // apart from adding them, and a source of zeros would change the rounding of others.
+  // The remainder, less than a vector, with sources in the outer loop as well. In the inner loop, the compiler would
+  // fuse only some multiplications with additions, and a source of zeros would change the rounding of others.
   if (i == n) return;
-  T rest[step] = {};
-  if (onto) std::memcpy(rest, y + i, (n - i) * sizeof(T));
+  T remainder[step] = {};
+  if (accumulate) std::memcpy(remainder, y + i, (n - i) * sizeof(T));
   for (int k = 0; k < count; ++k)
-    for (std::int64_t lane = 0; lane < n - i; ++lane) rest[lane] += x[k][i + lane] * factor[k];
-  std::memcpy(y + i, rest, (n - i) * sizeof(T));
+    for (std::int64_t lane = 0; lane < n - i; ++lane) remainder[lane] += x[k][i + lane] * factor[k];
+  std::memcpy(y + i, remainder, (n - i) * sizeof(T));
 }
 
-// A linear combination that is collected source by source and then computed at once.
+// Collects the sources of a linear combination, to compute it in one pass.
 template <class T>
 class Combination {
  public:
@@ -73,29 +72,29 @@ class Combination {
     y_ = y;
     n_ = n;
     count_ = 0;
-    onto_ = false;
+    accumulate_ = false;
   }
 
   void add(const T* x, T factor) {
-    if (count_ == most) end();
+    if (count_ == capacity) end();
     x_[count_] = x;
     factor_[count_++] = factor;
   }
 
-  // Without any source, y becomes zero.
+  // Compute y; without sources, it becomes zero.
   void end() {
-    if (onto_ && count_ == 0) return;
-    combine(y_, x_, factor_, count_, onto_, n_);
+    if (accumulate_ && count_ == 0) return;
+    combine(y_, x_, factor_, count_, accumulate_, n_);
     count_ = 0;
-    onto_ = true;
+    accumulate_ = true;
   }
 
  private:
-  static constexpr int most = 16;
+  static constexpr int capacity = 16;
   T* y_;
   std::int64_t n_;
   int count_;
-  bool onto_;
-  const T* x_[most];
-  T factor_[most];
+  bool accumulate_;
+  const T* x_[capacity];
+  T factor_[capacity];
 };
