@@ -65,7 +65,7 @@ void bind_cuda(py::module_& module) {
   module.def(
       "cuda_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
         const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
-        const cuda::Needs needs = cuda::needs(blocks.data(), static_cast<int>(blocks.size()), backward);
+        const cuda::MemoryNeeds needs = cuda::memory_needs(blocks.data(), static_cast<int>(blocks.size()), backward);
         return std::pair(needs.workspace_bytes, needs.counter_bytes);
       });
   module.def(

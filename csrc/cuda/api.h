@@ -9,43 +9,42 @@
 
 namespace orepa::cuda {
 
-// How the products of `composed` terms are computed; sums are float32 always. Before sm_80 all of them are float32.
+// Precision of the products of composed terms; sums are always float32. Before sm_80, products are float32 as well.
 enum class Precision {
   full,  // TF32 with two corrections in bfloat16: relative error near 2^-20
   tf32,  // operands rounded to TF32
-  bf16,  // bfloat16 is allowed; TF32 is used
+  bf16,  // allows bfloat16, but uses TF32
 };
 
 struct Context {
   int device = 0;
   std::uintptr_t stream = 0;
   Precision precision = Precision::full;
-  void* workspace = nullptr;  // any content, 16-byte aligned
+  void* workspace = nullptr;  // uninitialized, 16-byte aligned
   std::int64_t workspace_bytes = 0;
-  void* counters = nullptr;  // zero at first use; every launch leaves it zero
+  void* counters = nullptr;  // zero before the first launch; every launch leaves them zero
   std::int64_t counter_bytes = 0;
 };
 
-struct Needs {
+struct MemoryNeeds {
   std::int64_t workspace_bytes = 0, counter_bytes = 0;
 };
 
-// Memory that `forward` or `backward` wants for these blocks, whichever gradients are asked for. Looks at shapes,
-// strides and at which operands are present, not at where they lie: their `data` may be anything but null.
-Needs needs(const Block* blocks, int count, bool backward);
+// Return the memory that `forward` or `backward` needs for these blocks, for any subset of gradients. It depends on
+// shapes, strides and on which operands are present (`data` not null), not on addresses.
+MemoryNeeds memory_needs(const Block* blocks, int count, bool backward);
 
-// Squeezes all blocks, in one launch as long as their descriptions fit into kernel parameters.
-// Throws std::invalid_argument for a block that `why_not` rejects or too little memory, std::runtime_error with CUDA's
-// words.
+// Squeeze all blocks, in one launch if their descriptions fit into kernel parameters.
+// Throws std::invalid_argument for unsupported blocks or too little memory, std::runtime_error with CUDA's message.
 void forward(const Block* blocks, int count, const Context& context);
 
-// All gradients that are asked for, likewise in one launch. The same bits every time.
+// Compute all gradients that have memory, likewise in one launch. Bitwise deterministic.
 void backward(const Block* blocks, int count, const Context& context);
 
-// "" or the reason why these kernels do not cover a block.
-std::string why_not(const Block& block);
+// Return the reason why these kernels do not support a block, or "".
+std::string unsupported_reason(const Block& block);
 
-// Compute capabilities with code in this build, as major * 10 + minor.
+// Return the compute capabilities with code in this build, as major * 10 + minor.
 std::vector<int> architectures();
 
 }  // namespace orepa::cuda

@@ -1,11 +1,11 @@
-// Copies from global to shared memory: asynchronous where the elements are float32 already and the GPU can (sm_80).
+// Copies from global to shared memory: asynchronous for float32 elements from sm_80 on.
 #pragma once
 
 #include "elements.cuh"
 
 namespace orepa::cuda {
 
-// `Bytes` bytes, or zeros where not `inside`; then `from` only has to be a valid address.
+// Copy `Bytes` bytes, or write zeros if not `inside`; `from` must be a valid address in either case.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(float* to, const void* from, bool inside) {
 #if defined(OREPA_EMULATED)
@@ -29,7 +29,7 @@ __device__ __forceinline__ void copy_async(float* to, const void* from, bool ins
 #endif
 }
 
-// Until this thread's copies have arrived; other threads see them after a barrier.
+// Wait for this thread's copies; other threads see them after a barrier.
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(OREPA_EMULATED)
   emulator::wait_for_copies();
@@ -38,7 +38,7 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// The element at `offset`, or zero where that is negative.
+// Copy the element at `offset`, or write zero if `offset` is negative.
 __device__ __forceinline__ void copy_element(float* to, const unsigned char* data, std::int64_t offset, Type type) {
   const bool inside = offset >= 0;
   if (type == Type::float32) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_element(float* to, const unsigned char* dat
   }
 }
 
-// Four elements, aligned in both memories.
+// The same for four elements, aligned in both memories.
 __device__ __forceinline__ void copy_quad(float* to, const unsigned char* data, std::int64_t offset, Type type) {
   const bool inside = offset >= 0;
   if (type == Type::float32) {

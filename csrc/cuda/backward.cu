@@ -1,5 +1,5 @@
-// Backward: all gradients of all blocks in one launch. A thread block has one of four roles; sums that several of them
-// share go through the workspace (see arrive.cuh).
+// Backward: all gradients of all blocks in one launch. A thread block has one of four roles. Sums over thread blocks go
+// through the workspace (reduction.cuh).
 #include "backward_composed.cuh"
 #include "backward_separable.cuh"
 #include "launch.cuh"
@@ -8,46 +8,45 @@
 namespace orepa::cuda {
 namespace {
 
-// A tile of output channels with all their taps.
+// The region of a tile of output channels with all their taps.
 template <class Tile>
-__device__ __forceinline__ Place place_of(const DeviceBlock& block, int row_tile, int column_tile) {
-  Place place;
-  place.group = row_tile / block.channel_tiles;
+__device__ __forceinline__ Region region_of(const DeviceBlock& block, int row_tile, int column_tile) {
+  Region region;
+  region.group = row_tile / block.channel_tiles;
   const int first = row_tile % block.channel_tiles * block.tile_channels;
-  place.first_channel = place.group * block.out_per_group + first;
-  place.channels = min(block.tile_channels, block.out_per_group - first);
-  place.first_tap = 0;
-  place.taps = block.height * block.width;
-  place.first_column = column_tile * Tile::cols;
-  place.columns = min(Tile::cols, block.in_per_group - place.first_column);
-  return place;
+  region.first_channel = region.group * block.out_per_group + first;
+  region.channels = min(block.tile_channels, block.out_per_group - first);
+  region.first_tap = 0;
+  region.taps = block.height * block.width;
+  region.first_column = column_tile * Tile::cols;
+  region.columns = min(Tile::cols, block.in_per_group - region.first_column);
+  return region;
 }
 
-// ds[b,o]: the parts of all terms that branch b scales, term by term.
-__device__ __forceinline__ void finish_scales(const DeviceBlock& block, const DeviceTerm* terms, const Place& place,
-                                              int term_index, const float* workspace) {
+// Sum ds[b,o] over all terms that branch b scales, term by term.
+__device__ __forceinline__ void reduce_scale_gradients(const DeviceBlock& block, const DeviceTerm* terms,
+                                                       const Region& region, int term_index, const float* workspace) {
   const DeviceTerm& term = terms[term_index];
   for (int t = 0; t < term_index; ++t)
-    if (terms[t].scale == term.scale) return;  // done with that one
-  for (int c = static_cast<int>(threadIdx.x); c < place.channels; c += static_cast<int>(blockDim.x)) {
+    if (terms[t].scale == term.scale) return;  // an earlier term stored this gradient
+  for (int c = static_cast<int>(threadIdx.x); c < region.channels; c += static_cast<int>(blockDim.x)) {
     float sum = 0.0f;
     for (int t = term_index; t < block.terms; ++t) {
       if (terms[t].scale != term.scale) continue;
       const float* parts = workspace + block.scale_partials +
-                           static_cast<std::int64_t>(terms[t].slot) * block.out_channels + place.first_channel + c;
+                           static_cast<std::int64_t>(terms[t].slot) * block.out_channels + region.first_channel + c;
 #pragma unroll 4
       for (int s = 0; s < terms[t].slots; ++s)
-        sum += load_fresh(parts + static_cast<std::int64_t>(s) * block.out_channels);
+        sum += load_l2(parts + static_cast<std::int64_t>(s) * block.out_channels);
     }
-    store(block.grad_scales, term.scale, place.first_channel + c, 0, sum);
+    store(block.grad_scales, term.scale, region.first_channel + c, 0, sum);
   }
 }
 
-// dF[o,p], summed over column tiles; of a shared filter only the sum over this tile's output channels, into the
-// workspace.
+// Sum dF[o,p] over column tiles. For a shared filter, sum over this tile's output channels as well, into the workspace.
 template <class Tile>
-__device__ __forceinline__ void finish_filter(const DeviceBlock& block, const DeviceTerm& term, const Place& place,
-                                              int row_tile, float* workspace) {
+__device__ __forceinline__ void reduce_filter_gradient(const DeviceBlock& block, const DeviceTerm& term,
+                                                       const Region& region, int row_tile, float* workspace) {
   const int taps = term.height * term.width, column_tiles = ceil_div(block.in_per_group, Tile::cols);
   const bool shared_filter = term.grad_b.row == 0 && block.out_channels > 1;
   const std::int64_t plane = static_cast<std::int64_t>(block.out_channels) * taps;
@@ -55,37 +54,39 @@ __device__ __forceinline__ void finish_filter(const DeviceBlock& block, const De
   const auto sum_of = [&](int channel, int tap) {
     float sum = 0.0f;
     for (int s = 0; s < column_tiles; ++s)
-      sum += load_fresh(parts + s * plane + static_cast<std::int64_t>(channel) * taps + tap);
+      sum += load_l2(parts + s * plane + static_cast<std::int64_t>(channel) * taps + tap);
     return sum;
   };
   if (shared_filter) {
     for (int tap = static_cast<int>(threadIdx.x); tap < taps; tap += Tile::threads) {
       float sum = 0.0f;
-      for (int c = 0; c < place.channels; ++c) sum += sum_of(place.first_channel + c, tap);
+      for (int c = 0; c < region.channels; ++c) sum += sum_of(region.first_channel + c, tap);
       workspace[term.partials + column_tiles * plane + static_cast<std::int64_t>(row_tile) * taps + tap] = sum;
     }
   } else {
-    for (int index = static_cast<int>(threadIdx.x); index < place.channels * taps; index += Tile::threads) {
-      const int channel = place.first_channel + index / taps;
+    for (int index = static_cast<int>(threadIdx.x); index < region.channels * taps; index += Tile::threads) {
+      const int channel = region.first_channel + index / taps;
       store(term.grad_b, channel, 0, index % taps, sum_of(channel, index % taps));
     }
   }
 }
 
-// The thread block has added its parts for one tile of output channels; the last one there sums all of them up.
+// Arrive at one tile of output channels, whose partial sums this thread block has written. The last to arrive adds all
+// of them up.
 template <class Tile>
-__device__ __forceinline__ void arrive_at_rows(const Shared<Tile>& shared, const DeviceBlock& block,
-                                               const DeviceTerm* terms, int row_tile, float* workspace,
-                                               std::int32_t* counters) {
+__device__ __forceinline__ void finish_row_tile(const SharedMemory<Tile>& shared, const DeviceBlock& block,
+                                                const DeviceTerm* terms, int row_tile, float* workspace,
+                                                std::int32_t* counters) {
   if (block.row_arrivals == 0) return;
   if (!arrive_last(shared, counters + block.row_counter + row_tile, block.row_arrivals)) return;
-  const Place place = place_of<Tile>(block, row_tile, 0);
+  const Region region = region_of<Tile>(block, row_tile, 0);
   bool shared_filter = false;
   for (int t = 0; t < block.terms; ++t) {
     const DeviceTerm& term = terms[t];
-    if (block.grad_scales.data != nullptr && term.scale >= 0) finish_scales(block, terms, place, t, workspace);
+    if (block.grad_scales.data != nullptr && term.scale >= 0)
+      reduce_scale_gradients(block, terms, region, t, workspace);
     if (term.kind == Kind::pointwise && term.grad_b.data != nullptr) {
-      finish_filter<Tile>(block, term, place, row_tile, workspace);
+      reduce_filter_gradient<Tile>(block, term, region, row_tile, workspace);
       shared_filter |= term.grad_b.row == 0 && block.out_channels > 1;
     }
   }
@@ -100,21 +101,21 @@ __device__ __forceinline__ void arrive_at_rows(const Shared<Tile>& shared, const
         workspace + term.partials + static_cast<std::int64_t>(column_tiles) * block.out_channels * taps;
     for (int tap = static_cast<int>(threadIdx.x); tap < taps; tap += Tile::threads) {
       float sum = 0.0f;
-      for (int s = 0; s < row_tiles; ++s) sum += load_fresh(parts + static_cast<std::int64_t>(s) * taps + tap);
+      for (int s = 0; s < row_tiles; ++s) sum += load_l2(parts + static_cast<std::int64_t>(s) * taps + tap);
       store(term.grad_b, 0, 0, tap, sum);
     }
   }
 }
 
-template <class Tile, class Table>
+template <class Tile, class Params>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
-    squeeze_gradients(const __grid_constant__ Table table) {
-  const Shared<Tile> shared{shared_memory()};
-  const DeviceBlock& block = find_block(table, static_cast<int>(blockIdx.x));
-  const DeviceTerm* terms = terms_of(table, block);
+    squeeze_gradients(const __grid_constant__ Params params) {
+  const SharedMemory<Tile> shared{shared_memory()};
+  const DeviceBlock& block = find_block(params, static_cast<int>(blockIdx.x));
+  const DeviceTerm* terms = terms_of(params, block);
   int item = static_cast<int>(blockIdx.x) - block.first_item;
 
-  // Which role: the longest come first.
+  // Find this thread block's role: the longest come first.
   int t = 0;
   for (; t < block.terms; ++t) {
     const int items = terms[t].items_a + terms[t].items_b;
@@ -122,38 +123,40 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
     item -= items;
   }
   const int column_tiles = ceil_div(block.in_per_group, Tile::cols);
-  // What is known now and wanted after the role waits in shared memory: registers are what the roles are short of.
-  const auto adds_to = [&](int row_tile, int row_tiles) {
+  // Keep what is needed after the role in shared memory, as registers limit the roles.
+  const auto save = [&](int row_tile, int row_tiles) {
     if (threadIdx.x != 0) return;
-    shared.notes()[0] = static_cast<int>(blockIdx.x);
-    shared.notes()[1] = row_tile;
-    shared.notes()[2] = row_tiles;
+    shared.scratch()[0] = static_cast<int>(blockIdx.x);
+    shared.scratch()[1] = row_tile;
+    shared.scratch()[2] = row_tiles;
   };
   if (t == block.terms) {
     const int row_tile = item / column_tiles;
-    adds_to(row_tile, 1);
-    elementwise_gradients(shared, block, terms, place_of<Tile>(block, row_tile, item % column_tiles), table.workspace);
+    save(row_tile, 1);
+    elementwise_gradients(shared, block, terms, region_of<Tile>(block, row_tile, item % column_tiles),
+                          params.workspace);
   } else if (terms[t].kind == Kind::separable) {
     const int spans = ceil_div(block.channel_tiles, separable_span), group = item / (column_tiles * spans);
     const int span = item / column_tiles % spans, row_tile = group * block.channel_tiles + span * separable_span;
-    adds_to(row_tile, min(separable_span, block.channel_tiles - span * separable_span));
-    separable_gradients(shared, block, terms[t], place_of<Tile>(block, row_tile, item % column_tiles), span,
-                        table.workspace, table.counters);
+    save(row_tile, min(separable_span, block.channel_tiles - span * separable_span));
+    separable_gradients(shared, block, terms[t], region_of<Tile>(block, row_tile, item % column_tiles), span,
+                        params.workspace, params.counters);
   } else if (item < terms[t].items_a) {
-    first_gradient(shared, block, terms[t], item, table.workspace, table.counters, table.full);
+    first_gradient(shared, block, terms[t], item, params.workspace, params.counters, params.full_precision);
     return;
   } else {
     item -= terms[t].items_a;
     const int row_tile = item / ceil_div(terms[t].inner, Tile::cols);
-    adds_to(row_tile, 1);
-    second_gradient(shared, block, terms[t], row_tile, item % ceil_div(terms[t].inner, Tile::cols), table.workspace,
-                    table.full);
+    save(row_tile, 1);
+    second_gradient(shared, block, terms[t], row_tile, item % ceil_div(terms[t].inner, Tile::cols), params.workspace,
+                    params.full_precision);
   }
   __syncthreads();
-  const DeviceBlock& own = find_block(table, shared.notes()[0]);
-  const int row_tile = shared.notes()[1], row_tiles = shared.notes()[2];
+  const DeviceBlock& saved_block = find_block(params, shared.scratch()[0]);
+  const int row_tile = shared.scratch()[1], row_tiles = shared.scratch()[2];
   for (int tile = 0; tile < row_tiles; ++tile)
-    arrive_at_rows(shared, own, terms_of(table, own), row_tile + tile, table.workspace, table.counters);
+    finish_row_tile(shared, saved_block, terms_of(params, saved_block), row_tile + tile, params.workspace,
+                    params.counters);
 }
 
 }  // namespace
@@ -161,8 +164,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
 void backward(const Block* blocks, int count, const Context& context) {
   const DeviceGuard guard(context.device);
   for (const Schedule& launch : schedule(blocks, count, true)) {
-    launch_schedule<LargeTile, SmallTile>(launch, context, [](auto tile, auto table) {
-      return squeeze_gradients<typename decltype(tile)::type, typename decltype(table)::type>;
+    launch_schedule<LargeTile, SmallTile>(launch, context, [](auto tile, auto params) {
+      return squeeze_gradients<typename decltype(tile)::type, typename decltype(params)::type>;
     });
   }
 }

@@ -1,4 +1,4 @@
-// Backward of a composed term K = s * (b o a): two matrix products and, in the epilogue of one, the scale's gradient.
+// Backward of a composed term K = s * (b o a): two matrix products, one with the scale's gradient in its epilogue.
 #pragma once
 
 #include "gemm.cuh"
@@ -6,11 +6,11 @@
 
 namespace orepa::cuda {
 
-// Depths (o, q), with q the taps of b: where they begin in b and, seen through tap r of a, in dW. Kept in shared memory
-// and used by a few threads, to leave registers to the sums.
-struct Depths {
+// Offsets of depths (o, q), with q a tap of b, in b and (shifted by tap r of a) in dW. They are in shared memory and
+// used by a few threads, to free registers for the accumulators.
+struct DepthIndexing {
   std::int32_t first_channel, end;
-  std::int32_t top, left;    // where q = 0 and this r meet in dW
+  std::int32_t top, left;    // tap of dW at q = 0 and this r
   std::int32_t taps, width;  // of b
   std::int32_t b_row, b_tap, w_row, w_tap, w_width;
   std::int32_t scale;
@@ -19,17 +19,19 @@ struct Depths {
 
 template <class Tile>
 struct DepthTables {
-  const Shared<Tile>& shared;
+  const SharedMemory<Tile>& shared;
 
-  static_assert(sizeof(Depths) + 16 <= Tile::notes_bytes && 2 * Tile::depth <= Tile::threads);
-  __device__ __forceinline__ Depths& depths() const { return *static_cast<Depths*>(shared.long_notes()); }
+  static_assert(sizeof(DepthIndexing) + 16 <= Tile::scratch_bytes && 2 * Tile::depth <= Tile::threads);
+  __device__ __forceinline__ DepthIndexing& depths() const {
+    return *static_cast<DepthIndexing*>(shared.depths_scratch());
+  }
   __device__ __forceinline__ const std::int64_t* lines_of_b() const { return shared.offsets(); }
   __device__ __forceinline__ const std::int64_t* lines_of_w() const { return shared.offsets() + 2 * Tile::depth; }
 
   __device__ __forceinline__ void lines(int k, int stage) const {
     const int thread = static_cast<int>(threadIdx.x), line = k + thread % Tile::depth;
     if (thread >= 2 * Tile::depth) return;
-    const Depths& d = depths();
+    const DepthIndexing& d = depths();
     const bool of_w = thread >= Tile::depth;
     std::int64_t offset = -1;
     if (line < d.end) {
@@ -43,22 +45,22 @@ struct DepthTables {
   __device__ __forceinline__ void factors(int k, int stage) const {
     const int thread = static_cast<int>(threadIdx.x), line = k + thread;
     if (thread >= Tile::depth) return;
-    const Depths& d = depths();
+    const DepthIndexing& d = depths();
     float factor = 0.0f;
     if (line < d.end) factor = d.scale < 0 ? 1.0f : load(d.scales, d.scale, d.first_channel + line / d.taps, 0);
     shared.factors()[stage * Tile::depth + thread] = factor;
   }
 };
 
-// Which part of grad_a a thread block adds to.
+// The tile of grad_a, and the part of its depth, that a thread block computes.
 struct FirstTile {
   int part;    // of the depth
-  int result;  // its number among all tiles of the term
+  int result;  // index among all tiles of the term
   int first_column, first_row, r, group;
 };
 
 template <class Tile>
-__device__ __forceinline__ FirstTile first_tile(const DeviceBlock& block, const DeviceTerm& term, int item) {
+__device__ __forceinline__ FirstTile first_tile_of(const DeviceBlock& block, const DeviceTerm& term, int item) {
   const int column_tiles = ceil_div(block.in_per_group, Tile::cols), row_tiles = ceil_div(term.inner, Tile::rows);
   const int first_taps = term.first_height * term.first_width;
   const int result = item / term.splits, rest = result / column_tiles;
@@ -70,21 +72,22 @@ __device__ __forceinline__ FirstTile first_tile(const DeviceBlock& block, const 
           rest / row_tiles / first_taps};
 }
 
-// da[m,i,r] = sum_{o,q} s[o] b[o,m,q] dW[o,i,q+r]. One thread block does one r, a tile of (m, i) and a part of the
+// da[m,i,r] = sum_{o,q} s[o] b[o,m,q] dW[o,i,q+r]. A thread block computes one r, a tile of (m, i) and a part of the
 // depth.
 template <class Tile>
-__device__ __forceinline__ void first_products(Sums<Tile>& sums, const Shared<Tile>& shared, const DeviceBlock& block,
-                                               const DeviceTerm& term, const FirstTile& tile, bool full) {
+__device__ __forceinline__ void first_products(Accumulators<Tile>& sums, const SharedMemory<Tile>& shared,
+                                               const DeviceBlock& block, const DeviceTerm& term, const FirstTile& tile,
+                                               bool full_precision) {
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int b_taps = b_height * b_width, depth = block.out_per_group * b_taps;
-  const int each = ceil_div(ceil_div(depth, term.splits), Tile::depth) * Tile::depth;
-  const int begin = tile.part * each, end = min(begin + each, depth);
+  const int part_depth = ceil_div(ceil_div(depth, term.splits), Tile::depth) * Tile::depth;
+  const int begin = tile.part * part_depth, end = min(begin + part_depth, depth);
   const int top = (block.height - term.height) / 2 + tile.r / term.first_width;
   const int left = (block.width - term.width) / 2 + tile.r % term.first_width;
   const int first_channel = tile.group * block.out_per_group;
   const DepthTables<Tile> tables{shared};
   if (threadIdx.x == 0) {
-    Depths& d = tables.depths();
+    DepthIndexing& d = tables.depths();
     d.first_channel = first_channel;
     d.end = end;
     d.top = top;
@@ -101,41 +104,41 @@ __device__ __forceinline__ void first_products(Sums<Tile>& sums, const Shared<Ti
   }
   __syncthreads();
 
-  multiply<Tile, true, false>(sums, shared,
-                              Operand<TableLines>{Source(term.b, term.inner, b_taps),
-                                                  {tables.lines_of_b(), Tile::depth},
-                                                  tile.first_row,
-                                                  term.inner,
-                                                  term.b.type != Type::float32 && term.scale < 0},
-                              Operand<TableLines>{Source(block.kernel, block.in_per_group, block.height * block.width),
-                                                  {tables.lines_of_w(), Tile::depth},
-                                                  tile.first_column,
-                                                  block.in_per_group,
-                                                  block.kernel.type != Type::float32},
-                              begin, end, full, tables);
+  gemm<Tile, true, false>(sums, shared,
+                          Operand<IndexedLines>{Source(term.b, term.inner, b_taps),
+                                                {tables.lines_of_b(), Tile::depth},
+                                                tile.first_row,
+                                                term.inner,
+                                                term.b.type != Type::float32 && term.scale < 0},
+                          Operand<IndexedLines>{Source(block.kernel, block.in_per_group, block.height * block.width),
+                                                {tables.lines_of_w(), Tile::depth},
+                                                tile.first_column,
+                                                block.in_per_group,
+                                                block.kernel.type != Type::float32},
+                          begin, end, full_precision, tables);
 }
 
 template <class Tile>
-__device__ __forceinline__ void first_gradient(const Shared<Tile>& shared, const DeviceBlock& block,
+__device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
                                                const DeviceTerm& term, int item, float* workspace,
-                                               std::int32_t* counters, bool full) {
-  Sums<Tile> sums;
-  if (threadIdx.x == 0) shared.notes()[0] = item;  // not kept in registers meanwhile
-  first_products(sums, shared, block, term, first_tile<Tile>(block, term, item), full);
+                                               std::int32_t* counters, bool full_precision) {
+  Accumulators<Tile> sums;
+  if (threadIdx.x == 0) shared.scratch()[0] = item;  // to free a register
+  first_products(sums, shared, block, term, first_tile_of<Tile>(block, term, item), full_precision);
 
-  const FirstTile tile = first_tile<Tile>(block, term, shared.notes()[0]);
+  const FirstTile tile = first_tile_of<Tile>(block, term, shared.scratch()[0]);
   const int first_row = tile.first_row, first_column = tile.first_column, r = tile.r;
   const int rows = min(Tile::rows, term.inner - first_row),
             columns = min(Tile::cols, block.in_per_group - first_column);
   const int first_m = tile.group * term.inner + first_row, first_taps = term.first_height * term.first_width;
   sums.write(shared.result());
   __syncthreads();
-  const auto each_element = [&](const auto& visit) {
+  const auto each_result = [&](const auto& visit) {
     for (int m = warp_index(); m < rows; m += Tile::warps)
       for (int i = lane_index(); i < columns; i += warp_size) visit(m, i);
   };
   if (term.splits == 1) {
-    each_element([&](int m, int i) {
+    each_result([&](int m, int i) {
       store(term.grad_a, first_m + m, first_column + i, r, shared.result()[m * Tile::pitch + i]);
     });
     return;
@@ -144,26 +147,26 @@ __device__ __forceinline__ void first_gradient(const Shared<Tile>& shared, const
   const std::int64_t plane = static_cast<std::int64_t>(block.groups) * term.inner * block.in_per_group;
   float* parts =
       workspace + term.partials + r * plane + static_cast<std::int64_t>(first_m) * block.in_per_group + first_column;
-  float* own = parts + tile.part * first_taps * plane;
-  each_element([&](int m, int i) {
-    own[static_cast<std::int64_t>(m) * block.in_per_group + i] = shared.result()[m * Tile::pitch + i];
+  float* part = parts + tile.part * first_taps * plane;
+  each_result([&](int m, int i) {
+    part[static_cast<std::int64_t>(m) * block.in_per_group + i] = shared.result()[m * Tile::pitch + i];
   });
   if (!arrive_last(shared, counters + term.counter + tile.result, term.splits)) return;
-  each_element([&](int m, int i) {
+  each_result([&](int m, int i) {
     const float* address = parts + static_cast<std::int64_t>(m) * block.in_per_group + i;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int p = 0; p < term.splits; ++p, address += first_taps * plane) sum += load_fresh(address);
+    for (int p = 0; p < term.splits; ++p, address += first_taps * plane) sum += load_l2(address);
     store(term.grad_a, first_m + m, first_column + i, r, sum);
   });
 }
 
-// U[o,m,q] = sum_{i,r} dW[o,i,q+r] a[m,i,r], the identity part of a exactly; db = s * U and ds = <U, b>: the branch's
-// own kernel is not needed.
+// U[o,m,q] = sum_{i,r} dW[o,i,q+r] a[m,i,r], with the identity part of a added exactly. Then db = s * U and
+// ds = <U, b>, without recomputing K.
 template <class Tile>
-__device__ __forceinline__ void second_gradient(const Shared<Tile>& shared, const DeviceBlock& block,
+__device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
                                                 const DeviceTerm& term, int row_tile, int column_tile, float* workspace,
-                                                bool full) {
+                                                bool full_precision) {
   const int group = row_tile / block.channel_tiles, channel_tile = row_tile % block.channel_tiles;
   const int first_channel = group * block.out_per_group + channel_tile * block.tile_channels;
   const int channels = min(block.tile_channels, block.out_per_group - channel_tile * block.tile_channels);
@@ -172,14 +175,14 @@ __device__ __forceinline__ void second_gradient(const Shared<Tile>& shared, cons
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int b_taps = b_height * b_width, first_taps = term.first_height * term.first_width;
   const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
-  const Divider taps(b_taps), row(b_width);
+  const FastDivider taps(b_taps), row(b_width);
   const auto kernel_tap = [&](int q, int r_h, int r_w) {
     return (row.quotient(q) + top + r_h) * block.width + row.remainder(q) + left + r_w;
   };
 
   const Source source_a(term.a, block.in_per_group, first_taps);
   const Source source_w(block.kernel, block.in_per_group, block.height * block.width);
-  Sums<Tile> sums;
+  Accumulators<Tile> sums;
   for (int r = 0; r < first_taps; ++r) {
     const int r_h = r / term.first_width, r_w = r - r_h * term.first_width;
     for (int line = static_cast<int>(threadIdx.x); line < Tile::rows; line += Tile::threads) {
@@ -188,32 +191,32 @@ __device__ __forceinline__ void second_gradient(const Shared<Tile>& shared, cons
       shared.factors()[line] = 1.0f;
     }
     __syncthreads();
-    multiply<Tile, false, true>(
-        sums, shared, Operand<TableLines>{source_w, {shared.offsets(), 0}, 0, 0, block.kernel.type != Type::float32},
-        Operand<EvenLines>{source_a,
-                           {at(term.a, group * term.inner, 0, r), term.a.row, term.inner},
-                           first_column,
-                           0,
-                           term.a.type != Type::float32},
-        0, block.in_per_group, full, SameTables{});
+    gemm<Tile, false, true>(
+        sums, shared, Operand<IndexedLines>{source_w, {shared.offsets(), 0}, 0, 0, block.kernel.type != Type::float32},
+        Operand<StridedLines>{source_a,
+                              {at(term.a, group * term.inner, 0, r), term.a.row, term.inner},
+                              first_column,
+                              0,
+                              term.a.type != Type::float32},
+        0, block.in_per_group, full_precision, ConstantTables{});
   }
   sums.write(shared.result());
   __syncthreads();
 
-  const bool scale_wanted = block.grad_scales.data != nullptr && term.scale >= 0;
-  const Divider in_per_group(block.in_per_group);
+  const bool needs_scale_grad = block.grad_scales.data != nullptr && term.scale >= 0;
+  const FastDivider in_per_group(block.in_per_group);
   for (int c = warp_index(); c < channels; c += Tile::warps) {
     const int channel = first_channel + c;
     const float scale = scale_of(block, term, channel);
     float inner_product = 0.0f;
-    walk(columns, b_taps, taps_first(term.b), [&](int column, int q) {
+    each_element(columns, b_taps, taps_contiguous(term.b), [&](int column, int q) {
       float u = shared.result()[(c * b_taps + q) * Tile::pitch + column];
       if (term.identity)
         u += load(block.kernel, channel, in_per_group.remainder(first_column + column), kernel_tap(q, 0, 0));
       if (term.grad_b.data != nullptr) store(term.grad_b, channel, first_column + column, q, scale * u);
-      if (scale_wanted) inner_product += u * load(term.b, channel, first_column + column, q);
+      if (needs_scale_grad) inner_product += u * load(term.b, channel, first_column + column, q);
     });
-    if (!scale_wanted) continue;
+    if (!needs_scale_grad) continue;
     inner_product = warp_sum(inner_product);
     if (lane_index() == 0) {
       const std::int64_t slot = term.slot + column_tile;

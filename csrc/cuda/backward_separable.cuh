@@ -6,25 +6,25 @@
 
 namespace orepa::cuda {
 
-// One thread block does a tile of columns i and `separable_span` tiles of output channels. Four threads share a column,
-// each with two e; filters and their gradients stay in registers over all output channels:
+// A thread block computes a tile of columns i and `separable_span` tiles of output channels, with four threads per
+// column and two e per thread. Filters and their gradients stay in registers over all output channels:
 //   v[e] = sum_p dW[o,i,p] dw[e,p],   dpw = s * v,   ds = <v, pw>,   ddw[e,p] = sum_o s[o] pw[o,e] dW[o,i,p]
 template <class Tile>
-__device__ __forceinline__ void separable_gradients(const Shared<Tile>& shared, const DeviceBlock& block,
-                                                    const DeviceTerm& term, Place place, int span, float* workspace,
+__device__ __forceinline__ void separable_gradients(const SharedMemory<Tile>& shared, const DeviceBlock& block,
+                                                    const DeviceTerm& term, Region region, int span, float* workspace,
                                                     std::int32_t* counters) {
-  constexpr int expand = separable_expand / 4, filters = 9;  // of a thread, at a time
+  constexpr int expand = separable_expand / 4, filters = 9;  // e and taps per thread and pass
   const int column = static_cast<int>(threadIdx.x) / 4, part = static_cast<int>(threadIdx.x) % 4;
-  const bool inside = column < place.columns;
-  const int taps = term.height * term.width, column_tile = place.first_column / Tile::cols;
-  const int in = (place.first_column + column) * term.inner;              // in the rows of pw
-  const int in_all = place.group * block.in_per_group * term.inner + in;  // in the rows of dw
+  const bool inside = column < region.columns;
+  const int taps = term.height * term.width, column_tile = region.first_column / Tile::cols;
+  const int in = (region.first_column + column) * term.inner;              // in the rows of pw
+  const int in_all = region.group * block.in_per_group * term.inner + in;  // in the rows of dw
   const int channel_tiles = min(separable_span, block.channel_tiles - span * separable_span);
-  const int group_channel = place.group * block.out_per_group;
+  const int group_channel = region.group * block.out_per_group;
   const std::int64_t expanded = static_cast<std::int64_t>(block.groups) * block.in_per_group * term.inner;
-  const bool scale_wanted = block.grad_scales.data != nullptr && term.scale >= 0;
+  const bool needs_scale_grad = block.grad_scales.data != nullptr && term.scale >= 0;
   const Window window(block, term.height, term.width);
-  place.taps = taps;
+  region.taps = taps;
 
   for (int e0 = part * expand, pass = 0; pass * separable_expand < term.inner; e0 += separable_expand, ++pass) {
     for (int tap0 = 0; tap0 < taps; tap0 += filters) {
@@ -33,20 +33,20 @@ __device__ __forceinline__ void separable_gradients(const Shared<Tile>& shared, 
       for (int e = 0; e < expand; ++e)
 #pragma unroll
         for (int t = 0; t < filters; ++t) {
-          const bool real = inside && e0 + e < term.inner && tap0 + t < taps;
-          depthwise[e][t] = real ? load(term.a, in_all + e0 + e, 0, tap0 + t) : 0.0f;
+          const bool exists = inside && e0 + e < term.inner && tap0 + t < taps;
+          depthwise[e][t] = exists ? load(term.a, in_all + e0 + e, 0, tap0 + t) : 0.0f;
           sums[e][t] = 0.0f;
         }
       for (int tile = 0; tile < channel_tiles; ++tile) {
         const int first = (span * separable_span + tile) * block.tile_channels;
-        place.first_channel = group_channel + first;
-        place.channels = min(block.tile_channels, block.out_per_group - first);
-        for (int c = warp_index(); c < place.channels; c += Tile::warps)
-          load_upstream<Tile, 1>(shared.result() + c * taps * Tile::pitch, block, place, window,
-                                 place.first_channel + c);
+        region.first_channel = group_channel + first;
+        region.channels = min(block.tile_channels, block.out_per_group - first);
+        for (int c = warp_index(); c < region.channels; c += Tile::warps)
+          load_upstream<Tile, 1>(shared.result() + c * taps * Tile::pitch, block, region, window,
+                                 region.first_channel + c);
         __syncthreads();
-        for (int c = 0; c < place.channels; ++c) {
-          const int channel = place.first_channel + c;
+        for (int c = 0; c < region.channels; ++c) {
+          const int channel = region.first_channel + c;
           const float* rows = shared.result() + c * taps * Tile::pitch + column;
           float upstream[filters], share = 0.0f;
 #pragma unroll
@@ -69,18 +69,18 @@ __device__ __forceinline__ void separable_gradients(const Shared<Tile>& shared, 
             share += v * pointwise;
             if (term.grad_b.data != nullptr) store(term.grad_b, channel, in + e0 + e, 0, scale * v);
           }
-          if (scale_wanted && tap0 == 0) {
+          if (needs_scale_grad && tap0 == 0) {
             share = warp_sum(share);
             if (lane_index() == 0) shared.sums()[warp_index() * Tile::rows + c] = share;
           }
         }
         __syncthreads();
-        if (scale_wanted && tap0 == 0 && static_cast<int>(threadIdx.x) < place.channels) {
+        if (needs_scale_grad && tap0 == 0 && static_cast<int>(threadIdx.x) < region.channels) {
           const int c = static_cast<int>(threadIdx.x);
           float sum = 0.0f;
           for (int warp = 0; warp < Tile::warps; ++warp) sum += shared.sums()[warp * Tile::rows + c];
           const std::int64_t slot = term.slot + pass * ceil_div(block.in_per_group, Tile::cols) + column_tile;
-          workspace[block.scale_partials + slot * block.out_channels + place.first_channel + c] = sum;
+          workspace[block.scale_partials + slot * block.out_channels + region.first_channel + c] = sum;
         }
       }
       if (term.grad_a.data == nullptr || !inside) continue;
@@ -96,15 +96,15 @@ __device__ __forceinline__ void separable_gradients(const Shared<Tile>& shared, 
 
   if (term.grad_a.data == nullptr) return;
   const int spans = ceil_div(block.channel_tiles, separable_span);
-  const int counter = term.counter + place.group * ceil_div(block.in_per_group, Tile::cols) + column_tile;
+  const int counter = term.counter + region.group * ceil_div(block.in_per_group, Tile::cols) + column_tile;
   if (!arrive_last(shared, counters + counter, spans)) return;
-  const int first = (place.group * block.in_per_group + place.first_column) * term.inner;
-  const Divider divider(taps);
-  for (int index = static_cast<int>(threadIdx.x); index < place.columns * term.inner * taps; index += Tile::threads) {
+  const int first = (region.group * block.in_per_group + region.first_column) * term.inner;
+  const FastDivider divider(taps);
+  for (int index = static_cast<int>(threadIdx.x); index < region.columns * term.inner * taps; index += Tile::threads) {
     const float* sums = workspace + term.partials + static_cast<std::int64_t>(first) * taps + index;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int s = 0; s < spans; ++s) sum += load_fresh(sums + s * expanded * taps);
+    for (int s = 0; s < spans; ++s) sum += load_l2(sums + s * expanded * taps);
     store(term.grad_a, first + divider.quotient(index), 0, divider.remainder(index), sum);
   }
 }

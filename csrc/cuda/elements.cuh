@@ -1,4 +1,4 @@
-// Elements of any floating type, read and written as float32.
+// Loads and stores of elements of any floating type as float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@ __device__ __forceinline__ float bfloat16_to_float(unsigned bits) {
   return __uint_as_float(bits << 16);
 }
 
-// Round to nearest even; also what sm_75, which has no instruction for it, runs.
+// Round to nearest even. sm_75 has no instruction for it.
 __device__ __forceinline__ Bits16 float_to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   Bits16 bits;
@@ -78,10 +78,10 @@ __device__ __forceinline__ void store(const DeviceView& view, int row, int colum
   store(view, at(view, row, column, tap), value);
 }
 
-// Division of small non-negative numbers by one that is known late: exact where numerator * divisor < 2^32.
-class Divider {
+// Division of non-negative integers by a runtime constant, as a multiplication: exact if numerator * divisor < 2^32.
+class FastDivider {
  public:
-  __device__ __forceinline__ explicit Divider(int divisor)
+  __device__ __forceinline__ explicit FastDivider(int divisor)
       : divisor_(divisor), magic_(divisor > 1 ? 0xffffffffu / static_cast<unsigned>(divisor) + 1 : 0) {}
   __device__ __forceinline__ int quotient(int value) const {
     return divisor_ == 1 ? value : static_cast<int>(__umulhi(static_cast<unsigned>(value), magic_));

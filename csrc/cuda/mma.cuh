@@ -1,9 +1,11 @@
-// Tensor-core instructions of sm_80 and later, one wrapper each (PTX ISA, "Warp-level matrix instructions").
+// Wrappers of the tensor-core instructions of sm_80 and later (PTX ISA, "Warp-level matrix instructions").
 //
-// Fragments, as the emulator of the tests has them too. Lane l holds, with g = l / 4 and c = l % 4,
-//   m16n8k8, TF32:    A (g, c), (g+8, c), (g, c+4), (g+8, c+4)     B (c, g), (c+4, g)
-//   m16n8k16, bf16:   A (g, 2c..), (g+8, 2c..), (g, 2c+8..), (g+8, 2c+8..)     B (2c.., g), (2c+8.., g), two depths
-//   each both:             C (g, 2c), (g, 2c+1), (g+8, 2c), (g+8, 2c+1)
+// clang-format off
+// Fragments of lane l, with g = l / 4 and c = l % 4 (`2c..` stands for depths 2c and 2c + 1 in one register):
+//   m16n8k8, TF32    A (g, c)    (g+8, c)    (g, c+4)     (g+8, c+4)       B (c, g)    (c+4, g)
+//   m16n8k16, bf16   A (g, 2c..) (g+8, 2c..) (g, 2c+8..)  (g+8, 2c+8..)    B (2c.., g) (2c+8.., g)
+//   both             C (g, 2c)   (g, 2c+1)   (g+8, 2c)    (g+8, 2c+1)
+// clang-format on
 #pragma once
 
 #include "elements.cuh"
@@ -20,7 +22,7 @@ namespace orepa::cuda {
 
 #if OREPA_MMA
 
-// d = a * b + c, cut off and not rounded.
+// d = a * b + c, truncated, not rounded.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                          const float (&c)[4]) {
 #ifdef OREPA_EMULATED
@@ -43,7 +45,7 @@ __device__ __forceinline__ void mma_bfloat16(float (&d)[4], const unsigned (&a)[
 #endif
 }
 
-// Round to nearest, as TF32: 11 bits of mantissa, in a float32 whose others are zero.
+// Round to nearest TF32: a float32 whose mantissa has 11 significant bits, the others zero.
 __device__ __forceinline__ unsigned to_tf32(float value) {
 #ifdef OREPA_EMULATED
   return emulator::to_tf32(value);
@@ -54,7 +56,7 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
 #endif
 }
 
-// Two bfloat16 in a register, the first in its low half.
+// Two bfloat16 in one register, the first in the low half.
 __device__ __forceinline__ unsigned to_bfloat16_pair(float first, float second) {
 #ifdef OREPA_EMULATED
   return float_to_bfloat16(first) | static_cast<unsigned>(float_to_bfloat16(second)) << 16;

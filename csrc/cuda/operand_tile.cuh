@@ -1,7 +1,7 @@
-// Patches of an operand: X lines of Y neighbouring channels, from global to shared memory, where they are float32.
+// Tiles of an operand, X lines of Y adjacent channels, loaded from global memory into shared memory as float32.
 //
-// A line is a row (o, p) of a kernel or an internal channel m. Both kinds of GEMM operand, rows by depth and depth by
-// columns, are such patches; `multiply` reads them straight or transposed.
+// A line is a row (o, p) of a kernel or an inner channel m. Both GEMM operands, rows x depth and depth x columns, are
+// such tiles; `gemm` reads them straight or transposed.
 #pragma once
 
 #include "async_copy.cuh"
@@ -9,14 +9,15 @@
 
 namespace orepa::cuda {
 
-// How the channels of a line lie in global memory.
+// Memory layout of the channels of a line.
 struct Source {
   const unsigned char* data;
   std::int32_t column;  // stride
   Type type;
-  enum Order { quads, channels, lines } order;  // four aligned channels at once; or one, neighbours in memory together
+  // A thread loads four aligned channels (quads), or one, with adjacent threads along channels or lines.
+  enum Order { quads, channels, lines } order;
 
-  // `count`: channels of a line; `taps`: how many are read.
+  // `count`: channels per line; `taps`: number of taps that are read.
   __device__ __forceinline__ Source(const DeviceView& view, int count, int taps)
       : data(view.data), column(view.column), type(view.type), order(channels) {
     const unsigned bytes = view.type == Type::float32 ? 15 : 7;
@@ -30,9 +31,9 @@ struct Source {
   }
 };
 
-// Lines whose beginnings stand in a table in shared memory, one table for each stage or one for all.
-struct TableLines {
-  static constexpr bool in_table = true;
+// Lines with their offsets in a table in shared memory, one table per stage or one for all.
+struct IndexedLines {
+  static constexpr bool is_indexed = true;
   const std::int64_t* offsets;
   int stage_size;
   __device__ __forceinline__ std::int64_t offset(int line, int stage) const {
@@ -40,9 +41,9 @@ struct TableLines {
   }
 };
 
-// Lines at equal distances: internal channels m.
-struct EvenLines {
-  static constexpr bool in_table = false;
+// Lines at a constant stride: inner channels m.
+struct StridedLines {
+  static constexpr bool is_indexed = false;
   std::int64_t first;
   std::int32_t stride, limit;
   __device__ __forceinline__ std::int64_t offset(int line, int) const {
@@ -51,15 +52,15 @@ struct EvenLines {
 };
 
 template <class Tile, int X, int Y, int Pitch>
-struct Patch {
-  static constexpr int quads = X * Y / (4 * Tile::threads), elements = X * Y / Tile::threads;  // of a thread
+struct OperandTile {
+  static constexpr int quads = X * Y / (4 * Tile::threads), elements = X * Y / Tile::threads;  // per thread
   static_assert(quads * 4 * Tile::threads == X * Y && X % 8 == 0 && Y % 4 == 0 && Pitch % 4 == 0 && Pitch >= Y);
 
-  // Lines first_line .. + X, channels first .. + Y; zeros for lines without an offset and channels beyond `limit`. Done
-  // after `wait_for_copies` and a barrier.
+  // Load lines [first_line, first_line + X) and channels [first, first + Y); zeros for lines with a negative offset and
+  // for channels from `limit` on. Complete after `wait_for_copies` and a barrier.
   template <class Lines>
-  static __device__ __forceinline__ void fetch(float* shared, const Source& source, const Lines& lines, int stage,
-                                               int first_line, int first, int limit) {
+  static __device__ __forceinline__ void load_tile(float* shared, const Source& source, const Lines& lines, int stage,
+                                                   int first_line, int first, int limit) {
     if (source.order == Source::quads) {
 #pragma unroll 1
       for (int i = 0; i < quads; ++i) {
@@ -75,7 +76,7 @@ struct Patch {
     for (int i = 0; i < elements; ++i) {
       const int unit = i * Tile::threads + static_cast<int>(threadIdx.x);
       int line = unit / Y, channel = unit % Y;
-      if (source.order == Source::lines) {  // a warp takes eight lines by four channels
+      if (source.order == Source::lines) {  // a warp loads eight lines x four channels
         const int tile = unit / warp_size;
         line = tile % (X / 8) * 8 + unit % 8;
         channel = tile / (X / 8) * 4 + unit / 8 % 4;

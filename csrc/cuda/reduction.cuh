@@ -1,15 +1,15 @@
-// Sums over thread blocks, the same bits every time: each leaves its part in the workspace, and whoever comes last adds
-// them all up in the order of their numbers.
+// Deterministic sums over thread blocks: each writes its partial sum to the workspace, and the last one to arrive adds
+// all of them up in index order.
 #pragma once
 
 #include "tile.cuh"
 
 namespace orepa::cuda {
 
-// Tells every thread whether its thread block is the last of `expected`; then what all others wrote can be read with
-// `load_fresh`, and the counter is zero again.
+// Return, to every thread, whether its thread block is the last of `expected` to arrive. If so, all others' writes are
+// visible to `load_l2`, and the counter is reset to zero.
 template <class Tile>
-__device__ __forceinline__ bool arrive_last(const Shared<Tile>& shared, std::int32_t* counter, int expected) {
+__device__ __forceinline__ bool arrive_last(const SharedMemory<Tile>& shared, std::int32_t* counter, int expected) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -20,12 +20,12 @@ __device__ __forceinline__ bool arrive_last(const Shared<Tile>& shared, std::int
   __syncthreads();
   const bool last = *shared.flag() != 0;
   if (last) __threadfence();
-  __syncthreads();  // the flag is free for the next arrival
+  __syncthreads();  // before the flag is reused
   return last;
 }
 
-// Past the first-level cache, which may hold a neighbour's part as it was before.
-__device__ __forceinline__ float load_fresh(const float* address) {
+// Bypasses the first-level cache, which may hold stale data.
+__device__ __forceinline__ float load_l2(const float* address) {
   return __ldcg(address);
 }
 

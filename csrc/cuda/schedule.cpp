@@ -9,53 +9,41 @@
 namespace orepa::cuda {
 namespace {
 
-constexpr int wanted_items = 264;  // two thread blocks on each SM of a large GPU
+constexpr int target_items = 264;  // two thread blocks per SM of a large GPU
 
-bool fits(std::int64_t value) {
+bool fits_int32(std::int64_t value) {
   return value >= std::numeric_limits<std::int32_t>::min() && value <= std::numeric_limits<std::int32_t>::max();
 }
 
-DeviceView compact(const View& view) {
+DeviceView to_device(const View& view) {
   return {static_cast<unsigned char*>(view.data), static_cast<std::int32_t>(view.row),
           static_cast<std::int32_t>(view.column), static_cast<std::int32_t>(view.tap), view.type};
 }
 
-std::string why_not(const View& view, const char* name) {
+std::string unsupported_reason(const View& view, const char* name) {
   if (view.data == nullptr) return "";
   if (view.type == Type::float64) return std::string(name) + " is float64, and the CUDA kernels compute in float32";
-  if (!fits(view.row) || !fits(view.column) || !fits(view.tap))
+  if (!fits_int32(view.row) || !fits_int32(view.column) || !fits_int32(view.tap))
     return std::string(name) + " has a stride of 2^31 or more";
   return "";
 }
 
-int second_taps(const Term& term) {
-  return (term.height - term.first_height + 1) * (term.width - term.first_width + 1);
-}
-
-int first_taps(const Term& term) {
-  return term.first_height * term.first_width;
-}
-
-bool scale_wanted(const Block& block, const Term& term) {
-  return block.grad_scales.data != nullptr && term.scale >= 0;
-}
-
-// Forward, a tile holds all taps of its output channels, because most operands are shared by them. But where both
-// factors of a composition are larger than 1x1, one tap at a time skips the zeros around each of them.
+// A forward tile has all taps of its output channels, as taps share most operands. But if both factors of a composition
+// are larger than 1x1, a tile has one tap, which skips the zeros around the factors.
 int taps_of_tile(const Block& block, bool backward) {
-  const auto larger_first = [](const Term& term) { return term.kind == Kind::composed && first_taps(term) > 1; };
-  return !backward && std::any_of(block.term, block.term + block.terms, larger_first) ? 1 : block.taps();
+  const auto has_large_first = [](const Term& term) { return term.kind == Kind::composed && term.first_taps() > 1; };
+  return !backward && std::any_of(block.term, block.term + block.terms, has_large_first) ? 1 : block.taps();
 }
 
-// Tiles of W: how many thread blocks the forward pass of a block takes.
+// Number of tiles of W.
 std::int64_t kernel_tiles(const Block& block, const TileShape& tile, bool backward) {
   const int taps = taps_of_tile(block, backward), channels = std::max(tile.rows / taps, 1);
   return block.groups * (block.taps() / taps) * ceil_div(static_cast<int>(block.out_per_group()), channels) *
          ceil_div(static_cast<int>(block.in_per_group), tile.cols);
 }
 
-// Large tiles move less data, small ones spread little work wider and waste less of it on few channels.
-bool large_tiles(const Block* const* blocks, int count, bool backward) {
+// Large tiles move less data. Small ones spread little work over more SMs, and waste less on few channels.
+bool use_large_tiles(const Block* const* blocks, int count, bool backward) {
   std::int64_t large = 0, small = 0;
   for (int i = 0; i < count; ++i) {
     if (blocks[i]->taps() > small_shape.rows) return true;
@@ -64,13 +52,13 @@ bool large_tiles(const Block* const* blocks, int count, bool backward) {
   }
   const std::int64_t large_area = large * large_shape.rows * large_shape.cols;
   const std::int64_t small_area = small * small_shape.rows * small_shape.cols;
-  return large >= wanted_items / 2 && 10 * small_area >= 7 * large_area;
+  return large >= target_items / 2 && 10 * small_area >= 7 * large_area;
 }
 
-DeviceTerm compact(const Term& term) {
+DeviceTerm to_device(const Term& term) {
   DeviceTerm device{};
-  device.a = compact(term.a);
-  device.b = compact(term.b);
+  device.a = to_device(term.a);
+  device.b = to_device(term.b);
   device.inner = term.inner;
   device.scale = static_cast<std::int16_t>(term.scale);
   device.kind = term.kind;
@@ -82,7 +70,7 @@ DeviceTerm compact(const Term& term) {
   return device;
 }
 
-// Adds the backward work of one block: thread blocks, counters and places for partial sums.
+// Schedules the backward pass of one block: items, counters, and workspace for partial sums.
 class BackwardPlanner {
  public:
   BackwardPlanner(Schedule& schedule, const Block& block, DeviceBlock& device, const TileShape& tile)
@@ -106,9 +94,9 @@ class BackwardPlanner {
 
  private:
   void add(const Term& term, DeviceTerm& device) {
-    device.grad_a = compact(term.grad_a);
-    device.grad_b = compact(term.grad_b);
-    const bool scaled = scale_wanted(block_, term);
+    device.grad_a = to_device(term.grad_a);
+    device.grad_b = to_device(term.grad_b);
+    const bool scaled = block_.needs_scale_grad(term);
     sums_over_rows_ |= scaled;
     if (term.kind == Kind::composed) {
       if (term.grad_a.data != nullptr) add_first(term, device);
@@ -116,7 +104,7 @@ class BackwardPlanner {
         const int tiles = ceil_div(term.inner, tile_.cols);
         device.items_b = row_tiles_ * tiles;
         items_ += device.items_b;
-        arrive(device, tiles, scaled);
+        add_arrivals(device, tiles, scaled);
       }
     } else if (term.kind == Kind::separable && term.b.data != nullptr) {
       if (term.grad_a.data != nullptr || term.grad_b.data != nullptr || scaled) add_separable(term, device, scaled);
@@ -127,34 +115,34 @@ class BackwardPlanner {
     }
   }
 
-  // grad_a of a composed term: its depth, all (o, q), is split among thread blocks.
+  // grad_a of a composed term: its depth, all (o, q), is split over thread blocks.
   void add_first(const Term& term, DeviceTerm& device) {
-    const std::int64_t depth = static_cast<std::int64_t>(device_.out_per_group) * second_taps(term);
-    const std::int64_t tiles =
-        static_cast<std::int64_t>(device_.groups) * first_taps(term) * ceil_div(term.inner, tile_.rows) * column_tiles_;
-    const std::int64_t splits = std::max<std::int64_t>(std::min((wanted_items + tiles - 1) / tiles, depth / 256), 1);
-    const int each = ceil_div(static_cast<int>((depth + splits - 1) / splits), tile_.depth) * tile_.depth;
-    device.splits = ceil_div(static_cast<int>(depth), each);
+    const std::int64_t depth = static_cast<std::int64_t>(device_.out_per_group) * term.second_taps();
+    const std::int64_t tiles = static_cast<std::int64_t>(device_.groups) * term.first_taps() *
+                               ceil_div(term.inner, tile_.rows) * column_tiles_;
+    const std::int64_t splits = std::max<std::int64_t>(std::min((target_items + tiles - 1) / tiles, depth / 256), 1);
+    const int part_depth = ceil_div(static_cast<int>((depth + splits - 1) / splits), tile_.depth) * tile_.depth;
+    device.splits = ceil_div(static_cast<int>(depth), part_depth);
     device.items_a = static_cast<std::int32_t>(tiles * device.splits);
     items_ += device.items_a;
     if (device.splits == 1) return;
     device.counter = counters(tiles);
-    device.partials = floats(static_cast<std::int64_t>(device.splits) * first_taps(term) * device_.groups * term.inner *
-                             device_.in_per_group);
+    device.partials = floats(static_cast<std::int64_t>(device.splits) * term.first_taps() * device_.groups *
+                             term.inner * device_.in_per_group);
   }
 
   void add_separable(const Term& term, DeviceTerm& device, bool scaled) {
     const int spans = ceil_div(device_.channel_tiles, separable_span), passes = ceil_div(term.inner, separable_expand);
     device.items_b = device_.groups * spans * column_tiles_;
     items_ += device.items_b;
-    arrive(device, column_tiles_, scaled, passes);
+    add_arrivals(device, column_tiles_, scaled, passes);
     if (term.grad_a.data == nullptr) return;
     device.counter = counters(static_cast<std::int64_t>(device_.groups) * column_tiles_);
     device.partials = floats(static_cast<std::int64_t>(spans) * device_.groups * device_.in_per_group * term.inner *
                              term.height * term.width);
   }
 
-  // Filter gradients: sums over columns, and for a shared filter over all output channels too.
+  // Filter gradients: sums over columns, and over all output channels if they share the filter.
   void add_filter(const Term& term, DeviceTerm& device) {
     const int taps = term.height * term.width;
     sums_over_rows_ = true;
@@ -162,9 +150,9 @@ class BackwardPlanner {
     device.partials = floats((static_cast<std::int64_t>(column_tiles_) * device_.out_channels + row_tiles_) * taps);
   }
 
-  void arrive(DeviceTerm& device, int tiles, bool scaled, int slots_each = 1) {
+  void add_arrivals(DeviceTerm& device, int tiles, bool scaled, int slots_per_tile = 1) {
     arrivals_ += tiles;
-    if (scaled) take_slots(device, tiles * slots_each);
+    if (scaled) take_slots(device, tiles * slots_per_tile);
   }
 
   void take_slots(DeviceTerm& device, int slots) {
@@ -194,11 +182,11 @@ class BackwardPlanner {
 };
 
 void add_block(Schedule& schedule, const Block& block, bool backward) {
-  const TileShape& tile = schedule.large ? large_shape : small_shape;
+  const TileShape& tile = schedule.large_tiles ? large_shape : small_shape;
   DeviceBlock device{};
-  device.scales = compact(block.scales);
-  device.grad_scales = compact(block.grad_scales);
-  device.kernel = compact(block.kernel);
+  device.scales = to_device(block.scales);
+  device.grad_scales = to_device(block.grad_scales);
+  device.kernel = to_device(block.kernel);
   device.terms = block.terms;
   device.first_term = static_cast<std::int32_t>(schedule.terms.size());
   device.first_item = static_cast<std::int32_t>(schedule.items);
@@ -210,11 +198,11 @@ void add_block(Schedule& schedule, const Block& block, bool backward) {
   device.width = block.width;
   device.tile_taps = taps_of_tile(block, backward);
   device.tap_tiles = block.taps() / device.tile_taps;
-  // As few tiles as possible, and then all alike.
+  // As few tiles as possible, of nearly equal size.
   device.channel_tiles = ceil_div(device.out_per_group, std::max(tile.rows / device.tile_taps, 1));
   device.tile_channels = ceil_div(device.out_per_group, device.channel_tiles);
   device.channel_tiles = ceil_div(device.out_per_group, device.tile_channels);
-  for (int t = 0; t < block.terms; ++t) schedule.terms.push_back(compact(block.term[t]));
+  for (int t = 0; t < block.terms; ++t) schedule.terms.push_back(to_device(block.term[t]));
   if (backward) {
     BackwardPlanner(schedule, block, device, tile).run(&schedule.terms[device.first_term]);
   } else {
@@ -227,31 +215,32 @@ void add_block(Schedule& schedule, const Block& block, bool backward) {
   schedule.blocks.push_back(device);
 }
 
-std::int64_t work(const Block& block) {
+// Sort key: an estimate of a thread block's work.
+std::int64_t depth_of(const Block& block) {
   std::int64_t depth = 1;
   for (int t = 0; t < block.terms; ++t)
     if (block.term[t].kind == Kind::composed)
-      depth += static_cast<std::int64_t>(block.term[t].inner) * first_taps(block.term[t]);
+      depth += static_cast<std::int64_t>(block.term[t].inner) * block.term[t].first_taps();
   return depth;
 }
 
 }  // namespace
 
-std::string why_not(const Block& block) {
+std::string unsupported_reason(const Block& block) {
   if (block.terms < 1 || block.terms > max_terms)
     return "a block must have 1 to " + std::to_string(max_terms) + " terms";
   if (block.taps() > max_taps) return "kernels of more than " + std::to_string(max_taps) + " taps are not covered";
-  if (!fits(block.out_channels * block.taps() * 128) || !fits(block.in_per_group * block.groups * 128))
+  if (!fits_int32(block.out_channels * block.taps() * 128) || !fits_int32(block.in_per_group * block.groups * 128))
     return "too many channels";
   for (const auto& [view, name] :
        {std::pair{&block.scales, "scales"}, std::pair{&block.grad_scales, "scales' gradient"},
         std::pair{&block.kernel, "kernel"}})
-    if (auto reason = why_not(*view, name); !reason.empty()) return reason;
+    if (auto reason = unsupported_reason(*view, name); !reason.empty()) return reason;
   for (int t = 0; t < block.terms; ++t) {
     const Term& term = block.term[t];
     for (const auto& [view, name] : {std::pair{&term.a, "an operand"}, std::pair{&term.b, "an operand"},
                                      std::pair{&term.grad_a, "a gradient"}, std::pair{&term.grad_b, "a gradient"}})
-      if (auto reason = why_not(*view, name); !reason.empty()) return reason;
+      if (auto reason = unsupported_reason(*view, name); !reason.empty()) return reason;
   }
   return "";
 }
@@ -259,41 +248,42 @@ std::string why_not(const Block& block) {
 std::vector<Schedule> schedule(const Block* blocks, int count, bool backward) {
   std::vector<const Block*> order(count);
   for (int i = 0; i < count; ++i) {
-    if (auto reason = why_not(blocks[i]); !reason.empty()) throw std::invalid_argument(reason);
+    if (auto reason = unsupported_reason(blocks[i]); !reason.empty()) throw std::invalid_argument(reason);
     order[i] = blocks + i;
   }
-  std::stable_sort(order.begin(), order.end(), [](const Block* a, const Block* b) { return work(*a) > work(*b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const Block* a, const Block* b) { return depth_of(*a) > depth_of(*b); });
   std::vector<Schedule> launches;
   for (int begin = 0, end = 0; begin < count; begin = end) {
     std::size_t bytes = 0;
     while (end < count) {
       bytes += sizeof(DeviceBlock) + order[end]->terms * sizeof(DeviceTerm);
-      if (bytes > LargeTable::capacity) break;
+      if (bytes > LargeParams::capacity) break;
       ++end;
     }
     Schedule& launch = launches.emplace_back();
-    launch.large = large_tiles(&order[begin], end - begin, backward);
+    launch.large_tiles = use_large_tiles(&order[begin], end - begin, backward);
     for (int i = begin; i < end; ++i) add_block(launch, *order[i], backward);
   }
   return launches;
 }
 
-Needs needs(const Block* blocks, int count, bool backward) {
-  // Whichever gradients are asked for later, this is enough: each adds to the work and none takes away.
-  std::vector<Block> all(blocks, blocks + count);
-  for (Block& block : all) {
+MemoryNeeds memory_needs(const Block* blocks, int count, bool backward) {
+  // With all gradients, as each adds to the needs and none reduces them.
+  std::vector<Block> with_gradients(blocks, blocks + count);
+  for (Block& block : with_gradients) {
     block.grad_scales = block.scales;
     for (Term& term : block.term) {
       term.grad_a = term.a;
       term.grad_b = term.b;
     }
   }
-  Needs most;
-  for (const Schedule& launch : schedule(all.data(), count, backward)) {
-    most.workspace_bytes = std::max<std::int64_t>(most.workspace_bytes, launch.workspace_floats * sizeof(float));
-    most.counter_bytes = std::max<std::int64_t>(most.counter_bytes, launch.counters * sizeof(std::int32_t));
+  MemoryNeeds needs;
+  for (const Schedule& launch : schedule(with_gradients.data(), count, backward)) {
+    needs.workspace_bytes = std::max<std::int64_t>(needs.workspace_bytes, launch.workspace_floats * sizeof(float));
+    needs.counter_bytes = std::max<std::int64_t>(needs.counter_bytes, launch.counters * sizeof(std::int32_t));
   }
-  return most;
+  return needs;
 }
 
 void check_memory(const Schedule& schedule, const Context& context) {

@@ -1,4 +1,4 @@
-// What a launch consists of: which thread block does what, and where partial sums go. Host code, without CUDA.
+// Schedules of launches: what each thread block computes, and where partial sums go. Host code, without CUDA.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,9 @@
 
 namespace orepa::cuda {
 
+// One launch.
 struct Schedule {
-  bool large = true;  // which tile
+  bool large_tiles = true;
   std::vector<DeviceBlock> blocks;
   std::vector<DeviceTerm> terms;
   std::int64_t items = 0;  // thread blocks
@@ -19,11 +20,11 @@ struct Schedule {
   std::size_t bytes() const { return blocks.size() * sizeof(DeviceBlock) + terms.size() * sizeof(DeviceTerm); }
 };
 
-// As many launches as it takes, usually one; those with most work first in each, so that none of it comes last.
-// Throws std::invalid_argument where `why_not` has a reason.
+// Return as many launches as the blocks need, usually one. Blocks with most work come first in each, so that no long
+// thread block starts last. Throws std::invalid_argument for unsupported blocks.
 std::vector<Schedule> schedule(const Block* blocks, int count, bool backward);
 
-// Throws std::invalid_argument where `context` has less memory than a launch needs.
+// Throws std::invalid_argument if `context` has less memory than the launch needs.
 void check_memory(const Schedule& schedule, const Context& context);
 
 }  // namespace orepa::cuda

@@ -1,9 +1,9 @@
-// Sizes of the tiles, shared by the kernels and by the host code that counts thread blocks.
+// Tile sizes, shared by the kernels and the host code that counts thread blocks.
 #pragma once
 
 namespace orepa::cuda {
 
-// Rows x columns of results, and the depth of one step of products.
+// rows x cols results per thread block, and the depth of one step of products.
 struct TileShape {
   int rows, cols, depth;
 };
@@ -13,9 +13,9 @@ constexpr TileShape large_shape{128, 64, 32}, small_shape{64, 32, 32};
 // A tile holds all taps of at least one output channel in the backward pass.
 constexpr int max_taps = large_shape.rows;
 
-// Tiles of output channels that one thread block walks over to sum up depthwise filter gradients.
+// Tiles of output channels per thread block, which sums depthwise gradients over them.
 constexpr int separable_span = 4;
-// Expanded channels e of one separable pass.
+// Expanded channels e per pass of a separable term.
 constexpr int separable_expand = 8;
 
 #ifdef __CUDACC__

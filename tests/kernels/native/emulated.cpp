@@ -85,7 +85,7 @@ std::int64_t orepa_launches() {
 
 int orepa_needs(const Block* blocks, int count, int backward, std::int64_t* bytes, char* error, int capacity) {
   return guarded(error, capacity, [&] {
-    const cuda::Needs needs = cuda::needs(blocks, count, backward != 0);
+    const cuda::MemoryNeeds needs = cuda::memory_needs(blocks, count, backward != 0);
     bytes[0] = needs.workspace_bytes;
     bytes[1] = needs.counter_bytes;
   });
@@ -100,8 +100,8 @@ int orepa_run(const Block* blocks, int count, int backward, int precision, void*
   });
 }
 
-int orepa_why_not(const Block* block, char* reason, int capacity) {
-  const std::string text = cuda::why_not(*block);
+int orepa_unsupported_reason(const Block* block, char* reason, int capacity) {
+  const std::string text = cuda::unsupported_reason(*block);
   std::snprintf(reason, capacity, "%s", text.c_str());
   return text.empty() ? 0 : 1;
 }

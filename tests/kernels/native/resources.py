@@ -55,7 +55,7 @@ def tile_of(mangled: str) -> str:
 def kernel_name(mangled: str) -> str:
     """``squeeze_gradients, large tile, 32 KB`` of the compiler's name for it."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
-    parameters = re.search(r"TableILi(\d+)E", mangled)
+    parameters = re.search(r"KernelParamsILi(\d+)E", mangled)
     return f"{name:<18}{tile_of(mangled)} tile, {round(int(parameters[1]) / 1024) if parameters else '?':>2} KB of parameters"
 
 
