@@ -1,13 +1,13 @@
-"""The build's one programmable step: the compiled kernels, through CMake. Everything declarative is in pyproject.toml.
+"""Build the compiled kernels with CMake. Everything declarative is in pyproject.toml.
 
-Neither torch nor a GPU is needed to build. What the machine lacks is left out and said, at build time and later by
-``python -m orepa_kernels.info``: without nvcc the CUDA kernels, without a C++ compiler all compiled kernels. A compiler that is
-there and fails is an error. Environment variables:
+The build needs neither torch nor a GPU. Without nvcc it leaves out the CUDA kernels, without a C++ compiler all compiled
+kernels. It prints the reason, and ``python -m orepa_kernels.info`` shows it later. A compiler that exists but fails is an
+error. Environment variables:
 
     OREPA_CUDA        AUTO (default), ON (fail without nvcc) or OFF
     OREPA_CUDA_ARCHS  such as "80-real;90" (default), in the notation of CMAKE_CUDA_ARCHITECTURES
-    MAX_JOBS          compilers at once (default: as many as cores, and memory at 2 GB each, allow)
-    CMAKE_ARGS        more arguments for CMake
+    MAX_JOBS          number of parallel compilers (default: one per core, with 2 GB of free memory each)
+    CMAKE_ARGS        further arguments for CMake
 """
 
 import importlib.util
@@ -24,18 +24,23 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-REPORT = "_build.json"  # beside the module: why there is none
+REPORT = "_build.json"  # beside the module: what was missing to build it
 
 
 def find_nvcc() -> "str | None":
-    """nvcc where users of CUDA keep it, or None."""
+    """Return the path of nvcc from CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
-    return next((place for place in places if place and Path(place).is_file()), None)
+    candidates = (
+        os.environ.get("CUDACXX"),
+        home and f"{home}/bin/nvcc",
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    )
+    return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
-def what_is_missing() -> str:
-    """What compiled kernels cannot be built without, or an empty string."""
+def missing_requirement() -> str:
+    """Return why compiled kernels cannot be built here, or an empty string."""
     if sys.platform == "win32":
         return "the compiled kernels are not ported to Windows"
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
@@ -48,11 +53,11 @@ def what_is_missing() -> str:
     return ""
 
 
-def jobs() -> str:
-    """How many compilers may run at once."""
-    asked = os.environ.get("MAX_JOBS", "")
-    if asked:
-        return asked
+def parallel_jobs() -> str:
+    """Return the number of parallel compilers."""
+    requested = os.environ.get("MAX_JOBS", "")
+    if requested:
+        return requested
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -61,26 +66,26 @@ def jobs() -> str:
     return str(max(1, min(cores, memory // 2**31)))
 
 
-def begin_anew_if_asked_otherwise(build: Path, *asked: object) -> None:
-    """Remove what an earlier build left that was asked for something else, or in another place: CMake would remember that."""
-    record, now = build / "asked.json", json.dumps(asked)
-    if not record.is_file() or record.read_text() != now:
+def remove_stale_build(build: Path, *options: object) -> None:
+    """Delete a build folder that was configured with other options: CMake's cache would bring them back."""
+    record, current = build / "options.json", json.dumps(options)
+    if not record.is_file() or record.read_text() != current:
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True)
-        record.write_text(now)
+        record.write_text(current)
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake, incrementally where an earlier build is left."""
+    """Runs CMake, incrementally if the last build had the same options."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build the module, or leave a report of why it could not be."""
+        """Build the module, or report what is missing."""
         folder = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         folder.mkdir(parents=True, exist_ok=True)
         cuda = os.environ.get("OREPA_CUDA", "AUTO").upper()
         if cuda not in ("AUTO", "ON", "OFF"):
             raise SystemExit(f"OREPA_CUDA must be AUTO, ON or OFF, got {cuda!r}")
-        missing = what_is_missing()
+        missing = missing_requirement()
         if missing and cuda == "ON":
             raise SystemExit(f"OREPA_CUDA=ON, but no kernels can be compiled: {missing}")
         (folder / REPORT).write_text(json.dumps({"missing": missing}) + "\n")
@@ -105,18 +110,18 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja:
             arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        more = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        arguments += more
-        begin_anew_if_asked_otherwise(build, str(build), nvcc, architectures, more)
+        extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        arguments += extra
+        remove_stale_build(build, str(build), nvcc, architectures, extra)
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", jobs()], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "--parallel", parallel_jobs()], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs: the report goes where the module goes."""
+        """Copy the report along with the module for editable installs."""
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "orepa_kernels" / REPORT
-        if built.is_file():
-            self.copy_file(str(built), str(ROOT / "orepa_kernels" / REPORT))
+        report = Path(self.build_lib) / "orepa_kernels" / REPORT
+        if report.is_file():
+            self.copy_file(str(report), str(ROOT / "orepa_kernels" / REPORT))
 
 
 setup(ext_modules=[Extension("orepa_kernels._C", [], optional=True)], cmdclass={"build_ext": CMakeBuild})
