@@ -457,11 +457,11 @@ def test_unwritten_shared_memory_is_nan(plain: Emulated) -> None:
 def test_what_is_not_covered(plain: Emulated) -> None:
     case = make(orepa_block(2, 2, (3, 3)), dtype=torch.float64)
     block = describe(case.block, case.tensors, case.upstream)
-    assert "float64" in plain.why_not(block)
+    assert "float64" in plain.unsupported_reason(block)
     with pytest.raises(RuntimeError, match="float64"):
         plain.run([block], backward=False)
     large = make(Block(2, 2, (13, 11), (Dense(Operand("w", (2, 2, 13, 11))),)))
-    assert "128 taps" in plain.why_not(describe(large.block, large.tensors, large.upstream))
+    assert "128 taps" in plain.unsupported_reason(describe(large.block, large.tensors, large.upstream))
 
 
 def test_too_little_workspace(plain: Emulated) -> None:

@@ -1,4 +1,4 @@
-// Stands where CUDA's own header stands, for a plain C++ compiler: what csrc/cuda uses of the language and its runtime.
+// Replaces CUDA's header for a C++ compiler: the parts of the language and the runtime that csrc/cuda uses.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +63,7 @@ template <class T>
 T __ldg(const T* address) {
   if (reinterpret_cast<std::uintptr_t>(address) % sizeof(T) != 0) emulator::machine.fault("a misaligned load");
   T value;
-  std::memcpy(&value, address, sizeof(T));  // the types of C++ do not matter to a GPU
+  std::memcpy(&value, address, sizeof(T));  // GPU code may alias types, C++ may not
   return value;
 }
 inline float __ldcg(const float* address) {
@@ -71,7 +71,7 @@ inline float __ldcg(const float* address) {
 }
 
 inline void __syncthreads() {
-  emulator::machine.give_way(emulator::Wait::block);
+  emulator::machine.yield(emulator::Wait::block);
 }
 inline int __syncthreads_or(int predicate) {
   emulator::machine.current->vote = predicate;
@@ -80,7 +80,7 @@ inline int __syncthreads_or(int predicate) {
   return emulator::machine.vote;
 }
 inline void __syncwarp() {
-  emulator::machine.give_way(emulator::Wait::warp);
+  emulator::machine.yield(emulator::Wait::warp);
 }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
@@ -90,7 +90,7 @@ inline int atomicAdd(int* address, int value) {
 }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   const unsigned turn = emulator::exchange(value, emulator::Wait::shuffle);
-  return emulator::message_of<float>(emulator::own_lane() ^ mask, turn);
+  return emulator::message_of<float>(emulator::current_lane() ^ mask, turn);
 }
 
 using cudaError_t = int;

@@ -1,4 +1,4 @@
-"""The emulated kernels for Python: csrc/squeeze.h as ctypes, plans and tensors described in it, and the compiled library."""
+"""Run the emulated CUDA kernels from Python: csrc/squeeze.h as ctypes, blocks packed into it, and the compiled library."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[3]
 MAX_TERMS = 12
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 FULL, TF32, BF16 = range(3)
-#: more for the compiler, such as -fsanitize=address,undefined; then preload libasan and, for exceptions to get through it,
-#: libstdc++, and set ASAN_OPTIONS=detect_leaks=0, as `.ci/run` does
+#: extra compiler flags, such as -fsanitize=address,undefined; preload libasan then, and libstdc++ so that exceptions pass
+#: through it, and set ASAN_OPTIONS=detect_leaks=0, as `.ci/run` does
 FLAGS = os.environ.get("OREPA_EMULATOR_FLAGS", "").split()
 
 
-# --- csrc/squeeze.h, declared again -------------------------------------------------------------------------------------
+# --- csrc/squeeze.h as ctypes -------------------------------------------------------------------------------------------
 
 
 class _View(ctypes.Structure):
@@ -57,7 +57,7 @@ class _Block(ctypes.Structure):
 
 
 def _view(tensor: Tensor | None, taps: int = 1) -> _View:
-    """A tensor seen as rows, columns and taps; its dimensions are (rows, columns, h, w) or fewer."""
+    """Return the view of a tensor ``[rows, columns, h, w]``, ``[rows, h, w]``, ``[rows, columns]`` or ``[rows]``."""
     view = _View(None, 0, 0, 0, TYPES[torch.float32])
     if tensor is None:
         return view
@@ -78,7 +78,7 @@ def describe(
     gradients: dict[str, Tensor] | None = None,
     grad_scales: Tensor | None = None,
 ) -> _Block:
-    """A plan and its tensors as the struct of the kernels."""
+    """Pack a block and its tensors into the struct of the kernels."""
     gradients = gradients or {}
     per_group = block.in_channels // block.groups
     (kh, kw), out = block.kernel_size, block.out_channels
@@ -99,30 +99,30 @@ def describe(
         taps = entry.height * entry.width
         entry.scale = -1 if term.scale is None else term.scale
 
-        def both(which: str, operand: Any, taps: int = 1, entry: _Term = entry) -> None:
+        def bind(which: str, operand: Any, taps: int = 1, entry: _Term = entry) -> None:
             setattr(entry, which, _view(tensors[operand.name], taps))
             setattr(entry, f"grad_{which}", _view(gradients.get(operand.name), taps))
 
         if isinstance(term, Dense):
             entry.kind = 0
-            both("a", term.weight, taps)
+            bind("a", term.weight, taps)
         elif isinstance(term, PointwiseFilter):
             entry.kind = 1
             if term.pointwise is not None:
-                both("a", term.pointwise)
+                bind("a", term.pointwise)
             if isinstance(term.filter, Operand):
-                both("b", term.filter, taps)
+                bind("b", term.filter, taps)
         elif isinstance(term, Composed):
             entry.kind, entry.identity = 2, term.identity
             entry.first_height, entry.first_width = term.first.shape[-2:]
             entry.inner = term.first.shape[0] // block.groups
-            both("a", term.first, entry.first_height * entry.first_width)
-            both("b", term.second, term.second.shape[-2] * term.second.shape[-1])
+            bind("a", term.first, entry.first_height * entry.first_width)
+            bind("b", term.second, term.second.shape[-2] * term.second.shape[-1])
         else:
             entry.kind, entry.inner = 3, term.depthwise.shape[0] // block.in_channels
-            both("a", term.depthwise, taps)
+            bind("a", term.depthwise, taps)
             if term.pointwise is not None:
-                both("b", term.pointwise)
+                bind("b", term.pointwise)
     return result
 
 
@@ -130,7 +130,7 @@ def describe(
 
 
 class Emulated:
-    """The kernels, compiled for the CPU."""
+    """The compiled kernels, as methods."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -165,14 +165,14 @@ class Emulated:
         return self._library.orepa_unwritten()
 
     def mma(self, a: Tensor, b: Tensor, c: Tensor, bfloat16: bool) -> Tensor:
-        """One matrix instruction; arguments are ``[lane, register]``."""
+        """Run one matrix instruction; arguments are ``[lane, register]``."""
         d = torch.full((32, 4), float("nan"))
         self._library.orepa_mma(int(bfloat16), *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, d)))
         return d
 
-    def why_not(self, block: _Block) -> str:
+    def unsupported_reason(self, block: _Block) -> str:
         reason = ctypes.create_string_buffer(512)
-        self._library.orepa_why_not(ctypes.byref(block), reason, len(reason))
+        self._library.orepa_unsupported_reason(ctypes.byref(block), reason, len(reason))
         return reason.value.decode()
 
     def needs(self, blocks: Sequence[_Block], backward: bool) -> tuple[int, int]:
@@ -202,7 +202,7 @@ class Emulated:
 
 
 def compile_emulated(folder: Path, *flags: str) -> Path:
-    """The kernels as a shared library for this CPU."""
+    """Compile the kernels into a shared library for this CPU."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler: CXX or g++")
@@ -216,7 +216,7 @@ def compile_emulated(folder: Path, *flags: str) -> Path:
 
 
 class EmulatedModule:
-    """As much of the compiled module `orepa_kernels._C` as the CUDA backend uses, on the emulated kernels and CPU memory."""
+    """The part of `orepa_kernels._C` that the CUDA backend uses, with the emulated kernels on CPU memory."""
 
     max_terms = MAX_TERMS
     cuda_max_taps = 128
@@ -233,30 +233,30 @@ class EmulatedModule:
         out: int, per_group: int, groups: int, size: tuple[int, int], terms: list[Any], scales: int, operands: int
     ) -> Any:
         block = _Block(out, per_group, groups, *size, len(terms))
-        places: list[tuple[str, int | None, int]] = [("scales", None, scales)]
+        slots: list[tuple[str, int | None, int]] = [("scales", None, scales)]
         for index, (kind, scale, term_size, first, inner, identity, a, b) in enumerate(terms):
             entry = block.term[index]
             entry.kind, entry.scale, entry.inner, entry.identity = kind, scale, inner, identity
             (entry.height, entry.width), (entry.first_height, entry.first_width) = term_size, first
-            places += [("a", index, a), ("b", index, b)]
-        return bytes(block), places, operands
+            slots += [("a", index, a), ("b", index, b)]
+        return bytes(block), slots, operands
 
     def cuda_needs(self, plans: list[Any], operands: list[list[int]], backward: bool) -> tuple[int, int]:
-        return self._kernels.needs([_bind(p, own) for p, own in zip(plans, operands, strict=True)], backward)
+        return self._kernels.needs([_bind(plan, views) for plan, views in zip(plans, operands, strict=True)], backward)
 
-    def cuda_forward(self, plans: list[Any], operands: list[Any], kernels: list[int], *where: int) -> None:
-        blocks = [_bind(p, own) for p, own in zip(plans, operands, strict=True)]
+    def cuda_forward(self, plans: list[Any], operands: list[Any], kernels: list[int], *context: int) -> None:
+        blocks = [_bind(plan, views) for plan, views in zip(plans, operands, strict=True)]
         for index, block in enumerate(blocks):
             block.kernel = _view_at(kernels, index)
-        self._kernels.run(blocks, backward=False, precision=where[2])
+        self._kernels.run(blocks, backward=False, precision=context[2])
 
     def cuda_backward(
-        self, plans: list[Any], operands: list[Any], upstream: list[int], gradients: list[Any], *rest: int
+        self, plans: list[Any], operands: list[Any], upstream: list[int], gradients: list[Any], *context: int
     ) -> None:
-        blocks = [_bind(p, own, g) for p, own, g in zip(plans, operands, gradients, strict=True)]
+        blocks = [_bind(plan, views, g) for plan, views, g in zip(plans, operands, gradients, strict=True)]
         for index, block in enumerate(blocks):
             block.kernel = _view_at(upstream, index)
-        _, _, precision, _, workspace_bytes, _, counter_bytes = rest
+        _, _, precision, _, workspace_bytes, _, counter_bytes = context
         needs = self._kernels.needs(blocks, True)
         assert workspace_bytes >= needs[0] and counter_bytes >= needs[1]
         self._kernels.run(blocks, backward=True, precision=precision)
@@ -268,13 +268,13 @@ def _view_at(numbers: Sequence[int], index: int) -> _View:
 
 
 def _bind(plan: Any, operands: list[int], gradients: list[int] | None = None) -> _Block:
-    raw, places, count = plan
+    raw, slots, count = plan
     block = _Block.from_buffer_copy(raw)
     assert len(operands) == 5 * count and (gradients is None or len(gradients) == 5 * count)
-    for name, index, place in places:
+    for name, index, operand in slots:
         target = block if index is None else block.term[index]
-        if place >= 0:
-            setattr(target, name, _view_at(operands, place))
+        if operand >= 0:
+            setattr(target, name, _view_at(operands, operand))
             if gradients is not None:
-                setattr(target, f"grad_{name}", _view_at(gradients, place))
+                setattr(target, f"grad_{name}", _view_at(gradients, operand))
     return block

@@ -1,9 +1,9 @@
-// Runs kernels block by block on one CPU thread, each CUDA thread a fiber that gives way at barriers.
+// Runs kernels block by block on one CPU thread. Each CUDA thread is a fiber that yields at barriers.
 //
-// What shows: wrong indices and fragments, uninitialised shared memory (it is NaN), a barrier that not all threads
-// reach, lanes that meet in different warp instructions, writes next to shared memory, and any dependence of results on
-// the order of thread blocks, warps or lanes, which `Settings::seed` permutes. What does not: a race within one warp
-// between barriers that happens to be in order, and everything about memory that only a GPU has.
+// It detects wrong indices and fragments, uninitialised shared memory (which is NaN), barriers that not all threads
+// reach, lanes that meet in different warp instructions, writes next to shared memory, and results that depend on the
+// order of thread blocks, warps or lanes, which `Settings::seed` permutes. It cannot detect races within a warp that
+// happen to run in order, nor effects of a GPU's memory model.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@
 namespace emulator {
 
 struct Settings {
-  std::uint64_t seed = 0;  // 0: everything in order
+  std::uint64_t seed = 0;  // 0: in index order
   std::int64_t launches = 0;
 };
 inline Settings settings;
@@ -34,10 +34,10 @@ struct Index {
 
 constexpr int lanes = 32;
 
-// What a thread waits for. All lanes of a warp must wait for the same.
+// What a thread waits for; all lanes of a warp must wait for the same.
 enum class Wait : std::uint8_t { nothing, block, warp, shuffle, matrix_product, finished };
 
-// To shared memory; nothing can be told of it before the thread has waited.
+// An asynchronous copy to shared memory, done when the thread waits for its copies.
 struct Copy {
   void* to;
   const void* from;
@@ -50,20 +50,20 @@ struct Thread {
   Index index;
   int rank = 0;
   Wait wait = Wait::nothing;
-  unsigned turn = 0;            // parity of warp instructions: a lane may be one ahead of another that still reads
-  std::uint64_t message[2][8];  // what a lane shows to its warp
+  unsigned turn = 0;  // parity of warp instructions: a lane may be one instruction ahead of a lane that still reads
+  std::uint64_t message[2][8];  // what a lane sends to its warp
   int vote = 0;
-  std::vector<Copy> copies;  // on their way
+  std::vector<Copy> copies;  // pending
 };
 
 class Machine {
  public:
 #ifdef __SANITIZE_ADDRESS__
-  static constexpr std::size_t guard = 0;  // the sanitizer's own are better: they notice reads
+  static constexpr std::size_t guard = 0;  // the sanitizer's guard detects reads as well
 #else
   static constexpr std::size_t guard = 256;
 #endif
-  // As a float NaN, as an index far away: all bits set would be -1, which the kernels' tables know as a line of zeros.
+  // NaN as a float, out of range as an index. Not -1, which means a line of zeros in the kernels' tables.
   static constexpr unsigned poison = 0x7fbfbfbf;
 
   Thread* current = nullptr;
@@ -88,16 +88,16 @@ class Machine {
     }
   }
 
-  void give_way(Wait wait) {
+  void yield(Wait wait) {
     Thread& thread = *current;
     thread.wait = wait;
     switch_to(thread.stack, scheduler_);
   }
 
-  // From within a thread, which cannot throw: nothing of it is on the stack of whoever would catch.
+  // Report a fault of the current thread. Fibers cannot throw: the handler is on another stack.
   [[noreturn]] void fault(const char* what) {
     fault_ = what;
-    give_way(Wait::finished);
+    yield(Wait::finished);
     abort();
   }
 
@@ -116,7 +116,7 @@ class Machine {
   static unsigned char poison_at(std::size_t byte) { return static_cast<unsigned char>(poison >> (8 * (byte % 4))); }
 
   void run_block(std::uint64_t seed) {
-    // Exactly as large as asked for, so that an address sanitizer sees what lies outside.
+    // Of the exact size, so that the address sanitizer detects accesses outside.
     shared_.reset(new (std::align_val_t{16}) unsigned char[shared_bytes_ + 2 * guard]);
     for (std::size_t i = 0; i < shared_bytes_ + 2 * guard; ++i) shared_[i] = poison_at(i);
     for (Thread& thread : threads_) {
@@ -124,7 +124,7 @@ class Machine {
       thread.wait = Wait::nothing;
       thread.turn = 0;
       thread.copies.clear();
-      prepare(thread.stack, stacks_.of(thread.rank, threads_.size()), StackMemory::bytes, &Machine::entry);
+      prepare(thread.stack, stacks_.stack(thread.rank, threads_.size()), StackMemory::bytes, &Machine::entry);
     }
     const int warps = static_cast<int>(threads_.size()) / lanes;
     std::vector<unsigned> warp_order = permutation(warps, seed), lane_order = permutation(lanes, seed);
@@ -144,7 +144,7 @@ class Machine {
         fail("a write outside of shared memory");
   }
 
-  // Until all lanes are at a block barrier or through; returns how many came through.
+  // Run a warp until all lanes wait at a block barrier or have finished; return how many have finished.
   std::size_t run_warp(Thread* warp, const std::vector<unsigned>& order) {
     std::size_t finished = 0;
     for (;;) {
@@ -185,7 +185,7 @@ inline Machine machine;
 
 inline void Machine::entry() {
   (*machine.kernel_)();
-  machine.give_way(Wait::finished);
+  machine.yield(Wait::finished);
   abort();
 }
 
@@ -197,14 +197,14 @@ inline unsigned char* shared_memory() {
   return machine.shared();
 }
 
-// Shows `message` to the warp, waits for all lanes, and returns which message of each lane is meant.
+// Send `message` to the warp, wait for all lanes, and return the `turn` under which `message_of` finds the messages.
 template <class T>
 unsigned exchange(const T& message, Wait instruction) {
   static_assert(sizeof(T) <= sizeof(Thread::message[0]));
   Thread& thread = *machine.current;
   const unsigned turn = thread.turn++ % 2;
   std::memcpy(thread.message[turn], &message, sizeof(T));
-  machine.give_way(instruction);
+  machine.yield(instruction);
   return turn;
 }
 
@@ -232,7 +232,7 @@ inline void wait_for_copies() {
   machine.current->copies.clear();
 }
 
-inline int own_lane() {
+inline int current_lane() {
   return machine.current->rank % lanes;
 }
 

@@ -1,4 +1,4 @@
-// Fibers: call stacks that give way to each other only where they say so. One per emulated thread.
+// Fibers: call stacks that switch cooperatively, one per emulated thread.
 #pragma once
 
 #include <cstddef>
@@ -70,17 +70,17 @@ inline void prepare(Stack& stack, char* memory, std::size_t bytes, void (*entry)
 
 #endif
 
-// Memory for stacks, taken once and kept.
+// Memory for stacks, allocated once and reused.
 class StackMemory {
  public:
-  // Of each. The sanitizer surrounds variables with space of its own, several times theirs.
+  // Per stack. The address sanitizer's red zones take several times the space of the variables.
 #ifdef __SANITIZE_ADDRESS__
   static constexpr std::size_t bytes = 1024 * 1024;
 #else
   static constexpr std::size_t bytes = 64 * 1024;
 #endif
 
-  char* of(std::size_t index, std::size_t count) {
+  char* stack(std::size_t index, std::size_t count) {
     if (count > count_) {
       if (memory_ != nullptr) munmap(memory_, count_ * bytes);
       void* memory =

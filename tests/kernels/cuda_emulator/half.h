@@ -22,8 +22,8 @@ inline unsigned short float_to_half(float value) {
   if (size >= 65520.0f) return sign | 0x7c00;
   int exponent = 0;
   std::frexp(size, &exponent);                                 // size = 0.5..1 * 2^exponent
-  const int scale = exponent < -13 ? -24 : exponent - 11;      // of the last bit that a half has here
-  const long mantissa = std::lrint(std::ldexp(size, -scale));  // the current mode: to nearest even
+  const int scale = exponent < -13 ? -24 : exponent - 11;      // exponent of a half's last bit here
+  const long mantissa = std::lrint(std::ldexp(size, -scale));  // rounds to nearest even, the default mode
   if (exponent < -13) return static_cast<unsigned short>(sign | mantissa);
   return static_cast<unsigned short>(sign | (((scale + 25) << 10) + (mantissa - 1024)));
 }

@@ -1,4 +1,4 @@
-// The warp-level matrix instructions that the kernels use, with the fragment layouts of the PTX manual.
+// The warp-level matrix instructions that the kernels use, with the fragment layouts of the PTX ISA.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace emulator {
 
-// Tensor cores drop what does not fit into a float32 sum; they do not round to nearest.
+// Tensor cores truncate sums to float32 instead of rounding them.
 inline float truncate(double exact) {
   float value = static_cast<float>(exact);
   if (std::isfinite(value) && std::fabs(static_cast<double>(value)) > std::fabs(exact))
@@ -25,22 +25,22 @@ struct Fragments {
   unsigned a[4], b[2];
 };
 
-// What both instructions do; `value(register, part)` are the values that a register holds. A hardware step adds the
-// products of `Step` lanes' depths to the sum and cuts it off (Fasi et al. 2021, on an A100: 4 of TF32, 8 of bfloat16).
+// Both instructions; `value(register, part)` is one of the values in a register. A hardware step adds the products of
+// four TF32 or eight bfloat16 depths to the sum and truncates it (Fasi et al. 2021, on an A100).
 template <int PerRegister, class Value>
 void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4], const Value& value) {
   const unsigned turn = exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, Wait::matrix_product);
-  const int group = own_lane() / 4, pair = own_lane() % 4;
+  const int group = current_lane() / 4, pair = current_lane() % 4;
   float sum[4] = {c[0], c[1], c[2], c[3]};
-  for (int late = 0; late < 2; ++late) {
+  for (int step = 0; step < 2; ++step) {
     double exact[4] = {sum[0], sum[1], sum[2], sum[3]};
-    for (int owner = 0; owner < 4; ++owner) {  // of a quarter of the depths
-      const Fragments row = message_of<Fragments>(4 * group + owner, turn);
-      const Fragments columns[2] = {message_of<Fragments>(4 * (2 * pair) + owner, turn),
-                                    message_of<Fragments>(4 * (2 * pair + 1) + owner, turn)};
+    for (int lane = 0; lane < 4; ++lane) {  // each holds a quarter of the depths
+      const Fragments row = message_of<Fragments>(4 * group + lane, turn);
+      const Fragments columns[2] = {message_of<Fragments>(4 * (2 * pair) + lane, turn),
+                                    message_of<Fragments>(4 * (2 * pair + 1) + lane, turn)};
       for (int part = 0; part < PerRegister; ++part)
         for (int k = 0; k < 4; ++k)
-          exact[k] += static_cast<double>(value(row.a[2 * late + k / 2], part)) * value(columns[k % 2].b[late], part);
+          exact[k] += static_cast<double>(value(row.a[2 * step + k / 2], part)) * value(columns[k % 2].b[step], part);
     }
     for (int k = 0; k < 4; ++k) sum[k] = truncate(exact[k]);
   }
@@ -51,7 +51,7 @@ inline void mma_m16n8k16_bfloat16(float (&d)[4], const unsigned (&a)[4], const u
   mma<2>(d, a, b, c, [](unsigned bits, int half) { return float_from((bits >> (16 * half)) << 16); });
 }
 
-// Tensor cores do not look at the last 13 bits.
+// Tensor cores ignore the last 13 bits.
 inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {
   mma<1>(d, a, b, c, [](unsigned bits, int) { return float_from(bits & 0xffffe000u); });
 }

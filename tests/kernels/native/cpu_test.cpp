@@ -1,7 +1,7 @@
-// The CPU kernels without Python: for the sanitizers, and for whoever works on them with a debugger.
+// Tests of the CPU kernels without Python, for sanitizers and debuggers.
 //
-// The kernel is linear in each operand by itself. So for any change D of one operand X, <G, W(X + D) - W(X)> = <grad X,
-// D>: forward and backward are held against each other exactly, and the forward against the formulas of csrc/squeeze.h.
+// Forward is compared with the formulas of csrc/squeeze.h. Backward is compared with forward: W is linear in each
+// operand X, so <G, W(X + D) - W(X)> = <grad X, D> for any change D, without an approximation.
 
 #include <cmath>
 #include <cstdio>
@@ -17,7 +17,7 @@ namespace {
 
 std::mt19937_64 random_bits(1);
 
-// A tensor of doubles with gaps between its elements; whatever lies in the gaps must not be read or written.
+// A tensor of doubles in either memory order.
 struct Tensor {
   std::int64_t rows = 0, columns = 0, taps = 0;
   bool taps_inside = true;

@@ -1,4 +1,4 @@
-// The CUDA kernels, compiled for the CPU on top of tests/kernels/cuda_emulator, behind a plain C interface for tests.
+// The CUDA kernels, compiled for the CPU with tests/kernels/cuda_emulator, behind a C interface for the tests.
 #include <cstdio>
 #include <exception>
 
@@ -21,7 +21,7 @@ int guarded(char* error, int capacity, const Work& work) {
   }
 }
 
-// What the emulator must notice, each fault in a kernel of its own.
+// Faults that the emulator must detect, one per kernel.
 void faulty(int fault) {
   emulator::launch(
       [fault] {
@@ -42,21 +42,21 @@ int orepa_fault(int fault, char* error, int capacity) {
   return guarded(error, capacity, [&] { faulty(fault); });
 }
 
-// What float atomics would give: a sum in the order in which thread blocks happen to come.
+// A sum in the order in which thread blocks run, as float atomics would compute it.
 float orepa_unordered_sum(const float* values, int count) {
   float sum = 0.0f;
   emulator::launch([&] { sum += threadIdx.x == 0 ? values[blockIdx.x] : 0.0f; }, static_cast<unsigned>(count), 32, 0);
   return sum;
 }
 
-// As much as a thread reads of shared memory that nobody wrote.
+// Read shared memory that no thread wrote.
 float orepa_unwritten() {
-  float found = 0.0f;
-  emulator::launch([&] { found = reinterpret_cast<float*>(emulator::shared_memory())[threadIdx.x]; }, 1, 32, 128);
-  return found;
+  float value = 0.0f;
+  emulator::launch([&] { value = reinterpret_cast<float*>(emulator::shared_memory())[threadIdx.x]; }, 1, 32, 128);
+  return value;
 }
 
-// One matrix instruction: fragments of 32 lanes as they lie in registers, d = a * b + c.
+// One matrix instruction, d = a * b + c, on the register fragments of 32 lanes.
 void orepa_mma(int bfloat16, const unsigned (*a)[4], const unsigned (*b)[2], const float (*c)[4], float (*d)[4]) {
   emulator::launch(
       [&] {
@@ -67,7 +67,7 @@ void orepa_mma(int bfloat16, const unsigned (*a)[4], const unsigned (*b)[2], con
       1, 32, 0);
 }
 
-// Sizes, for a caller that declares the structs again.
+// Sizes of the structs, to check the caller's declarations.
 void orepa_sizes(int* sizes) {
   sizes[0] = sizeof(View);
   sizes[1] = sizeof(Term);

@@ -1,4 +1,4 @@
-// Whether large results, and only those, are announced to the system: see csrc/cpu/huge_pages.h.
+// Tests that large results, and only those, are advised to use huge pages (csrc/cpu/huge_pages.h).
 
 #include <sys/mman.h>
 
@@ -13,22 +13,22 @@ using namespace orepa;
 
 namespace {
 
-// Memory that nothing else has touched or said anything about.
-struct Fresh {
+// A mapping of its own, without any advice yet.
+struct Mapping {
   std::size_t bytes;
   float* data;
 
-  explicit Fresh(std::size_t elements)
+  explicit Mapping(std::size_t elements)
       : bytes(elements * sizeof(float)),
         data(static_cast<float*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
     if (data == MAP_FAILED) std::abort();
   }
-  ~Fresh() { munmap(data, bytes); }
-  Fresh(const Fresh&) = delete;
-  Fresh& operator=(const Fresh&) = delete;
+  ~Mapping() { munmap(data, bytes); }
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
 
-  // Whether the mapping that holds its middle has the flag `hg`.
-  bool wants_huge_pages() const {
+  // Return whether the part that contains its middle has the flag `hg`.
+  bool has_huge_page_advice() const {
     const unsigned long middle = reinterpret_cast<unsigned long>(data) + bytes / 2;
     std::ifstream mappings("/proc/self/smaps");
     bool inside = false;
@@ -41,12 +41,13 @@ struct Fresh {
   }
 };
 
-// A block of one dense term, squeezed and differentiated in fresh memory; the kernel's and the gradient's answer.
-int announced(std::int64_t out_channels) {
+// Run forward and backward of one dense term in new memory. Return 10 if the kernel has the advice, plus 1 if the
+// gradient has.
+int advised(std::int64_t out_channels) {
   constexpr std::int64_t columns = 64, taps = 9;
   const std::size_t size = static_cast<std::size_t>(out_channels * columns * taps);
-  const Fresh weight(size), kernel(size), upstream(size), gradient(size);
-  const auto view = [&](const Fresh& memory) { return View{memory.data, columns * taps, taps, 1, Type::float32}; };
+  const Mapping weight(size), kernel(size), upstream(size), gradient(size);
+  const auto view = [&](const Mapping& memory) { return View{memory.data, columns * taps, taps, 1, Type::float32}; };
   Block block;
   block.out_channels = out_channels;
   block.in_per_group = columns;
@@ -59,8 +60,8 @@ int announced(std::int64_t out_channels) {
   block.term[0].grad_a = view(gradient);
   block.kernel = view(upstream);
   cpu::backward(block, {Type::float32, 1});
-  if (weight.wants_huge_pages() || upstream.wants_huge_pages()) return -1;  // only what is written
-  return 10 * kernel.wants_huge_pages() + gradient.wants_huge_pages();
+  if (weight.has_huge_page_advice() || upstream.has_huge_page_advice()) return -1;  // inputs must not have it
+  return 10 * kernel.has_huge_page_advice() + gradient.has_huge_page_advice();
 }
 
 }  // namespace
@@ -70,7 +71,7 @@ int main() {
     std::printf("this system has no huge pages\n");
     return EXIT_SUCCESS;
   }
-  const int large = announced(4096), small = announced(256);
-  std::printf("large: %d (11 wanted), small: %d (0 wanted)\n", large, small);
+  const int large = advised(4096), small = advised(256);
+  std::printf("large: %d (expected 11), small: %d (expected 0)\n", large, small);
   return large == 11 && small == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -1,8 +1,8 @@
-"""Compile the CUDA kernels and print what each takes: registers, spills, shared memory. No GPU needed.
+"""Compile the CUDA kernels and print their resources: registers, spills, shared memory. Needs no GPU.
 
     python tests/kernels/native/resources.py [--archs 80 90]
 
-Exits with 1 where a kernel spills registers on an architecture that it is tuned for, or where none is found.
+Exits with 1 if a kernel spills registers on an architecture that it is tuned for, or if no kernel is found.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Kernel:
     stack: int
     spill_stores: int
     spill_loads: int
-    shared: int  # per thread block, asked for at launch: the compiler's report does not know it
+    shared: int  # bytes per thread block, requested at launch and so missing from the compiler's report
 
 
 def find_nvcc() -> str:
-    """CUDACXX, CUDA_HOME, PATH, then the usual place."""
+    """Return the path of nvcc from CUDACXX, CUDA_HOME, PATH or /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     for candidate in (os.environ.get("CUDACXX", ""), f"{home}/bin/nvcc", "nvcc"):
         path = shutil.which(candidate) if candidate else None
@@ -48,19 +48,19 @@ def find_nvcc() -> str:
 
 
 def tile_of(mangled: str) -> str:
-    """Which tile a kernel has, of the compiler's name for it."""
+    """Return a kernel's tile, given its mangled name."""
     return "large" if "large_shape" in mangled else "small"
 
 
 def kernel_name(mangled: str) -> str:
-    """``squeeze_gradients, large tile, 32 KB`` of the compiler's name for it."""
+    """Return a readable name such as ``squeeze_gradients large tile, 32 KB of parameters``, given the mangled one."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
     parameters = re.search(r"KernelParamsILi(\d+)E", mangled)
     return f"{name:<18}{tile_of(mangled)} tile, {round(int(parameters[1]) / 1024) if parameters else '?':>2} KB of parameters"
 
 
 def shared_bytes(nvcc: str) -> dict[str, int]:
-    """Shared memory of a thread block, by tile: constants of csrc/cuda/tile.cuh, as the compiler sees them."""
+    """Return the shared memory of a thread block, in bytes, by tile: compile-time constants of csrc/cuda/tile.cuh."""
     tiles = ("large", "small")
     names = [f"__device__ extern const int {tile} = orepa::cuda::{tile.title()}Tile::shared_bytes;" for tile in tiles]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,29 +68,29 @@ def shared_bytes(nvcc: str) -> dict[str, int]:
         source.write_text("\n".join(['#include "tile.cuh"', *names]))
         command = [nvcc, "-std=c++17", "-ptx", "-I", str(SOURCES), str(source), "-o", "/dev/stdout"]
         done = subprocess.run(command, capture_output=True, text=True)
-    found = dict(re.findall(r"\b(large|small) = (\d+);", done.stdout))
-    if set(found) != set(tiles):
+    sizes = dict(re.findall(r"\b(large|small) = (\d+);", done.stdout))
+    if set(sizes) != set(tiles):
         sys.exit(f"the sizes of shared memory were not found: {done.stderr}{done.stdout}")
-    return {tile: int(size) for tile, size in found.items()}
+    return {tile: int(size) for tile, size in sizes.items()}
 
 
 def measure(nvcc: str, source: str, arch: int, shared: dict[str, int]) -> list[Kernel]:
-    """Every kernel of one source file, from ptxas' report."""
+    """Return the resources of every kernel in one source file, from ptxas' report."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"arch=compute_{arch},code=sm_{arch}"
         command = [nvcc, "-std=c++17", "-O3", "-gencode", code, "-Xptxas", "-v", "-cubin", str(SOURCES / source)]
         done = subprocess.run([*command, "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    found = re.findall(
+    kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
         done.stderr,
         re.DOTALL,
     )
-    if not found:
+    if not kernels:
         sys.exit(f"no kernel was found in the compiler's report:\n{done.stderr}")
-    return [Kernel(arch, kernel_name(m), *map(int, (r, s, st, ld)), shared[tile_of(m)]) for m, s, st, ld, r in found]
+    return [Kernel(arch, kernel_name(m), *map(int, (r, s, st, ld)), shared[tile_of(m)]) for m, s, st, ld, r in kernels]
 
 
 def main() -> int:
@@ -101,8 +101,8 @@ def main() -> int:
     shared = shared_bytes(nvcc)
     jobs = [(source, arch) for arch in arguments.archs for source in KERNELS]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda job: measure(nvcc, *job, shared), jobs)
-        for (source, arch), kernels in zip(jobs, found, strict=True):
+        results = threads.map(lambda job: measure(nvcc, *job, shared), jobs)
+        for (source, arch), kernels in zip(jobs, results, strict=True):
             print(f"sm_{arch} {source}")
             for k in kernels:
                 print(
