@@ -73,7 +73,7 @@ struct Block {
 
   OREPA_INLINE std::int64_t out_per_group() const { return out_channels / groups; }
   OREPA_INLINE std::int32_t taps() const { return height * width; }
-  // Whether the gradient of a term's scale is needed.
+  // Return whether the gradient of a term's scale is needed.
   OREPA_INLINE bool needs_scale_grad(const Term& scaled) const {
     return grad_scales.data != nullptr && scaled.scale >= 0;
   }

@@ -140,10 +140,10 @@ struct Problem {
 
 int failures = 0;
 
-void expect_close(double got, double wanted, double size, const char* what, int number) {
-  if (std::abs(got - wanted) <= 1e-10 * (1 + size)) return;
+void expect_close(double got, double expected, double size, const char* what, int number) {
+  if (std::abs(got - expected) <= 1e-10 * (1 + size)) return;
   ++failures;
-  std::printf("case %d, %s: got %.15g, wanted %.15g\n", number, what, got, wanted);
+  std::printf("case %d, %s: got %.15g, expected %.15g\n", number, what, got, expected);
 }
 
 void check(const Case& size, int number) {
