@@ -1,8 +1,9 @@
-"""Reads facts off plain torch modules: the tree, a convolution's arguments, a batch norm's affine map."""
+"""Facts about plain torch modules: the tree, the geometry of a convolution, the affine map of a batch norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", 
 
 
 def walk(model: nn.Module, stop: tuple[type[nn.Module], ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, by its first qualified name; the inside of ``stop`` types is skipped."""
+    """Yield every module once, by its first qualified name, without the inside of ``stop`` types."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
@@ -23,18 +24,44 @@ def walk(model: nn.Module, stop: tuple[type[nn.Module], ...] = ()) -> Iterator[t
             inside.update(id(m) for m in module.modules() if m is not module)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters: shared ones once, those of lazy modules not."""
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+
+
+def count_owners(model: nn.Module) -> Counter[int]:
+    """Count the modules that own each parameter, by the parameter's ``id``."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
 def conv_arguments(conv: nn.Module) -> dict[str, Any]:
-    """The constructor arguments that an `nn.Conv2d` and an `OREPAConv` share, except ``bias``, device and dtype."""
+    """Return the constructor arguments that `nn.Conv2d` and `OREPAConv` share, except ``bias``, device and dtype."""
     return {name: getattr(conv, name) for name in _GEOMETRY}
 
 
+def conv2d_like(conv: nn.Module, weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Conv2d:
+    """Build an `nn.Conv2d` with the geometry and the mode of another convolution.
+
+    Args:
+        conv: with the attributes of an `nn.Conv2d`.
+        weight: ``[O, I/g, kh, kw]``; it is not copied.
+        bias: ``[O]``, not copied, or None.
+        trainable: whether both require gradients.
+    """
+    result = nn.Conv2d(**conv_arguments(conv), bias=bias is not None, device="meta")
+    result.weight = nn.Parameter(weight, requires_grad=trainable)
+    if bias is not None:
+        result.bias = nn.Parameter(bias, requires_grad=trainable)
+    return result.train(conv.training)
+
+
 def is_channels_last(*kernels: Tensor) -> bool:
-    """Whether any of these 4-D tensors is channels_last and not also contiguous, as a 1x1 kernel is."""
+    """Return whether any 4-D tensor is channels_last and not also contiguous, as a 1x1 kernel is."""
     return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in kernels)
 
 
 def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A batch norm in eval mode as ``y = factor * x + shift``, both ``[O]`` in float64."""
+    """Return a batch norm in eval mode as ``y = factor * x + shift``, both ``[O]`` in float64."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None and norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -44,8 +71,8 @@ def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def describe(conv: nn.Module) -> str:
-    """Geometry in one short string: ``"3x3 64->128 s2 g4"``."""
+def describe(conv: object) -> str:
+    """Return the geometry of a convolution, or of a `ConvSpec`, in one short string: ``"3x3 64->128 s2 g4"``."""
     size = "x".join(map(str, getattr(conv, "kernel_size", ())))
     text = f"{size} {getattr(conv, 'in_channels', '?')}->{getattr(conv, 'out_channels', '?')}"
     for letter, name in (("s", "stride"), ("d", "dilation")):
@@ -56,6 +83,8 @@ def describe(conv: nn.Module) -> str:
     return text if groups == 1 else f"{text} g{groups}"
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once, those of lazy modules not."""
-    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns; the last column stays ragged."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    padded = ([*map(str.ljust, row, widths), row[-1]] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]

@@ -219,9 +219,9 @@ def test_the_cache_is_private_to_a_module_and_carries_no_graph():
     conv, x = make().eval(), torch.randn(1, 4, 5, 5)
     with torch.no_grad():
         old = conv(x)
-    assert conv._kept is not None and not conv._kept.kernel.requires_grad
+    assert conv._cached is not None and not conv._cached.kernel.requires_grad
     for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert twin._kept is None
+        assert twin._cached is None
         with torch.no_grad():
             assert torch.equal(twin(x), old)
             twin.scales.mul_(2)
@@ -244,7 +244,7 @@ def test_copies_after_a_training_step_and_ema():
     torch.testing.assert_close(averaged.eval()(x), conv(x))
 
 
-def test_inference_mode_works_and_is_not_kept_for_training():
+def test_inference_mode_works_and_is_not_cached_for_training():
     x = torch.randn(1, 4, 5, 5)
     conv = make().eval()
     with torch.inference_mode():

@@ -16,7 +16,6 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import orepa
-import orepa.modules.offline_branches
 import orepa.modules.offline_conv
 from orepa import OfflineConv, OREPAConv
 from orepa.topology import AvgPool, Branch, Conv, Depthwise, Filter, Identity, Nested, Norm, Topology
@@ -181,7 +180,7 @@ def test_sizes_that_have_no_centre():
 
 
 def with_zeros(x, margins, mode="zeros", value=None):
-    return orepa.modules.offline_branches.pad(x, margins, mode)
+    return orepa.modules.offline_conv.pad(x, margins, mode)
 
 
 @pytest.mark.parametrize(("topology", "padding"), [("dbb", 1), ("dbb", 2), ("norm first", 1), ("stack", 3)])

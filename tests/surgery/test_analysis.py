@@ -156,7 +156,7 @@ def test_the_model_stays_as_it_is_and_half_precision_is_measured_in_float64() ->
     analysis = orepa.analyze(conv)
     assert analysis == orepa.analyze(copy.deepcopy(conv).double())
     assert all(torch.equal(state[name], tensor) for name, tensor in conv.state_dict().items())
-    assert torch.equal(random, torch.get_rng_state()) and conv._kept is None
+    assert torch.equal(random, torch.get_rng_state()) and conv._cached is None
 
 
 # --- models -----------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import orepa
-from orepa.surgery.consumer_graph import GRAPH, ORDER, SEQUENCE, Consumer, consumers
-from orepa.surgery.source_usage import ANYTHING, CALLS, ELEMENTS, uses_of_children
+from orepa.surgery.consumer_graph import Consumer, Evidence, consumers
+from orepa.surgery.source_usage import Usage, usage_of_children
 
 
 def pair(conv=nn.Conv2d):
@@ -95,7 +95,7 @@ def test_optional_arguments_that_change_nothing_are_no_obstacle():
             y = self.bn(self.conv(x))
             return y * factor if scale is None else y * scale
 
-    assert consumers(Fine())["conv"] == Consumer("bn", True, GRAPH)
+    assert consumers(Fine())["conv"] == Consumer("bn", True, Evidence.GRAPH)
 
 
 def test_weights_read_by_the_forward_are_not_folded():
@@ -103,7 +103,7 @@ def test_weights_read_by_the_forward_are_not_folded():
         def forward(self, x):
             return self.bn(self.conv(x)) + x * self.conv.weight
 
-    assert consumers(Reads()) == {"conv": Consumer("bn", False, GRAPH)}
+    assert consumers(Reads()) == {"conv": Consumer("bn", False, Evidence.GRAPH)}
 
 
 # --- callers that cannot be traced --------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ APART += [Registered, Inherited, Above, Methods, patched]
 @pytest.mark.parametrize("build", APART)
 def test_parts_that_are_called_alone_prove_nothing(build, conv):
     model = build()
-    assert not any(c.direct and c.proof != ORDER for c in consumers(model).values())
+    assert not any(c.direct and c.evidence != Evidence.ORDER for c in consumers(model).values())
     if conv is orepa.OREPAConv:
         model = orepa.prepare(model, "orepa")
         assert orepa.report(model).swapped, "a norm still counts as following"
@@ -300,7 +300,7 @@ class Blocks(Dynamic):
 def test_parts_that_are_called_as_wholes_keep_their_proof(build, pairs):
     model = build()
     found = consumers(model)
-    assert len(found) == pairs and all(c.norm and c.direct and c.proof == GRAPH for c in found.values()), found
+    assert len(found) == pairs and all(c.norm and c.direct and c.evidence == Evidence.GRAPH for c in found.values()), found
     stays_the_same(model, torch.randn(2, 3, 8, 8))
 
 
@@ -310,30 +310,30 @@ def test_sequences_that_cannot_be_traced():
             return x if x.sum() > 0 else -x
 
     layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Step()]
-    assert consumers(nn.Sequential(*layers))["0"] == Consumer("1", True, SEQUENCE)
-    assert consumers(CallsWhole(nn.Sequential(*layers)))["a.0"] == Consumer("a.1", True, SEQUENCE)
-    assert consumers(Iterates(nn.Sequential(*layers)))["a.0"] == Consumer("a.1", True, ORDER)
+    assert consumers(nn.Sequential(*layers))["0"] == Consumer("1", True, Evidence.SEQUENCE)
+    assert consumers(CallsWhole(nn.Sequential(*layers)))["a.0"] == Consumer("a.1", True, Evidence.SEQUENCE)
+    assert consumers(Iterates(nn.Sequential(*layers)))["a.0"] == Consumer("a.1", True, Evidence.ORDER)
     twice = nn.Sequential(*layers, layers[0], nn.BatchNorm2d(3))
     assert not consumers(twice)["0"].direct
     stays_the_same(twice, torch.randn(2, 3, 8, 8))
 
 
 def test_wrappers_and_sources_that_cannot_be_read():
-    assert uses_of_children(nn.DataParallel(pair())) == {"module": CALLS}
-    assert uses_of_children(torch.optim.swa_utils.AveragedModel(pair())) == {"module": CALLS}
-    assert consumers(torch.compile(pair(), backend="eager"))["_orig_mod.0"].proof == GRAPH
-    assert uses_of_children(Iterates()) == {"a": ELEMENTS}
-    assert uses_of_children(nn.Sequential(pair())) == {"0": CALLS}
+    assert usage_of_children(nn.DataParallel(pair())) == {"module": Usage.CALLED}
+    assert usage_of_children(torch.optim.swa_utils.AveragedModel(pair())) == {"module": Usage.CALLED}
+    assert consumers(torch.compile(pair(), backend="eager"))["_orig_mod.0"].evidence == Evidence.GRAPH
+    assert usage_of_children(Iterates()) == {"a": Usage.ITERATED}
+    assert usage_of_children(nn.Sequential(pair())) == {"0": Usage.CALLED}
     names = {"nn": nn, "pair": pair}
     exec("class Typed(nn.Module):\n  def forward(self, x):\n    return self.a(x) if x.sum() > 0 else x", names)
     typed = names["Typed"]()
     typed.a = pair()
-    assert uses_of_children(typed) == {"a": ANYTHING}
-    assert consumers(typed)["a.0"].proof == ORDER
+    assert usage_of_children(typed) == {"a": Usage.UNKNOWN}
+    assert consumers(typed)["a.0"].evidence == Evidence.ORDER
 
 
 def test_detectors_keep_their_folds():
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (the [examples] extra)")
     build = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2
     found = consumers(build(weights=None, weights_backbone=None).eval())
-    assert sum(c.norm is not None and c.direct and c.proof == GRAPH for c in found.values()) == 65
+    assert sum(c.norm is not None and c.direct and c.evidence == Evidence.GRAPH for c in found.values()) == 65

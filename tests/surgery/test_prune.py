@@ -111,7 +111,7 @@ def test_a_pruned_block_is_a_block_like_any_other(topology: Any, scaling: str) -
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     with torch.no_grad():
         y = pruned(x)
-        assert pruned._kept is not None and torch.equal(pruned(x), y)
+        assert pruned._cached is not None and torch.equal(pruned(x), y)
         for twin in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):
             assert torch.equal(twin(x), y) and names(twin) == names(pruned)
             assert orepa.report(twin).operation == "prune"
@@ -380,7 +380,7 @@ def test_a_wrong_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(orepa.ConversionError, match="0: the pruned block is not the old one without prior"):
         orepa.prune_branches(model, inplace=True)
     monkeypatch.setattr(prune, "_without", build)
-    monkeypatch.setattr(prune, "choose", lambda *_: [0, 1])  # a choice that ignores the tolerance
+    monkeypatch.setattr(prune, "select_prunable", lambda *_: [0, 1])  # a choice that ignores the tolerance
     with pytest.raises(orepa.ConversionError, match="without origin, avg the kernel changes by"):
         orepa.prune_branches(model, inplace=True)
     assert names(model[0])[0] == "origin"

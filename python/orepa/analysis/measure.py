@@ -1,4 +1,4 @@
-"""`analyze`: similarity, scales and effective norms of the branches of every block, as plain data."""
+"""`analyze`: measures similarity, scales and effective norms of the branches of every block, as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orepa_kernels.reference import align, term_kernel
 
-from ..module_info import describe, walk
+from ..module_info import describe, text_table, walk
 from ..modules.linear_block import LinearBlock
 from ..modules.orepa_conv import OREPAConv
 
@@ -102,7 +102,7 @@ class Analysis:
         return {layer.name: layer.prunable for layer in self.layers if layer.prunable}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON. All numbers are finite, but for a tolerance of infinity."""
+        """Return plain data, for JSON. All numbers are finite, but for a tolerance of infinity."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -110,11 +110,9 @@ class Analysis:
         for layer in self.layers:
             parts = "  ".join(f"{b.name} {_short(b.relative_norm)}" for b in layer.branches)
             rows.append((layer.name, layer.layer, f"{layer.norm:.3g}", parts, ", ".join(layer.prunable)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        total, going = sum(len(layer.branches) for layer in self.layers), sum(map(len, self.prunable.values()))
-        lines.append(f"{going} of {total} branches could go within a relative change of {self.tolerance:g} per kernel")
-        return "\n".join(line.rstrip() for line in lines)
+        total, prunable = sum(len(layer.branches) for layer in self.layers), sum(map(len, self.prunable.values()))
+        summary = f"{prunable} of {total} branches could go within a relative change of {self.tolerance:g} per kernel"
+        return "\n".join([*text_table(rows), summary])
 
 
 def analyze(model: nn.Module, tolerance: float = 1e-3) -> Analysis:
@@ -136,7 +134,7 @@ def analyze(model: nn.Module, tolerance: float = 1e-3) -> Analysis:
 
 
 def check_tolerance(tolerance: float) -> None:
-    """Raise unless it can bound a relative change.
+    """Raise unless a tolerance can bound a relative change.
 
     Raises:
         ValueError: negative, or no number.
@@ -150,24 +148,22 @@ def _layers(model: nn.Module, tolerance: float) -> Iterator[LayerAnalysis]:
         if not isinstance(conv, OREPAConv):
             continue
         for path, block in conv.named_modules(prefix=name):
-            if isinstance(block, LinearBlock):
-                geometry = describe(conv) if block is conv else _describe_nested(block)
-                yield _measure(path, geometry, conv.topology, block, tolerance if block is conv else None)
+            if block is conv:
+                yield _measure(path, describe(conv), conv.topology, conv, tolerance)
+            elif isinstance(block, LinearBlock):
+                yield _measure(path, describe(block._lowered.spec), conv.topology, block, None)
 
 
 def _measure(name: str, geometry: str, topology: str, block: LinearBlock, tolerance: float | None) -> LayerAnalysis:
-    kernels = branch_kernels(block, name)
-    total = sum_of(kernels)
-    norm = float(total.norm())
-    names = branch_names(block)
-    rows = [term.scale for term in block.plan.terms]
+    kernels, names = branch_kernels(block, name), branch_names(block)
+    norm = float(sum_kernels(kernels).norm())
     branches = []
-    for branch, kernel, row in zip(names, kernels, rows, strict=True):
-        own = float(kernel.norm())
-        scale = None if row is None or block.scales is None else _statistics(block.scales[row])
-        branches.append(BranchAnalysis(branch, own, relative(own, norm), scale))
-    going = [] if tolerance is None else choose(kernels, tolerance)
-    change = float(sum_of([kernels[i] for i in going]).norm()) if going else 0.0
+    for branch, kernel, term in zip(names, kernels, block.plan.terms, strict=True):
+        scale = None if term.scale is None or block.scales is None else _statistics(block.scales[term.scale])
+        branch_norm = float(kernel.norm())
+        branches.append(BranchAnalysis(branch, branch_norm, relative(branch_norm, norm), scale))
+    prunable = [] if tolerance is None else select_prunable(kernels, tolerance)
+    change = float(sum_kernels([kernels[i] for i in prunable]).norm()) if prunable else 0.0
     return LayerAnalysis(
         name,
         geometry,
@@ -175,7 +171,7 @@ def _measure(name: str, geometry: str, topology: str, block: LinearBlock, tolera
         norm,
         tuple(branches),
         _similarity(kernels),
-        tuple(names[i] for i in going),
+        tuple(names[i] for i in prunable),
         relative(change, norm),
     )
 
@@ -184,13 +180,13 @@ def _measure(name: str, geometry: str, topology: str, block: LinearBlock, tolera
 
 
 def branch_names(block: LinearBlock) -> list[str]:
-    """The names of a block's branches, in the order of the terms of its plan."""
+    """Return the names of a block's branches, in the order of the terms of its plan."""
     return [branch.name for branch in block._lowered.branches]
 
 
 @torch.no_grad()
 def branch_kernels(block: LinearBlock, name: str = "the block") -> list[Tensor]:
-    """The effective kernels of a block: each branch squeezed, scaled and centre-aligned, in float64 on the CPU.
+    """Return the effective kernels of a block: each branch squeezed, scaled and centre-aligned, in float64 on the CPU.
 
     Args:
         block: its branches sum to `LinearBlock.plan`'s kernel.
@@ -218,43 +214,43 @@ def branch_kernels(block: LinearBlock, name: str = "the block") -> list[Tensor]:
     return kernels
 
 
-def sum_of(kernels: Sequence[Tensor]) -> Tensor:
-    """Their sum, in order, as the squeeze adds them."""
+def sum_kernels(kernels: Sequence[Tensor]) -> Tensor:
+    """Sum kernels in order, as the squeeze does."""
     return torch.stack(list(kernels)).sum(0)
 
 
-def relative(part: float, whole: float) -> float | None:
-    """``part / whole``; 0.0 where the part is zero, None where only the whole is."""
+def relative(part: float, total: float) -> float | None:
+    """Return ``part / total``; 0.0 where the part is zero, None where only the total is."""
     if part == 0:
         return 0.0
-    return part / whole if whole > 0 else None
+    return part / total if total > 0 else None
 
 
-def choose(kernels: Sequence[Tensor], tolerance: float) -> list[int]:
-    """Which branches can go together: greedily, smallest norm first, as long as what is missing stays within tolerance.
+def select_prunable(kernels: Sequence[Tensor], tolerance: float) -> list[int]:
+    """Select branches that can go together: greedily, smallest norm first, while the loss stays within the tolerance.
 
-    What is missing is measured as a sum, so that small branches cannot add up beyond the tolerance. One branch always
-    stays; of branches of equal norm, the one declared later goes first.
+    The loss is the norm of the sum of the selected kernels, so that small branches cannot add up beyond the tolerance. One
+    branch always stays; of branches of equal norm, the one declared later goes first.
 
     Args:
         kernels: of the branches, as `branch_kernels` gives them.
-        tolerance: of the Frobenius norm of what is missing, relative to that of the sum of all.
+        tolerance: of the loss (Frobenius norm), relative to the sum of all kernels.
 
     Returns:
-        Indices, in the order in which they were chosen.
+        Indices, in the order in which they were selected.
     """
     # Infinity allows everything, of a kernel of norm zero as well.
-    limit = math.inf if math.isinf(tolerance) else tolerance * float(sum_of(kernels).norm())
+    limit = math.inf if math.isinf(tolerance) else tolerance * float(sum_kernels(kernels).norm())
     missing = torch.zeros_like(kernels[0])
-    going: list[int] = []
+    selected: list[int] = []
     for index in sorted(range(len(kernels)), key=lambda i: (float(kernels[i].norm()), -i)):
-        if len(going) == len(kernels) - 1:
+        if len(selected) == len(kernels) - 1:
             break
         more = missing + kernels[index]
         if float(more.norm()) <= limit:
             missing = more
-            going.append(index)
-    return going
+            selected.append(index)
+    return selected
 
 
 def _similarity(kernels: Sequence[Tensor]) -> tuple[tuple[float | None, ...], ...]:
@@ -284,12 +280,6 @@ def _statistics(scale: Tensor) -> ScaleStatistics:
         (low, middle, high),
         float((values.abs() <= NEAR_ZERO).double().mean()),
     )
-
-
-def _describe_nested(block: LinearBlock) -> str:
-    spec = block._lowered.spec
-    text = f"{spec.kernel_size[0]}x{spec.kernel_size[1]} {spec.in_channels}->{spec.out_channels}"
-    return text if spec.groups == 1 else f"{text} g{spec.groups}"
 
 
 def _short(number: float | None) -> str:

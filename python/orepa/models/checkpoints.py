@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..module_info import walk
 from ..modules.official_blocks import Entries, check_tensors, key_problems, translate
 from ..modules.repvgg import RepVGGBlock
-from ..surgery.convert import _compare, convert
+from ..surgery.convert import compare_outputs, convert
 from .key_map import official_entries
 from .timm_models import create_on_meta, spec_of, timm_repvgg_block
 
@@ -69,7 +69,9 @@ def plain_from_official(
     assert not lost and not unexpected, (lost, unexpected)
     plain = convert(plain.eval(), fold_bn=False, inplace=True, example_inputs=images)
     with torch.no_grad():
-        _compare(expected, plain(images), tolerance=None)  # `convert` has not seen the blocks that were taken apart
+        compare_outputs(
+            expected, plain(images), tolerance=None
+        )  # `convert` has not seen the blocks that were taken apart
     return plain
 
 

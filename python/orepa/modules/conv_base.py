@@ -1,10 +1,9 @@
-"""What an `nn.Conv2d` is told, for blocks that stand in its place: checked, kept, padded with, printed."""
+"""The interface of `nn.Conv2d` for blocks that stand in its place: checked arguments, bias, padding, repr."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,33 +11,29 @@ from torch import Tensor, nn
 
 import orepa_kernels
 
+from ..module_info import conv2d_like, is_channels_last
 from ..topology.language import ConvSpec, Size, Topology, pair
 from .linear_block import LinearBlock
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-@dataclass(frozen=True)
 class ConvGeometry:
-    """The checked arguments of a convolution.
+    """Check the arguments of a convolution, as `nn.Conv2d` takes them, and hold them.
 
-    Args:
+    Attributes:
         spec: channels, kernel size, groups, stride.
-        padding: ``(height, width)``, ``"same"`` or ``"valid"``, as `nn.Conv2d` keeps it.
+        padding: ``(height, width)``, ``"same"`` or ``"valid"``, as `nn.Conv2d` stores it.
         dilation: ``(height, width)``.
         padding_mode: one of `PADDING_MODES`.
-        borders: what ``padding`` comes to: left, right, top, bottom, in the order of `torch.nn.functional.pad`.
+        borders: the padding on the left, right, top and bottom, in the order of `torch.nn.functional.pad`.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
     """
 
-    spec: ConvSpec
-    padding: Size | str
-    dilation: Size
-    padding_mode: str
-    borders: tuple[int, int, int, int]
-
-    @classmethod
-    def checked(
-        cls,
+    def __init__(
+        self,
         in_channels: int,
         out_channels: int,
         kernel_size: int | Size,
@@ -47,13 +42,8 @@ class ConvGeometry:
         dilation: int | Size,
         groups: int,
         padding_mode: str,
-    ) -> ConvGeometry:
-        """Check arguments as `nn.Conv2d` takes them.
-
-        Raises:
-            ValueError: naming the argument, what was given and what is allowed.
-        """
-        size, strides, dilations = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
+    ) -> None:
+        size, strides, self.dilation = pair(kernel_size), pair(stride, "stride"), pair(dilation, "dilation")
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -62,10 +52,10 @@ class ConvGeometry:
                 raise ValueError(f"groups={groups} must divide {name}={value}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        borders = _borders(padding, size, strides, dilations)
-        kept = padding if isinstance(padding, str) else (borders[2], borders[0])
-        spec = ConvSpec(in_channels, out_channels, size, groups, strides)
-        return cls(spec, kept, dilations, padding_mode, borders)
+        self.spec = ConvSpec(in_channels, out_channels, size, groups, strides)
+        self.borders = _borders(padding, size, strides, self.dilation)
+        self.padding = padding if isinstance(padding, str) else (self.borders[2], self.borders[0])
+        self.padding_mode = padding_mode
 
 
 def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilation: Size) -> tuple[int, int, int, int]:
@@ -86,7 +76,7 @@ def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilatio
 
 
 class ConvBlock(LinearBlock):
-    """A linear block with the face of an `nn.Conv2d`: its attributes, its bias, its padding, its line in ``print(model)``.
+    """A linear block with the attributes, the bias, the padding and the repr of an `nn.Conv2d`.
 
     Args:
         geometry: of the convolution.
@@ -135,8 +125,21 @@ class ConvBlock(LinearBlock):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def pad(self, x: Tensor) -> Tensor:
-        """The block's input ``[N, I, H, W]`` with its borders, in its padding mode."""
+        """Return the block's input ``[N, I, H, W]`` with its borders, in its padding mode."""
         return F.pad(x, self.borders, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _run_unsqueezed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``run`` of a batch plus the bias; a single image counts as a batch of one."""
+        y = run(x if x.dim() == 4 else x.unsqueeze(0))
+        if self.bias is not None:
+            y = y + self.bias.view(1, -1, 1, 1)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _plain_conv(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        """Return a plain convolution with the block's mode and memory format; it is trainable where the block is."""
+        channels_last = is_channels_last(*(p for p in self.parameters() if p.dim() == 4))
+        weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return conv2d_like(self, weight, bias, any(p.requires_grad for p in self.parameters()))
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -1,7 +1,8 @@
-"""The squeezed kernel that eval mode keeps, and how it knows that it is out of date."""
+"""The cache of eval mode: a squeezed kernel, and what shows that it is out of date."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,37 +15,36 @@ from orepa_kernels.guards import float32_precision
 
 from .linear_block import LinearBlock
 
-#: steps of any optimizer so far; counted from the first kernel on that is kept
+#: steps of any optimizer, counted once a kernel is cached
 _steps = 0
-_counts_steps = False
 
 
 class _Source(NamedTuple):
-    """One operand as it was: where its module keeps it, and what of it changes with most writes."""
+    """One operand as it was squeezed: its place, and what most writes change."""
 
     owner: dict[str, Any]
     name: str
-    tensor: Tensor  # held, so that neither it nor its memory can come back as another
+    tensor: Tensor  # a reference, so that its id and its memory are not reused
     version: int
     address: int
 
 
 @dataclass(frozen=True)
-class KeptKernel:
-    """A kernel without a graph, the form that was asked for, and the operands that it was squeezed from.
+class CachedKernel:
+    """A kernel without a graph, its key, and the operands that it was squeezed from.
 
-    It is valid while the same form is asked for and each operand is the same tensor, of the same version (which in-place
-    writes count up) and at the same address (which ``parameter.data = ...`` changes). Fused optimizers write uncounted: an
-    optimizer's step is part of the form.
+    It is valid for the same key, while each operand is the same tensor, of the same version (which in-place writes count up)
+    and at the same address (which ``parameter.data = ...`` changes). Fused optimizers write uncounted, so the key has the
+    number of optimizer steps.
     """
 
     kernel: Tensor
-    form: tuple[Any, ...]
+    key: tuple[Any, ...]
     sources: tuple[_Source, ...]
 
-    def is_current(self, form: tuple[Any, ...]) -> bool:
-        """Whether this is still the kernel, in this form (of `form_of`)."""
-        if form != self.form:
+    def is_current(self, key: tuple[Any, ...]) -> bool:
+        """Return whether this is still the kernel for a key (of `cache_key`)."""
+        if key != self.key:
             return False
         for owner, name, tensor, version, address in self.sources:
             if owner.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
@@ -52,18 +52,20 @@ class KeptKernel:
         return True
 
 
-def form_of(x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format, backend: str) -> tuple[Any, ...]:
-    """All that the kernel for an input depends on, except the operands. Any two may be compared.
+def cache_key(
+    x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format, backend: str
+) -> tuple[Any, ...]:
+    """Return all that the kernel for an input depends on, except the operands. Keys of different inputs compare.
 
-    The stream is part of it: what one stream has queued need not be done when another reads it, nor the memory be reused
-    in the order of both.
+    The stream is part of it: work queued on one stream need not be done when another reads the kernel, nor would its memory
+    be reused in the order of both.
     """
     stream = torch.cuda.current_stream(x.device) if _is_on_gpu(x) else None
     return dtype, memory_format, backend, _steps, float32_precision(), stream
 
 
-def is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph records what happens to ``x``. It would hold a kept kernel beyond the next change."""
+def is_capturing(x: Tensor) -> bool:
+    """Return whether a CUDA graph is capturing. It would go on using a cached kernel after the next change."""
     return _is_on_gpu(x) and torch.cuda.is_current_stream_capturing()
 
 
@@ -71,11 +73,11 @@ def _is_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_initialized()  # a fake tensor claims a GPU where there is none
 
 
-def watch(block: LinearBlock, operands: Sequence[Tensor]) -> tuple[_Source, ...] | None:
-    """Take down the operands as they are, before they are squeezed, or None where they are not ordinary parameters.
+def record_sources(block: LinearBlock, operands: Sequence[Tensor]) -> tuple[_Source, ...] | None:
+    """Record the operands before they are squeezed; None where they are not ordinary parameters.
 
-    Tensors that are traced, wrapped by a functional transform, sharded, parametrized, or born in inference mode tell nothing
-    reliable about their changes.
+    Changes go unseen in tensors that are traced, wrapped by a functional transform, sharded, parametrized, or born in
+    inference mode.
     """
     sources = []
     for (path, name), tensor in zip(block.sources, operands, strict=True):
@@ -85,12 +87,12 @@ def watch(block: LinearBlock, operands: Sequence[Tensor]) -> tuple[_Source, ...]
         if not ordinary or _is_sharded(owner):
             return None
         sources.append(_Source(home, name, tensor, tensor._version, tensor.data_ptr()))
-    _count_steps()
+    _start_counting_steps()
     return tuple(sources)
 
 
 def _is_sharded(owner: nn.Module) -> bool:
-    """Whether FSDP2 manages the module's parameters.
+    """Return whether FSDP2 manages the module's parameters.
 
     Within a forward they are plain parameters, written uncounted and often at the address of the last forward, and
     `FSDPModule` may be any ancestor. But FSDP2 hooks the state dict of each module whose parameters it shards.
@@ -99,11 +101,9 @@ def _is_sharded(owner: nn.Module) -> bool:
     return any(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
 
 
-def _count_steps() -> None:
-    global _counts_steps
-    if not _counts_steps:
-        _counts_steps = True
-        register_optimizer_step_post_hook(_count_step)
+@functools.cache
+def _start_counting_steps() -> None:
+    register_optimizer_step_post_hook(_count_step)
 
 
 def _count_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A linear block as a module: its parameters, its squeeze, and its branches run one by one."""
+"""A linear block as a module: its parameters, and its branches run one by one on feature maps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import orepa_kernels
 from orepa_kernels.reference import identity
 
 from ..topology.language import ConvSpec, Size, Topology
-from ..topology.lowering import ConvStage, DepthwiseStage, NestedStage, Stage, constant_values, lower
+from ..topology.lowering import ConvStage, DepthwiseStage, NestedStage, Stage, lower
 
 
 class LinearBlock(nn.Module):
-    """The parameters of one linear block (paper section 3.2) and the two ways to evaluate it.
+    """The parameters of one linear block (paper section 3.2) and its unsqueezed forward.
 
-    Every branch owns parameters named after it (``origin_weight``, ``dws_depthwise``, ...); all branch scalings are the
-    rows of one parameter, ``scales``. Fixed filters are buffers outside the ``state_dict``: they are computed, not learned.
+    Every branch has parameters named after it (``origin_weight``, ``dws_depthwise``, ...); all branch scalings are the rows of
+    one parameter, ``scales``. Fixed filters are buffers outside the ``state_dict``: they are computed, not learned.
 
     Args:
         spec: the convolution that the block stands for.
@@ -50,9 +50,9 @@ class LinearBlock(nn.Module):
         )
         for name in lowered.constants:
             self.register_buffer(name, None, persistent=False)
-        for name, (child_spec, child_topology) in lowered.children.items():
-            self.add_module(name, LinearBlock(child_spec, child_topology, scaling, device=device, dtype=dtype))
-        #: where each operand of the plan lives, as the submodules to descend into and the name there
+        for name, child in lowered.children.items():
+            self.add_module(name, LinearBlock(child.spec, child.topology, scaling, device=device, dtype=dtype))
+        #: the place of each operand of the plan: the submodules to descend into and the name there
         self.sources = tuple(
             (tuple(path), name) for *path, name in (operand.name.split(".") for operand in lowered.plan.operands)
         )
@@ -62,11 +62,11 @@ class LinearBlock(nn.Module):
 
     @property
     def plan(self) -> orepa_kernels.Block:
-        """What the squeeze computes, as plain data."""
+        """Plain data: what the squeeze computes."""
         return self._lowered.plan
 
     def reset_parameters(self) -> None:
-        """Draw initial values: those of the declaration, in its order."""
+        """Draw the initial values of the declaration, in its order."""
         for name, (_, init) in self._lowered.parameters.items():
             init(getattr(self, name))
         if self.scales is not None:
@@ -78,7 +78,7 @@ class LinearBlock(nn.Module):
                 child.reset_parameters()
 
     def operands(self) -> list[Tensor]:
-        """The tensors of `plan`, in its order."""
+        """Return the tensors of `plan`, in its order."""
         tensors = []
         for path, name in self.sources:
             module: nn.Module = self
@@ -96,10 +96,10 @@ class LinearBlock(nn.Module):
         dilation: Size = (1, 1),
         combine: Callable[[str, Tensor], Any] | None = None,
     ) -> Tensor:
-        """Sum of the branches, every layer a convolution of feature maps, unpadded.
+        """Sum the branches, every layer an unpadded convolution of feature maps.
 
         Args:
-            x: ``[N, I, H, W]``, padded already, once, on the block's input.
+            x: ``[N, I, H, W]``, padded once, as the block's input.
             stride: of the last layer of each branch.
             dilation: of every layer.
             combine: called with each branch's name and scaled output, for diagnostics.
@@ -122,27 +122,41 @@ class LinearBlock(nn.Module):
         assert total is not None  # a topology has at least one branch
         return total
 
-    def _run_stage(self, stage: Stage, x: Tensor, stride: Size, dilation: Size) -> Tensor:
+    def _run_stage(self, stage: Stage, x: Tensor, stride: Size, dilation: Size, padding: Size = (0, 0)) -> Tensor:
         if isinstance(stage, NestedStage):
-            child = getattr(self, stage.child)
-            assert isinstance(child, LinearBlock)
-            return child.run_branches(x, stride, dilation)
-        channels = x.shape[1]
+            return self._child(stage).run_branches(x, stride, dilation)
+        weight, groups = self._stage_weight(stage, x.shape[1], x)
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    def _stage_weight(self, stage: Stage, channels: int, like: Tensor) -> tuple[Tensor, int]:
+        """Return a layer as the weight and the groups of one convolution of ``channels`` channels.
+
+        What is fixed (filters, identities) comes in the dtype of ``like``.
+        """
+        groups = self._lowered.spec.groups
+        if isinstance(stage, NestedStage):
+            child = self._child(stage)
+            operands = [t.to(like.dtype) for t in child.operands()]
+            return orepa_kernels.squeeze([child.plan], [operands], backend="reference")[0], groups
         if isinstance(stage, ConvStage):
-            weight = self._own(stage.weight)
+            weight = self._tensor(stage.weight)
             if stage.identity:
+                weight = weight.to(torch.promote_types(weight.dtype, like.dtype))
                 weight = weight + identity(weight.shape[0], weight.shape[1], weight)
-            return F.conv2d(x, weight, None, stride, 0, dilation, self._lowered.spec.groups)
+            return weight, groups
         if isinstance(stage, DepthwiseStage):
-            return F.conv2d(x, self._own(stage.weight), None, stride, 0, dilation, channels)
+            return self._tensor(stage.weight), channels
         if isinstance(stage.filter, orepa_kernels.Average):
             kh, kw = stage.filter.kernel_size
-            weight = x.new_full((channels, 1, kh, kw), 1 / (kh * kw))
-        else:
-            weight = self._own(stage.filter).to(x.dtype)[:, None].expand(channels, -1, -1, -1)
-        return F.conv2d(x, weight, None, stride, 0, dilation, channels)
+            return like.new_full((channels, 1, kh, kw), 1 / (kh * kw)), channels
+        return self._tensor(stage.filter).to(like.dtype)[:, None].expand(channels, -1, -1, -1), channels
 
-    def _own(self, operand: orepa_kernels.Operand) -> Tensor:
+    def _child(self, stage: NestedStage) -> LinearBlock:
+        child = getattr(self, stage.child)
+        assert isinstance(child, LinearBlock)
+        return child
+
+    def _tensor(self, operand: orepa_kernels.Operand) -> Tensor:
         tensor = getattr(self, operand.name)
         assert isinstance(tensor, Tensor)
         return tensor
@@ -150,33 +164,34 @@ class LinearBlock(nn.Module):
     # --- constants follow the parameters ----------------------------------------------------------------------------------
 
     def _place_constants(self, like: Tensor) -> None:
-        """Compute the fixed filters where ``like`` lives. Computing beats moving: no cast can wear them down.
+        """Compute the fixed filters on the device of ``like``, in its dtype and in float32 at least.
 
-        Those that are there already stay, at the addresses that CUDA graphs have recorded.
+        They are computed anew, not cast, so that they stay exact. Those that fit already stay, at the addresses that CUDA
+        graphs have recorded.
         """
-        dtype = torch.promote_types(like.dtype, torch.float32)  # as `constant_values` has it
+        dtype = torch.promote_types(like.dtype, torch.float32)
         for name, (channels, kernel_size, layer) in self._lowered.constants.items():
             old = getattr(self, name)
             if old is None or old.device != like.device or old.dtype != dtype:
                 with torch.device("cpu"):  # whatever the default device is
-                    values = constant_values(channels, kernel_size, layer, like.dtype)
+                    values = layer.values(channels, kernel_size).to(dtype)
                 setattr(self, name, values.to(like.device))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         old = {name: self._buffers[name] for name in self._lowered.constants}
-        # ``fn`` may write in place, and tensors of inference mode do not count that
+        # ``fn`` may write in place, which tensors of inference mode do not count.
         versions = {name: t._version for name, t in old.items() if t is not None and not t.is_inference()}
         result = super()._apply(fn, recurse)
         if next(self.parameters(), None) is not None:
             for name, constant in old.items():
-                as_it_was = constant is not None and name in versions and constant._version == versions[name]
-                setattr(self, name, constant if as_it_was else None)
+                unchanged = constant is not None and name in versions and constant._version == versions[name]
+                setattr(self, name, constant if unchanged else None)
         _follow_parameters(self)
         return result
 
 
 def _follow_parameters(module: nn.Module, _incompatible: object = None) -> None:
-    """Bring the constants to the device and dtype of the parameters, also after ``to_empty`` and ``assign=True``."""
+    """Move the constants to the device and dtype of the parameters, after ``to_empty`` and ``assign=True`` as well."""
     assert isinstance(module, LinearBlock)
     like = next(iter(module.parameters()), None)
     if like is not None:

@@ -1,24 +1,36 @@
-"""`OfflineConv`: a block as its authors train it, every layer and norm on feature maps. What OREPA is compared with."""
+"""`OfflineConv`: a block as its authors train it, every layer and norm on feature maps. The baseline of OREPA."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import orepa_kernels
+from orepa_kernels import Average
 from orepa_kernels.reference import align, compose, identity
 
-from ..module_info import batch_norm_affine, conv_arguments, is_channels_last
-from ..topology.language import Norm, Size, Topology, declaration
-from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, NestedStage, Stage
+from ..module_info import batch_norm_affine
+from ..topology.language import Branch, Nested, Norm, Size, Topology, declaration
+from ..topology.lowering import (
+    ConvStage,
+    DepthwiseStage,
+    FilterStage,
+    Lowered,
+    NestedStage,
+    ResolvedBranch,
+    Stage,
+    channels_out,
+)
 from .conv_base import ConvBlock, ConvGeometry
-from .linear_block import LinearBlock
-from .offline_branches import OfflineBranch, Step, pad, pads_zeros_itself, resolve_branches
+
+#: a linear layer, or the name of the batch norm that stands there
+Step: TypeAlias = Stage | str
+#: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
+Margins: TypeAlias = tuple[int, int, int, int]
 
 
 class OfflineConv(ConvBlock):
@@ -27,8 +39,8 @@ class OfflineConv(ConvBlock):
     Training runs every branch layer by layer on feature maps, with a `torch.nn.BatchNorm2d` wherever the topology declares a
     ``Norm``: many convolutions and norms where `OREPAConv` has one convolution. In eval mode the block equals one
     convolution with a bias (`squeeze`, `to_conv2d`), borders included: a branch is padded before its first layer larger than
-    1x1, with what its layers so far make of zeros. That comes from the running statistics of their norms and, as in the
-    authors' DBB, carries no gradient in train mode.
+    1x1, with the values that the layers before it turn zeros into. These come from the running statistics of the norms and,
+    as in the authors' DBB, carry no gradient in train mode.
 
     Parameters are named as those of an `OREPAConv` of the same topology, the norms of a branch ``origin_bn``, or
     ``avg_bn1``, ``avg_bn2``. A branch with a norm has no scaling. Where all branches end in norms, none belongs after the
@@ -72,12 +84,12 @@ class OfflineConv(ConvBlock):
         **options: Any,
     ) -> None:
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        geometry = ConvGeometry.checked(*arguments)
+        geometry = ConvGeometry(*arguments)
         declared = declaration(topology, **options)(geometry.spec).offline()
         if bias is None:
             bias = not any(isinstance(layer, Norm) for _, branch in declared for layer in branch.layers)
         super().__init__(geometry, declared.linearize(), topology, scaling, bias, device, dtype)
-        self._branches = resolve_branches(declared, self._lowered, self.borders, self.dilation)
+        self._branches = _resolve_branches(declared, self._lowered, self.borders, self.dilation)
         for branch in self._branches:
             for name, channels in branch.norms:
                 self.add_module(name, nn.BatchNorm2d(channels, eps, momentum, device=device, dtype=dtype))
@@ -97,19 +109,19 @@ class OfflineConv(ConvBlock):
     # --- on feature maps --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sum of the branches, layer by layer on feature maps, in either mode."""
-        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        """Sum the branches, layer by layer on feature maps, in either mode."""
+        return self._run_unsqueezed(self._sum_branches, x)
+
+    def _sum_branches(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
         for branch in self._branches:
-            y = self._run(branch, batched)
+            y = self._run_branch(branch, x)
             total = y if total is None else total + y
         assert total is not None  # a topology has at least one branch
-        if self.bias is not None:
-            total = total + self.bias.view(1, -1, 1, 1)
-        return total if x.dim() == 4 else total.squeeze(0)
+        return total
 
-    def _run(self, branch: OfflineBranch, x: Tensor) -> Tensor:
-        shift: Tensor | None = None  # what zeros have become so far; None is zero
+    def _run_branch(self, branch: OfflineBranch, x: Tensor) -> Tensor:
+        shift: Tensor | None = None  # the value of the border so far, per channel; None is zero
         for index, step in enumerate(branch.steps):
             padding = (0, 0)
             if index == branch.pad_at:
@@ -117,9 +129,9 @@ class OfflineConv(ConvBlock):
             if isinstance(step, str):
                 x = getattr(self, step)(x)
             else:
-                x = self._apply_stage(step, x, self.stride if index == branch.last else (1, 1), padding)
+                x = self._run_layer(step, x, self.stride if index == branch.last else (1, 1), padding)
             if index < branch.pad_at and self.padding_mode == "zeros" and max(branch.margins) > 0:
-                # After the norm, as its running statistics are then those of this step: so do the authors.
+                # After the norm, whose running statistics are then those of this step, as in the authors' code.
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
                     shift = self._shift_after(step, shift)
         if branch.scale is not None and self.scales is not None:
@@ -127,53 +139,28 @@ class OfflineConv(ConvBlock):
         return x
 
     def _pad(self, branch: OfflineBranch, x: Tensor, shift: Tensor | None) -> tuple[Size, Tensor]:
-        """What of the margins the next step shall pad by itself, and ``x`` with the rest of them."""
+        """Return the padding that the next step applies itself, and ``x`` with the rest of the margins."""
         left, right, top, bottom = branch.margins
         step = branch.steps[branch.pad_at]
         zeros = shift is None and self.padding_mode == "zeros"
-        if zeros and min(branch.margins) >= 0 and (left, top) == (right, bottom) and pads_zeros_itself(step):
+        if zeros and min(branch.margins) >= 0 and (left, top) == (right, bottom) and _runs_as_conv2d(step):
             return (top, left), x  # spares a padded copy of the map
         return (0, 0), pad(x, branch.margins, self.padding_mode, shift)
 
-    def _apply_stage(self, stage: Stage, x: Tensor, stride: Size, padding: Size) -> Tensor:
-        if isinstance(stage, NestedStage):
-            child = getattr(self, stage.child)
-            assert isinstance(child, LinearBlock)
-            return child.run_branches(x, stride, self.dilation)
-        if isinstance(stage, FilterStage) and isinstance(stage.filter, orepa_kernels.Average):
+    def _run_layer(self, stage: Stage, x: Tensor, stride: Size, padding: Size) -> Tensor:
+        if isinstance(stage, FilterStage) and isinstance(stage.filter, Average):  # cheaper than a convolution
             if stage.kernel_size == (1, 1):
                 return x[:, :, :: stride[0], :: stride[1]]
             if self.dilation == (1, 1):
                 return F.avg_pool2d(x, stage.kernel_size, stride)
-        weight, groups = self._weight(stage, x.shape[1], x)
-        return F.conv2d(x, weight, None, stride, padding, self.dilation, groups)
-
-    def _weight(self, stage: Stage, channels: int, like: Tensor) -> tuple[Tensor, int]:
-        """A layer as the weight and the groups of one convolution. Fixed filters come in the dtype of ``like``."""
-        groups = self._lowered.spec.groups
-        if isinstance(stage, ConvStage):
-            weight = self._own(stage.weight)
-            if stage.identity:
-                weight = weight.to(torch.promote_types(weight.dtype, like.dtype))
-                weight = weight + identity(weight.shape[0], weight.shape[1], weight)
-            return weight, groups
-        if isinstance(stage, DepthwiseStage):
-            return self._own(stage.weight), channels
-        if isinstance(stage, NestedStage):
-            child = getattr(self, stage.child)
-            operands = [t.to(like.dtype) for t in child.operands()]
-            return orepa_kernels.squeeze([child.plan], [operands], backend="reference")[0], groups
-        if isinstance(stage.filter, orepa_kernels.Average):
-            taps = math.prod(stage.kernel_size)
-            return like.new_full((channels, 1, *stage.kernel_size), 1 / taps), channels
-        return self._own(stage.filter).to(like.dtype)[:, None].expand(channels, -1, -1, -1), channels
+        return self._run_stage(stage, x, stride, self.dilation, padding)
 
     # --- as one convolution -----------------------------------------------------------------------------------------------
 
     def squeeze(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """The block in eval mode as one convolution, composed in float64; differentiable in the parameters.
+        """Return the block in eval mode as one convolution, composed in float64; differentiable in the parameters.
 
-        The norms enter with their running statistics, so in train mode `forward` computes something else.
+        Norms count with their running statistics, so in train mode `forward` computes something else.
 
         Args:
             dtype: of the result; by default that of the parameters.
@@ -201,34 +188,34 @@ class OfflineConv(ConvBlock):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _kernel_after(self, step: Step, kernel: Tensor | None, like: Tensor) -> Tensor:
-        """The kernel ``[M, I/g, kh, kw]`` of a branch up to and with a step, in float64. None is the input itself."""
+        """Return the kernel ``[M, I/g, kh, kw]`` of a branch up to and with a step, in float64; None is the input itself."""
         channels = self.in_channels if kernel is None else kernel.shape[0]
         if isinstance(step, ConvStage | NestedStage):
-            weight = self._weight(step, channels, like)[0].double()
+            weight = self._stage_weight(step, channels, like)[0].double()
             return weight if kernel is None else compose(kernel, weight, self.groups)
         if kernel is None:
             kernel = identity(channels, channels // self.groups, like)
         if isinstance(step, str):
             return kernel * batch_norm_affine(getattr(self, step))[0].view(-1, 1, 1, 1)
-        weight = self._weight(step, channels, like)[0].double()
+        weight = self._stage_weight(step, channels, like)[0].double()
         kernel = kernel.repeat_interleave(weight.shape[0] // channels, 0).transpose(0, 1)
         # A true convolution, row by row and fully padded: the depthwise case of `compose`.
         border = (step.kernel_size[0] - 1, step.kernel_size[1] - 1)
         return F.conv2d(kernel, weight.flip((2, 3)), padding=border, groups=weight.shape[0]).transpose(0, 1)
 
     def _shift_after(self, step: Step, shift: Tensor | None) -> Tensor | None:
-        """What a step makes of a map that is ``shift [C]`` everywhere, in float64. None is zero."""
+        """Apply a step to a map that is ``shift [C]`` everywhere, in float64; None is zero."""
         if isinstance(step, str):
             factor, offset = batch_norm_affine(getattr(self, step))
             return offset if shift is None else factor * shift + offset
         if shift is None:
             return None
-        weight, groups = self._weight(step, shift.numel(), shift)
+        weight, groups = self._stage_weight(step, shift.numel(), shift)
         return F.conv2d(shift.view(1, -1, 1, 1), weight.double().sum((2, 3), keepdim=True), groups=groups).flatten()
 
     @torch.no_grad()
     def to_conv2d(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
-        """The block in eval mode as a plain convolution, composed in float64.
+        """Return the block in eval mode as a plain convolution, composed in float64.
 
         It keeps device, memory format and train/eval mode, and requires gradients where the block does.
 
@@ -236,11 +223,115 @@ class OfflineConv(ConvBlock):
             dtype: of the convolution; by default that of the parameters.
         """
         weight, bias = self.squeeze(dtype)
-        conv = nn.Conv2d(**conv_arguments(self), bias=bias is not None, device="meta")
-        last = is_channels_last(*(p for p in self.parameters() if p.dim() == 4))
-        weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        trainable = any(p.requires_grad for p in self.parameters())
-        conv.weight = nn.Parameter(weight, requires_grad=trainable)
-        if bias is not None:
-            conv.bias = nn.Parameter(bias.clone(), requires_grad=trainable)
-        return conv.train(self.training)
+        return self._plain_conv(weight, None if bias is None else bias.clone())
+
+
+# --- branches with norms --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OfflineBranch:
+    """A branch with its norms, and where it is padded.
+
+    Args:
+        steps: from input to output.
+        last: index of the last linear layer, which takes the stride.
+        pad_at: index of the step before which ``margins`` are due: the first layer larger than 1x1.
+        margins: the block's padding, less what centre alignment crops.
+        norms: name and channels of every norm, in order.
+        scale: row of the scales, or None.
+    """
+
+    steps: tuple[Step, ...]
+    last: int
+    pad_at: int
+    margins: Margins
+    norms: tuple[tuple[str, int], ...]
+    scale: int | None
+
+
+def _resolve_branches(
+    topology: Topology, lowered: Lowered, borders: Margins, dilation: Size
+) -> tuple[OfflineBranch, ...]:
+    """Put the norms of a topology back where they were declared.
+
+    Args:
+        topology: with its norms; see `Topology.offline`.
+        lowered: the same without.
+        borders: padding of the block's input: left, right, top, bottom.
+        dilation: of every layer.
+
+    Raises:
+        ValueError: norms inside a nested block.
+    """
+    _refuse_nested_norms(topology, lowered)
+    branches = []
+    for (_, branch), resolved in zip(topology, lowered.branches, strict=True):
+        steps, norms = _steps(branch, resolved, lowered.spec.in_channels)
+        sizes = {i: step.kernel_size for i, step in enumerate(steps) if not isinstance(step, str)}
+        # A branch of 1x1 layers is padded at its input.
+        pad_at = next((i for i, size in sizes.items() if size != (1, 1)), 0)
+        extents = zip(lowered.spec.kernel_size, resolved.kernel_size, dilation, strict=True)
+        height, width = ((k - b) // 2 * d for k, b, d in extents)
+        left, right, top, bottom = borders
+        margins = (left - width, right - width, top - height, bottom - height)
+        branches.append(OfflineBranch(steps, max(sizes), pad_at, margins, norms, resolved.scale))
+    return tuple(branches)
+
+
+def _steps(
+    branch: Branch, resolved: ResolvedBranch, channels: int
+) -> tuple[tuple[Step, ...], tuple[tuple[str, int], ...]]:
+    several = sum(isinstance(layer, Norm) for layer in branch.layers) > 1
+    stages = iter(resolved.stages)
+    steps: list[Step] = []
+    norms: list[tuple[str, int]] = []
+    for layer in branch.layers:
+        if isinstance(layer, Norm):
+            norms.append((f"{resolved.name}_bn{len(norms) + 1 if several else ''}", channels))
+            steps.append(norms[-1][0])
+        else:
+            stage = next(stages)
+            steps.append(stage)
+            channels = channels_out([stage], channels)
+    return tuple(steps), tuple(norms)
+
+
+def _refuse_nested_norms(topology: Topology, lowered: Lowered) -> None:
+    """Raise for norms in nested blocks, which are lowered without them."""
+    for (name, branch), resolved in zip(topology, lowered.branches, strict=True):
+        linear = (layer for layer in branch.layers if not isinstance(layer, Norm))
+        for layer, stage in zip(linear, resolved.stages, strict=True):
+            if isinstance(layer, Nested) and isinstance(stage, NestedStage):
+                child = layer.topology(stage.lowered.spec)
+                if any(isinstance(inner, Norm) for _, b in child for inner in b.layers):
+                    raise ValueError(f"branch {name!r} nests a block with branch-wise norms, which cannot run offline")
+                _refuse_nested_norms(child, stage.lowered)
+
+
+def _runs_as_conv2d(step: Step) -> bool:
+    """Return whether a step is one `torch.nn.functional.conv2d`, which can pad its input itself."""
+    if isinstance(step, FilterStage):
+        return not isinstance(step.filter, Average)
+    return isinstance(step, ConvStage | DepthwiseStage)
+
+
+def pad(x: Tensor, margins: Margins, mode: str = "zeros", value: Tensor | None = None) -> Tensor:
+    """Pad a map, or crop it where a margin is negative.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        margins: left, right, top, bottom.
+        mode: a ``padding_mode`` of `torch.nn.Conv2d`.
+        value: ``[C]``, with which to pad in mode ``"zeros"``; None is zero.
+    """
+    left, right, top, bottom = (max(-margin, 0) for margin in margins)
+    grow = [max(margin, 0) for margin in margins]
+    if any(grow):
+        size = x.shape[2:]
+        x = F.pad(x, grow, mode="constant" if mode == "zeros" else mode)
+        if value is not None:
+            # One addition for the whole frame: written in place, its four strips would copy the gradient four times.
+            frame = F.pad(x.new_zeros(1, 1, *size), grow, value=1.0)
+            x = x + value.to(x.dtype).view(1, -1, 1, 1) * frame
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]

@@ -13,14 +13,13 @@ import orepa_kernels
 from orepa_kernels import Dense
 from orepa_kernels.dispatch import resolve
 
-from ..module_info import conv_arguments, is_channels_last
 from ..topology.language import Size, Topology, declaration
 from .conv_base import ConvBlock, ConvGeometry
-from .kernel_cache import KeptKernel, form_of, is_captured, watch
+from .kernel_cache import CachedKernel, cache_key, is_capturing, record_sources
 
 
 def default_topology(kernel_size: Size) -> str:
-    """The block of the paper for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between.
+    """Return the paper's block for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between.
 
     Even sizes have no centre for a 1x1 branch, so they get the block without one.
     """
@@ -35,8 +34,8 @@ class OREPAConv(ConvBlock):
     """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
 
     Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
-    mode, without gradients, the kernel is kept until a parameter changes (`clear_cache` names the writes that go unseen);
-    under FSDP2 never. The norm after the block is the host model's own and matters: without one, training diverges (paper
+    mode, without gradients, the kernel is cached until a parameter changes (`clear_cache` names the writes that go unseen);
+    never under FSDP2. The norm after the block belongs to the host model and matters: without one, training diverges (paper
     Table 3).
 
     Args:
@@ -77,37 +76,33 @@ class OREPAConv(ConvBlock):
     ) -> None:
         resolve(backend)
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        geometry = ConvGeometry.checked(*arguments)
+        geometry = ConvGeometry(*arguments)
         chosen = default_topology(geometry.spec.kernel_size) if topology is None else topology
         declared = declaration(chosen, **options)(geometry.spec).linearize()
         super().__init__(geometry, declared, chosen, scaling, bias, device, dtype)
         if not self.plan.operands:
             raise ValueError(f"topology {self.topology!r} has nothing to learn: no layer with a weight and no scaling")
         self.backend = backend
-        self._kept: KeptKernel | None = None
-        self.register_load_state_dict_post_hook(_forget)
+        self._cached: CachedKernel | None = None
+        self.register_load_state_dict_post_hook(_clear_cache)
 
     # --- forward ------------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """One convolution with the squeezed kernel."""
+        """Convolve once, with the squeezed kernel."""
         return self._convolve(x, self._kernel(x), self.bias)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """The unsqueezed multi-branch forward, layer by layer on feature maps: the ground truth that `forward` equals.
+        """Run the unsqueezed branches layer by layer on feature maps: the ground truth that `forward` equals.
 
         Zero padding happens once, on the block's input, so the two agree on the borders as well.
         """
-        batched = x if x.dim() == 4 else x.unsqueeze(0)
-        y = self.run_branches(self.pad(batched), self.stride, self.dilation)
-        if self.bias is not None:
-            y = y + self.bias.view(1, -1, 1, 1)
-        return y if x.dim() == 4 else y.squeeze(0)
+        return self._run_unsqueezed(lambda batch: self.run_branches(self.pad(batch), self.stride, self.dilation), x)
 
     def squeeze(
         self, dtype: torch.dtype | None = None, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
-        """The block as one kernel, differentiable in its parameters.
+        """Return the block as one kernel, differentiable in its parameters.
 
         Args:
             dtype: of the kernel; by default that of the parameters.
@@ -118,26 +113,24 @@ class OREPAConv(ConvBlock):
         """
         return self._squeeze(self.operands(), dtype, memory_format)
 
-    def to_conv2d(self) -> nn.Conv2d:
-        """A plain convolution that computes the same function, composed in float64.
+    def to_conv2d(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
+        """Return a plain convolution that computes the same function, composed in float64.
 
-        It keeps device, dtype, memory format and train/eval mode, and requires gradients where the block does.
+        It keeps device, memory format and train/eval mode, and requires gradients where the block does.
+
+        Args:
+            dtype: of the convolution; by default that of the parameters.
 
         Raises:
             RuntimeError: a weight that a forward hook computes, as the old `torch.nn.utils.weight_norm` does.
         """
         self._check_parameters()
-        weight = self._compose(torch.float64)
-        like = next(self.parameters())
-        conv = nn.Conv2d(**conv_arguments(self), bias=self.bias is not None, device="meta")
-        kernels = [p for p in self.parameters() if p.dim() == 4]
-        trainable = any(p.requires_grad for p in self.parameters())
-        memory_format = torch.channels_last if is_channels_last(*kernels) else torch.contiguous_format
-        weight = weight.to(like.dtype).contiguous(memory_format=memory_format)
-        conv.weight = nn.Parameter(weight, requires_grad=trainable)
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return conv.train(self.training)
+        dtype = next(self.parameters()).dtype if dtype is None else dtype
+        bias = None if self.bias is None else self.bias.detach().to(dtype, copy=True)
+        conv = self._plain_conv(self._compose(torch.float64).to(dtype), bias)
+        if self.bias is not None and conv.bias is not None:
+            conv.bias.requires_grad_(self.bias.requires_grad)
+        return conv
 
     def load_kernel_(self, weight: Tensor) -> None:
         """Set the parameters so that the block squeezes to a given kernel: the start from pretrained weights.
@@ -158,69 +151,70 @@ class OREPAConv(ConvBlock):
         if carrier is None:
             raise ValueError(f"topology {self.topology!r} has no full-size convolution that could hold a given kernel")
         parameter = getattr(self, carrier.weight.name)  # type: ignore[union-attr]
+        scales = self.scales
         with torch.no_grad():
-            if self.scales is not None:
-                keep = None if carrier.scale is None else self.scales[carrier.scale].clone()
-                self.scales.zero_()
-                if carrier.scale is not None and keep is not None:
-                    # A branch declared with scale 0 could not carry anything.
-                    self.scales[carrier.scale] = torch.where(keep == 0, torch.ones_like(keep), keep)
+            scale = None if scales is None or carrier.scale is None else scales[carrier.scale].clone()
+            if scales is not None:
+                scales.zero_()
+                if scale is not None:
+                    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a scale of 0 could carry nothing
+                    scales[carrier.scale] = scale
             parameter.zero_()
-            rest = weight.double() - self._compose(torch.float64)
-            if carrier.scale is not None and self.scales is not None:
-                rest = rest / self.scales[carrier.scale].double().view(-1, 1, 1, 1)
-            parameter.copy_(rest)
+            missing = weight.double() - self._compose(torch.float64)
+            parameter.copy_(missing if scale is None else missing / scale.double().view(-1, 1, 1, 1))
 
     def clear_cache(self) -> None:
-        """Forget the kernel kept for eval mode.
+        """Drop the kernel cached for eval mode.
 
-        Needed only after writes in eval mode that PyTorch does not count and that no optimizer's step brings: in place
+        Needed only after writes in eval mode that PyTorch does not count and that come from no optimizer's step: in place
         through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by another process
         through shared memory, by the replay of a CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every
         forward with gradients clear it as well.
         """
-        self._kept = None
+        self._cached = None
 
     # --- the kernel ---------------------------------------------------------------------------------------------------------
 
     def _kernel(self, x: Tensor) -> Tensor:
-        """The kernel for a convolution of ``x``: kept in eval mode, in the dtype of autocast where that is on."""
+        """Return the kernel for a convolution of ``x``: cached in eval mode, in the dtype of autocast where that is on."""
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
         memory_format = torch.contiguous_format
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             memory_format = torch.channels_last
         compiles = torch.compiler.is_compiling()
-        if self.training or torch.is_grad_enabled() or compiles or is_captured(x):
-            kernel = self._squeeze_narrow(self.operands(), dtype, memory_format)
+        if self.training or torch.is_grad_enabled() or compiles or is_capturing(x):
+            kernel = self._squeeze(self.operands(), dtype, memory_format, autocast=True)
             if self._precedes_update(kernel, compiles):
-                self._kept = None
+                self._cached = None
             return kernel
 
-        form = form_of(x, dtype, memory_format, self.backend)
-        kept = self._kept  # read once: another thread may clear or replace it
-        if kept is not None and kept.is_current(form):
-            return kept.kernel
+        key = cache_key(x, dtype, memory_format, self.backend)
+        cached = self._cached  # read once: another thread may clear or replace it
+        if cached is not None and cached.is_current(key):
+            return cached.kernel
         operands = self.operands()
-        sources = watch(self, operands)
-        kernel = self._squeeze_narrow(operands, dtype, memory_format)
+        sources = record_sources(self, operands)
+        kernel = self._squeeze(operands, dtype, memory_format, autocast=True)
         plain = type(kernel) in (Tensor, nn.Parameter)
-        self._kept = KeptKernel(kernel, form, sources) if plain and sources is not None else None
+        self._cached = CachedKernel(kernel, key, sources) if plain and sources is not None else None
         return kernel
 
     def _precedes_update(self, kernel: Tensor, compiles: bool) -> bool:
-        """Whether to forget what is kept, as an update is likely to follow, and not every update can be seen."""
-        if compiles:  # without a look at what is kept, which the compiled code would be bound to
+        """Return whether to drop the cache: an update is likely next, and not all updates are detectable."""
+        if compiles:  # reading the cache would add a guard on it to the compiled code
             return kernel.requires_grad and not self.training
-        return self._kept is not None and (self.training or kernel.requires_grad)
+        return self._cached is not None and (self.training or kernel.requires_grad)
 
-    def _squeeze_narrow(
-        self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format
+    def _squeeze(
+        self,
+        operands: list[Tensor],
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format,
+        autocast: bool = False,
     ) -> Tensor:
-        """In the dtype of autocast, which leaves float64 alone."""
-        return self._squeeze(operands, None if operands[0].dtype == torch.float64 else dtype, memory_format)
-
-    def _squeeze(self, operands: list[Tensor], dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+        if autocast and operands[0].dtype == torch.float64:
+            dtype = None  # autocast leaves float64 alone
         (kernel,) = orepa_kernels.squeeze(
             [self.plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
         )
@@ -228,7 +222,7 @@ class OREPAConv(ConvBlock):
 
     @torch.no_grad()
     def _compose(self, dtype: torch.dtype) -> Tensor:
-        """The kernel in a given precision, whatever the precision of the parameters."""
+        """Return the kernel, computed in ``dtype`` throughout."""
         operands = [t.to(dtype) for t in self.operands()]
         return orepa_kernels.squeeze([self.plan], [operands], backend="reference")[0]
 
@@ -251,29 +245,29 @@ class OREPAConv(ConvBlock):
             return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    # --- housekeeping ---------------------------------------------------------------------------------------------------------
+    # --- what drops the cache -------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> OREPAConv:
-        self._kept = None
+        self._cached = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._kept = None
+        self._cached = None
         return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self) -> OREPAConv:
         replica: OREPAConv = super()._replicate_for_data_parallel()
-        replica._kept = None
+        replica._cached = None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
 
 
-def _forget(module: nn.Module, _incompatible: object) -> None:
+def _clear_cache(module: nn.Module, _incompatible: object) -> None:
     assert isinstance(module, OREPAConv)
     module.clear_cache()

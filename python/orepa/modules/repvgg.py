@@ -95,17 +95,17 @@ class RepVGGBlock(nn.Module):
             self.act = act if isinstance(act, nn.Module) else act().to(device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw initial values anew: the topology's, `torch.nn.Conv2d`'s, and norms that change nothing."""
+        """Draw new initial values: the topology's, `torch.nn.Conv2d`'s, and norms that change nothing."""
         for module in (self.dense, self.dense_bn, self.pointwise, self.pointwise_bn, self.identity_bn):
             if module is not None:
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Three branches, each with its norm; the kxk one is a single convolution with the squeezed kernel."""
+        """Sum three branches, each with its norm; the kxk one is a single convolution with the squeezed kernel."""
         return self._add_branches(self.dense(x), x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
-        """As `forward`, with the kxk branch unsqueezed, layer by layer on feature maps: the ground truth."""
+        """Run `forward` with the kxk branch unsqueezed, layer by layer on feature maps: the ground truth."""
         return self._add_branches(self.dense.forward_branches(x), x)
 
     def _add_branches(self, dense: Tensor, x: Tensor) -> Tensor:
@@ -116,18 +116,18 @@ class RepVGGBlock(nn.Module):
         return self.act(y)
 
     def _middle(self, x: Tensor) -> Tensor:
-        """The part of the padded input that lies under the centre of the kernel: what a 1x1 kernel sees."""
+        """Return the part of the padded input under the centre of the kernel: what a 1x1 kernel sees."""
         height, width = self._margins
         if self.dense.borders == (width, width, height, height):
-            return x  # spares padding and cropping in the usual case
+            return x  # the usual case: cropping would undo the padding
         return crop(self.dense.pad(x), [height, width])
 
     # --- one convolution --------------------------------------------------------------------------------------------------
 
     def squeeze(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The block before its activation, in eval mode, as one convolution; differentiable in the parameters.
+        """Return the block before its activation, in eval mode, as one convolution; differentiable in the parameters.
 
-        The norms enter with their running statistics, so in train mode `forward` computes something else.
+        Norms count with their running statistics, so in train mode `forward` computes something else.
 
         Args:
             dtype: of the result; by default that of the parameters. Half precision is composed in float32.
@@ -135,13 +135,13 @@ class RepVGGBlock(nn.Module):
         Returns:
             ``weight [O, I/g, kh, kw]`` and ``bias [O]``.
         """
-        own = self.pointwise.weight.dtype
-        dense = self.dense.squeeze(torch.promote_types(own, torch.float32))
-        weight, bias = self._fold(dense)
-        return weight.to(own if dtype is None else dtype), bias.to(own if dtype is None else dtype)
+        parameter_dtype = self.pointwise.weight.dtype
+        dtype = parameter_dtype if dtype is None else dtype
+        weight, bias = self._fold(self.dense.squeeze(torch.promote_types(parameter_dtype, torch.float32)))
+        return weight.to(dtype), bias.to(dtype)
 
     def _fold(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight in the dtype of ``dense``, the squeezed kernel of that branch, and bias in float64."""
+        """Add the other branches and the norms to ``dense``, the squeezed kernel; return the bias in float64."""
 
         def scale(kernel: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
             factor, shift = batch_norm_affine(norm)
@@ -157,7 +157,7 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:
-        """The block before its activation, in eval mode, as a plain convolution with a bias, composed in float64.
+        """Return the block before its activation, in eval mode, as a plain convolution with a bias, composed in float64.
 
         It keeps device, dtype, memory format and train/eval mode, and requires gradients where the block does.
         """
@@ -169,9 +169,9 @@ class RepVGGBlock(nn.Module):
         return conv.train(self.training)
 
     def deploy(self) -> nn.Module:
-        """The block in eval mode in plain modules: ``Sequential(conv, act)``, or the convolution where there is no ``act``.
+        """Return the block in eval mode as plain modules: ``Sequential(conv, act)``, or the convolution without an ``act``.
 
-        The block itself stays as it is.
+        The block itself does not change.
         """
         conv = self.to_conv2d()
         if isinstance(self.act, nn.Identity):

@@ -1,9 +1,10 @@
-"""Who consumes a convolution's output? The question behind the norm check of `prepare` and the folding of `convert`.
+"""Finds the consumer of each convolution's output, for the norm check of `prepare` and the folding of `convert`.
 
-The answer comes from a `torch.fx` graph of the model, or, where the whole model cannot be traced (control flow that depends
-on data), of the largest submodules that can. Below that, the order of modules decides: as proof in an `nn.Sequential`, as an
-indication elsewhere. Proofs about a submodule hold where it is called as a whole, so each module around it that cannot be
-traced is read (`callers`): where it might do something else with the submodule, they are indications, too.
+The evidence is a `torch.fx` graph of the model, or, where the whole model cannot be traced (control flow that depends on data),
+of the largest submodules that can. Inside what cannot be traced, the order of modules decides: it is proof in an
+`nn.Sequential`, and a hint elsewhere. Proofs about a submodule hold where it is called as a whole, so the source of each module
+around it that cannot be traced is read (`source_usage`): where that might use the submodule in another way, a proof becomes a
+hint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 import logging
 import warnings
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,13 +21,19 @@ from torch import fx, nn
 
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
-from .replace import own_call
-from .source_usage import ANYTHING, CALLS, ELEMENTS, uses_of_children
+from .replace import customization
+from .source_usage import Usage, usage_of_children
 
 log = logging.getLogger("orepa")
 
-#: how a `Consumer` is known: from a traced graph, from an nn.Sequential, or only from the order of registration
-GRAPH, SEQUENCE, ORDER = "graph", "sequence", "order"
+
+class Evidence(Enum):
+    """How a `Consumer` is known."""
+
+    GRAPH = "a traced graph"
+    SEQUENCE = "an nn.Sequential"
+    ORDER = "the order of registration, which proves nothing"
+
 
 _SHAPE_ONLY = {"permute", "contiguous", "transpose", "reshape", "view", "flatten", "movedim", "to"}
 _SHAPE_ONLY_FUNCTIONS = {torch.permute, torch.transpose, torch.reshape, torch.flatten, torch.movedim}
@@ -33,23 +41,28 @@ _SHAPE_ONLY_FUNCTIONS = {torch.permute, torch.transpose, torch.reshape, torch.fl
 
 @dataclass(frozen=True)
 class Consumer:
-    """What happens to a convolution's output.
+    """The use of a convolution's output.
 
     Args:
         norm: name of the norm layer that takes all of it, or None.
-        direct: nothing stands between the two but identities, and each runs once: the norm can be folded.
-        proof: `GRAPH`, `SEQUENCE` or `ORDER`.
+        direct: only identities are between the two, and each runs once: the norm can be folded.
+        evidence: for all of this.
         problem: why ``norm`` is None, in words.
     """
 
     norm: str | None
     direct: bool = False
-    proof: str = GRAPH
+    evidence: Evidence = Evidence.GRAPH
     problem: str = ""
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether ``direct`` and ``norm`` are proven."""
+        return self.evidence is not Evidence.ORDER
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes with statistics of its own input: any batch, instance, group, layer or RMS norm.
+    """Return whether a module normalizes with statistics of its input: a batch, instance, group, layer or RMS norm.
 
     Frozen batch norms are affine maps, not norms.
     """
@@ -58,18 +71,20 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_called_norm(module: nn.Module) -> bool:
-    """Libraries bring norms of their own; blocks such as timm's ConvNormAct carry the word too, but hold a convolution."""
+    """Return whether a class name says "Norm", and not for a block such as timm's ConvNormAct, with a convolution."""
     return "Norm" in type(module).__name__ and not any(is_conv(m) for m in module.modules())
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution that `prepare` or `convert` may look at."""
+    """Return whether `prepare` or `convert` may look at a module as a convolution."""
     return isinstance(module, nn.modules.conv._ConvNd | LinearBlock)
 
 
 def consumers(model: nn.Module) -> dict[str, Consumer]:
-    """The consumer of every convolution in ``model``, by qualified name (the first, for a module with several)."""
-    return _Search(model).found
+    """Return the consumer of every convolution in ``model``, by qualified name (the first, for a module with several)."""
+    search = _Search(model)
+    search.visit(model, "", Usage.CALLED)
+    return search.consumers
 
 
 class _Tracer(fx.Tracer):
@@ -80,48 +95,52 @@ class _Tracer(fx.Tracer):
 
 class _Search:
     def __init__(self, model: nn.Module) -> None:
-        self.found: dict[str, Consumer] = {}
+        self.consumers: dict[str, Consumer] = {}
         names = {id(module): name for name, module in model.named_modules()}
-        every = list(model.named_modules(remove_duplicate=False))
+        paths = list(model.named_modules(remove_duplicate=False))
         #: names of modules that have several
-        self.aliased = {names[id(module)] for name, module in every if names[id(module)] != name}
-        self._visit(model, "", CALLS)
+        self.aliased = {names[id(module)] for name, module in paths if names[id(module)] != name}
 
-    def _visit(self, module: nn.Module, prefix: str, use: int) -> None:
-        """Read one module, of which no ancestor can be traced. ``use`` is what those do with it (see `callers`)."""
+    def visit(self, module: nn.Module, prefix: str, usage: Usage) -> None:
+        """Read one module whose ancestors cannot be traced and use it as ``usage`` says."""
         if is_conv(module):
             self._add(prefix, Consumer(None, problem="nothing is known of what follows it"))
             return
-        graphs = [] if use == ELEMENTS else _trace(module, prefix)  # iterated over, it is but a list of its children
+        # A module that is iterated over is only a list of its children.
+        graphs = [] if usage is Usage.ITERATED else _trace(module, prefix)
         if graphs:
             for name, consumer in _read_graphs(module, graphs, prefix).items():
-                self._add(name, consumer if not prefix else self._downgrade(name, consumer, use))
+                self._add(name, consumer if not prefix else self._downgrade(name, consumer, usage))
             return
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and not _has_forward(module):
-            uses = dict.fromkeys(module._modules, CALLS if use >= ELEMENTS else ANYTHING)
-        elif use == ELEMENTS:
-            uses = dict.fromkeys(module._modules, CALLS)
-        elif use == CALLS:
-            uses = uses_of_children(module)
-        else:
-            uses = dict.fromkeys(module._modules, ANYTHING)
+        usages = _usage_of_children(module, usage)
         for name, child in module.named_children():
-            path = f"{prefix}.{name}" if prefix else name
+            path = _join(prefix, name)
             if is_conv(child):
-                self._add(path, self._downgrade(path, _by_order(module, name, prefix), use))
+                self._add(path, self._downgrade(path, _next_sibling(module, name, prefix), usage))
             elif not is_norm(child) and not isinstance(child, RepVGGBlock):
-                self._visit(child, path, uses[name])
+                self.visit(child, path, usages[name])
 
     def _add(self, name: str, consumer: Consumer) -> None:
-        self.found.setdefault(name, consumer)
+        self.consumers.setdefault(name, consumer)
 
-    def _downgrade(self, name: str, consumer: Consumer, use: int) -> Consumer:
-        """What is left of a proof that holds for the parent as a whole, where that is not all that is done with it."""
+    def _downgrade(self, name: str, consumer: Consumer, usage: Usage) -> Consumer:
+        """Weaken a proof that holds for the parent as a whole where the parent is used in another way."""
         if consumer.norm is None:
             return consumer
-        if use != CALLS and consumer.proof != ORDER:
-            consumer = replace(consumer, proof=ORDER)
+        if usage is not Usage.CALLED:
+            consumer = replace(consumer, evidence=Evidence.ORDER)
         return replace(consumer, direct=False) if {name, consumer.norm} & self.aliased else consumer
+
+
+def _usage_of_children(module: nn.Module, usage: Usage) -> dict[str, Usage]:
+    is_container = isinstance(module, nn.ModuleList | nn.ModuleDict) and not _has_forward(module)
+    if usage is Usage.CALLED and not is_container:
+        return usage_of_children(module)
+    return dict.fromkeys(module._modules, usage.of_elements)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -129,7 +148,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _trace(module: nn.Module, prefix: str) -> list[fx.Graph]:
-    """Graphs of a module, one for each choice of optional arguments to leave out; none where one cannot be traced.
+    """Trace a module once for each choice of optional arguments to leave out; return no graph where one fails.
 
     A symbolic value is never None, so ``if mask is not None`` goes one way only in each of them.
     """
@@ -137,18 +156,18 @@ def _trace(module: nn.Module, prefix: str) -> list[fx.Graph]:
         return []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a default was taken for granted, which is the point
+            warnings.simplefilter("ignore")  # about arguments fixed at their defaults, on purpose
             return [_Tracer().trace(module, concrete_args=defaults or None) for defaults in _choices(module)]
-    except Exception as error:  # whatever a forward raises on symbolic values: the fallback is to look inside
+    except Exception as error:  # a forward may raise anything on symbolic values; the fallback is to look inside
         log.debug("cannot trace %s: %s", prefix or "the model", error)
         return []
 
 
 def _choices(module: nn.Module) -> list[dict[str, Any]]:
-    """Optional arguments to trace with their defaults: none, all, and all but one."""
+    """Return the optional arguments to trace with their defaults: none, all, and all but one."""
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    # A default that is a collection would be taken apart by the tracer.
+    # The tracer would take a collection apart.
     optional = {name: value for name, value in optional.items() if not isinstance(value, list | tuple | dict)}
     choices: list[dict[str, Any]] = [{}]
     if optional:
@@ -159,61 +178,55 @@ def _choices(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _read_graphs(module: nn.Module, graphs: list[fx.Graph], prefix: str) -> dict[str, Consumer]:
-    """What all graphs of a module agree on."""
+    """Return what holds in all graphs of a module."""
     readings = [_read_graph(module, graph, prefix) for graph in graphs]
     merged: dict[str, Consumer] = {}
-    for name in dict.fromkeys(name for found, _ in readings for name in found):
-        consumers_here = [found[name] for found, _ in readings if name in found]
-        first = next((c for c in consumers_here if c.norm is None), consumers_here[0])
+    for name in dict.fromkeys(name for reading, _ in readings for name in reading):
+        candidates = [reading[name] for reading, _ in readings if name in reading]
+        first = next((c for c in candidates if c.norm is None), candidates[0])
         if first.norm is not None:
-            same = all(c.norm == first.norm and c.direct for c in consumers_here)
-            # Where the convolution is left out, so must be the norm.
-            same = same and not any(first.norm in norms for found, norms in readings if name not in found)
-            first = replace(first, direct=same)
+            direct = all(c.norm == first.norm and c.direct for c in candidates)
+            # A graph without the convolution must be without the norm, too.
+            direct = direct and not any(first.norm in called for reading, called in readings if name not in reading)
+            first = replace(first, direct=direct)
         merged[name] = first
     return merged
 
 
 def _read_graph(module: nn.Module, graph: fx.Graph, prefix: str) -> tuple[dict[str, Consumer], set[str]]:
-    """The consumer of each convolution that is called, and the names of all modules that are."""
+    """Return the consumer of each convolution that is called, and the names of all modules that are."""
     modules = dict(module.named_modules())
     calls: dict[str, list[fx.Node]] = {}
-    read: set[str] = set()
+    attributes_read: set[str] = set()
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
         elif node.op == "get_attr":
-            read.add(str(node.target).rpartition(".")[0])
+            attributes_read.add(str(node.target).rpartition(".")[0])
 
-    found: dict[str, Consumer] = {}
+    result: dict[str, Consumer] = {}
     for name, nodes in calls.items():
         if not is_conv(modules[name]):
             continue
-        norms: set[str] = set()
-        problem, direct = "", len(nodes) == 1
-        for node in nodes:
-            call_norms, call_problem, call_direct = _follow(node, modules)
-            norms |= call_norms
-            problem, direct = problem or call_problem, direct and call_direct
-        path = f"{prefix}.{name}" if prefix else name
-        if problem or not norms:
-            if not problem:
-                problem = "nothing uses its output"
-            elif prefix and problem == _LEAVES:
-                problem = f"its output leaves {prefix}, whose caller cannot be traced"
-            found[path] = Consumer(None, problem=problem)
+        followed = [_follow(node, modules) for node in nodes]
+        norms = sorted(set().union(*(names for names, _, _ in followed)))
+        problem = next((text for _, text, _ in followed if text), "" if norms else "nothing uses its output")
+        if prefix and problem == _LEAVES:
+            problem = f"its output leaves {prefix}, whose caller cannot be traced"
+        if problem:
+            result[_join(prefix, name)] = Consumer(None, problem=problem)
             continue
-        norm = sorted(norms)[0]
-        direct = direct and len(norms) == 1 and len(calls[norm]) == 1 and not {name, norm} & read
-        found[path] = Consumer(f"{prefix}.{norm}" if prefix else norm, direct, GRAPH)
-    return found, {f"{prefix}.{name}" if prefix else name for name in calls}
+        once = len(nodes) == len(norms) == len(calls[norms[0]]) == 1
+        direct = once and followed[0][2] and not {name, norms[0]} & attributes_read
+        result[_join(prefix, name)] = Consumer(_join(prefix, norms[0]), direct)
+    return result, {_join(prefix, name) for name in calls}
 
 
 _LEAVES = "its output leaves the model"
 
 
 def _follow(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[set[str], str, bool]:
-    """Norms that a value reaches through shape-only steps, the first other use of it, and whether nothing is between."""
+    """Return the norms that a value reaches through shape-only steps, another use of it, and whether nothing is between."""
     norms: set[str] = set()
     direct, frontier = True, [node]
     while frontier:
@@ -231,13 +244,14 @@ def _follow(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[set[str], str
             elif user.op == "output":
                 return norms, _LEAVES, False
             else:
-                what = f"{user.target} ({type(module).__name__})" if module is not None else _name(user)
-                return norms, f"its output goes to {what}, not to a norm", False
+                function = str(getattr(user.target, "__name__", user.target))
+                target = function if module is None else f"{user.target} ({type(module).__name__})"
+                return norms, f"its output goes to {target}, not to a norm", False
     return norms, "", direct
 
 
 def _is_plain_identity(module: nn.Module) -> bool:
-    return type(module).forward is nn.Identity.forward and not own_call(module)
+    return type(module).forward is nn.Identity.forward and not customization(module)
 
 
 def _is_shape_only(user: fx.Node, value: fx.Node) -> bool:
@@ -248,15 +262,11 @@ def _is_shape_only(user: fx.Node, value: fx.Node) -> bool:
     return user.op == "call_function" and user.target in _SHAPE_ONLY_FUNCTIONS
 
 
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _by_order(parent: nn.Module, name: str, prefix: str) -> Consumer:
-    """The next sibling, in a parent that cannot be traced."""
+def _next_sibling(parent: nn.Module, name: str, prefix: str) -> Consumer:
+    """Take the next sibling for the consumer, in a parent that cannot be traced."""
     names = list(parent._modules)
     is_sequence = type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent)
-    proof = SEQUENCE if is_sequence else ORDER
+    evidence = Evidence.SEQUENCE if is_sequence else Evidence.ORDER
     for follower in names[names.index(name) + 1 :]:
         module = parent._modules[follower]
         if module is None or (isinstance(module, nn.Identity) and _is_plain_identity(module)):
@@ -266,5 +276,5 @@ def _by_order(parent: nn.Module, name: str, prefix: str) -> Consumer:
         channels = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
         if channels is not None and channels != getattr(parent._modules[name], "out_channels", None):
             break
-        return Consumer(f"{prefix}.{follower}" if prefix else follower, True, proof)
-    return Consumer(None, proof=proof, problem="no norm layer stands after it (the model cannot be traced here)")
+        return Consumer(_join(prefix, follower), True, evidence)
+    return Consumer(None, evidence=evidence, problem="no norm layer stands after it (the model cannot be traced here)")

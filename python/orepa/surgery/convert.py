@@ -15,10 +15,10 @@ from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
-from .consumer_graph import GRAPH, ORDER, SEQUENCE, Consumer, consumers
-from .fold_bn import fold_batch_norm, is_foldable, remainder
-from .replace import own_call, replace_modules
-from .report import LayerReport, Report, attach
+from .consumer_graph import Consumer, consumers
+from .fold_bn import fold_batch_norm, is_foldable, norm_placeholder
+from .replace import customization, replace_modules
+from .report import LayerReport, Report, attach, relative_error
 
 
 class ConversionError(RuntimeError):
@@ -36,7 +36,7 @@ def convert(
     """Replace every `OREPAConv`, `RepVGGBlock` and `OfflineConv` by a plain `nn.Conv2d`, and fold batch norms where provable.
 
     Kernels are composed in float64 and rounded once. Every new layer is compared, in float64 and on random input, with the
-    unsqueezed multi-branch forward (and batch norm) that it replaces, and with a plain call of it. Calling it again changes
+    unsqueezed multi-branch forward (and batch norm) that it replaces, and with a plain call of it. A second call changes
     nothing.
 
     Args:
@@ -52,8 +52,8 @@ def convert(
         The converted model, with the device, dtype, memory format and ``requires_grad`` of the old one.
 
     Raises:
-        ConversionError: train mode, non-finite parameters, a layer with forward hooks or a forward of its own, or a result
-            that differs. ``model`` is then as it was.
+        ConversionError: train mode, non-finite parameters, a layer with forward hooks or another forward than its class, or a
+            result that differs. ``model`` is then unchanged.
     """
     training = [name for name, module in model.named_modules() if module.training]
     if training:
@@ -65,42 +65,23 @@ def convert(
         model = copy.deepcopy(model)
     expected = None if example_inputs is None else _run(model, example_inputs)
     before = count_parameters(model)
-    proofs = (GRAPH, SEQUENCE, ORDER) if example_inputs is not None else (GRAPH, SEQUENCE)
     follows = consumers(model) if fold_bn else {}
 
     layers: list[LayerReport] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in walk(model, (LinearBlock, RepVGGBlock)):
         _check_call(name, module)
-        if isinstance(module, RepVGGBlock):
-            new: nn.Module = module.deploy()
-            error = _verify(name, module, None, new)
-            layers.append(
-                LayerReport(name, describe(module.dense), "converted", "RepVGG block to one convolution", error)
-            )
-            replacements[module] = new
+        norm_name = _foldable_norm(model, module, follows.get(name), trust_order=example_inputs is not None)
+        norm = model.get_submodule(norm_name) if norm_name else None
+        plain = _to_plain(module, norm)
+        if plain is None:
             continue
-        if not isinstance(module, OREPAConv | OfflineConv) and type(module) is not nn.Conv2d:
-            continue
-        norm_name, norm = ("", None) if own_call(module) else _foldable(model, follows.get(name), proofs)
-        if isinstance(module, OREPAConv):
-            new, action, detail = module.to_conv2d(), "converted", module.topology
-        elif isinstance(module, OfflineConv):
-            new, action, detail = module.to_conv2d(), "converted", f"{module.topology} trained offline"
-        elif norm is not None:
-            new, action, detail = module, "folded", "nn.Conv2d"
-        else:
-            continue
-        if norm is not None and isinstance(new, nn.Conv2d):
-            if isinstance(module, OfflineConv):  # which has a bias to keep exact, too
-                new = fold_batch_norm(module.to_conv2d(torch.float64), norm).to(new.weight.dtype)
-            else:
-                exact = module._compose(torch.float64) if isinstance(module, OREPAConv) else None
-                new = fold_batch_norm(new, norm, exact)
+        new, action, detail = plain
+        if norm is not None:
+            replacements[norm] = norm_placeholder(norm)
             detail = f"{detail} + {norm_name}"
-            replacements[norm] = remainder(norm)
-        error = _verify(name, module, norm, new)
-        layers.append(LayerReport(name, describe(module), action, detail, error))
+        geometry = describe(module.dense if isinstance(module, RepVGGBlock) else module)
+        layers.append(LayerReport(name, geometry, action, detail, _verify(name, module, norm, new)))
         replacements[module] = new
 
     undo = {new: old for old, new in replacements.items()}
@@ -108,7 +89,7 @@ def convert(
     result = Report("convert", layers, (before, count_parameters(model)))
     if example_inputs is not None:
         try:
-            result.error = _compare(expected, _run(model, example_inputs), tolerance)
+            result.error = compare_outputs(expected, _run(model, example_inputs), tolerance)
         except ConversionError:
             replace_modules(model, undo)
             raise
@@ -116,11 +97,28 @@ def convert(
     return model
 
 
-def _foldable(model: nn.Module, consumer: Consumer | None, proofs: tuple[str, ...]) -> tuple[str, nn.Module | None]:
-    if consumer is None or consumer.norm is None or not consumer.direct or consumer.proof not in proofs:
-        return "", None
-    norm = model.get_submodule(consumer.norm)
-    return (consumer.norm, norm) if is_foldable(norm) else ("", None)
+def _foldable_norm(model: nn.Module, conv: nn.Module, consumer: Consumer | None, trust_order: bool) -> str:
+    """Return the name of the norm to fold, or an empty string."""
+    if consumer is None or consumer.norm is None or not consumer.direct or customization(conv):
+        return ""
+    if not (consumer.is_proven or trust_order):
+        return ""
+    return consumer.norm if is_foldable(model.get_submodule(consumer.norm)) else ""
+
+
+def _to_plain(module: nn.Module, norm: nn.Module | None) -> tuple[nn.Module, str, str] | None:
+    """Return a plain replacement with the norm folded in, what was done, and to what; None for what stays."""
+    if isinstance(module, RepVGGBlock):
+        return module.deploy(), "converted", "RepVGG block to one convolution"
+    if isinstance(module, OREPAConv | OfflineConv):
+        detail = f"{module.topology} trained offline" if isinstance(module, OfflineConv) else module.topology
+        if norm is None:
+            return module.to_conv2d(), "converted", detail
+        dtype = next(module.parameters()).dtype
+        return fold_batch_norm(module.to_conv2d(torch.float64), norm, dtype), "converted", detail
+    if type(module) is nn.Conv2d and norm is not None:
+        return fold_batch_norm(module, norm), "folded", "nn.Conv2d"
+    return None
 
 
 def _check_call(name: str, module: nn.Module) -> None:
@@ -130,17 +128,17 @@ def _check_call(name: str, module: nn.Module) -> None:
         return
     if type(module).forward is not base.forward:
         raise ConversionError(f"{name}: {type(module).__name__} may compute something else than {base.__name__}")
-    stays = module.act if isinstance(module, RepVGGBlock) else None  # becomes part of the deployed block, as it is
     for path, inner in module.named_modules():
-        reason = "" if stays is not None and path.partition(".")[0] == "act" else own_call(inner)
-        if reason:
+        if isinstance(module, RepVGGBlock) and path.partition(".")[0] == "act":
+            continue  # it becomes part of the deployed block
+        if reason := customization(inner):
             where = ".".join(part for part in (name, path) if part)
             raise ConversionError(f"{where or 'the model'}: {reason}; remove that before conversion")
 
 
 @torch.no_grad()
 def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -> float:
-    """Relative error of a new layer against the one it replaces, both in float64, so only the rounded weights differ."""
+    """Return the relative error of a new layer, compared in float64, where only the rounded weights make a difference."""
     dtype = next(new.parameters()).dtype
     conv = new if isinstance(new, nn.Conv2d) else next(m for m in new.modules() if isinstance(m, nn.Conv2d))
     extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
@@ -148,25 +146,23 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
 
-    twin = copy.deepcopy(old).double()
-    if isinstance(twin, RepVGGBlock):
-        twin.act, new = nn.Identity(), conv  # an activation could hide a difference
-    for block in twin.modules():
+    exact = copy.deepcopy(old).double()
+    if isinstance(exact, RepVGGBlock):
+        exact.act, new = nn.Identity(), conv  # an activation could hide a difference
+    for block in exact.modules():
         if isinstance(block, OREPAConv):
-            block.backend = "reference"  # the one that a backend asked for by name might not cover: float64, any device
-    own = twin(x)
-    y = twin.forward_branches(x) if isinstance(twin, OREPAConv | RepVGGBlock) else own
+            block.backend = "reference"  # covers float64 on every device
+    called = exact(x)
+    unsqueezed = exact.forward_branches(x) if isinstance(exact, OREPAConv | RepVGGBlock) else called
+    converted = copy.deepcopy(new).double()(x)
     if norm is not None:
         affine = copy.deepcopy(norm).double()
-        y, own = affine(y), affine(own)
-    z = copy.deepcopy(new).double()(x)
-    if norm is not None:
-        z = remainder(norm)(z)
-    if not bool(torch.isfinite(y).all()):
+        called, unsqueezed, converted = affine(called), affine(unsqueezed), norm_placeholder(norm)(converted)
+    if not bool(torch.isfinite(unsqueezed).all()):
         raise ConversionError(
             f"{name}: the trained layer gives non-finite values; its parameters or statistics are damaged"
         )
-    errors = [_relative_error(expected, z) for expected in (y, own)]
+    errors = [relative_error(expected, converted) for expected in (unsqueezed, called)]
     # One rounding of each weight and bias, with room for sums that cancel, and the noise of float64 itself.
     limit = 8 * torch.finfo(dtype).eps + 1e-11
     for error in errors:
@@ -177,11 +173,6 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     return max(errors)
 
 
-def _relative_error(expected: Tensor, got: Tensor) -> float:
-    expected, got = expected.double(), got.double()
-    return float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
@@ -189,16 +180,20 @@ def _run(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def _compare(expected: Any, got: Any, tolerance: float | None) -> float:
-    """Largest relative error over all tensors that two outputs hold."""
-    old, new = ([t for t in tree_leaves(out) if isinstance(t, Tensor)] for out in (expected, got))
+def compare_outputs(expected: Any, actual: Any, tolerance: float | None) -> float:
+    """Return the largest relative error over all tensors that two outputs hold.
+
+    Raises:
+        ConversionError: an error above the tolerance, by default that of `convert`, or another structure.
+    """
+    old, new = ([t for t in tree_leaves(output) if isinstance(t, Tensor)] for output in (expected, actual))
     if len(old) != len(new) or not old:
         raise ConversionError(f"the model returned {len(old)} tensors before conversion and {len(new)} after it")
     worst = 0.0
     for before, after in zip(old, new, strict=True):
         if before.shape != after.shape:
             raise ConversionError(f"an output changed its shape from {list(before.shape)} to {list(after.shape)}")
-        error = _relative_error(before, after) if before.is_floating_point() else float((before != after).any())
+        error = relative_error(before, after) if before.is_floating_point() else float((before != after).any())
         allowed = _default_tolerance(before) if tolerance is None else tolerance
         if not error <= allowed:
             raise ConversionError(

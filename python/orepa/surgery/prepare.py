@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -13,23 +13,25 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from orepa_kernels.dispatch import resolve
 
-from ..module_info import conv_arguments, count_parameters, describe, is_channels_last, walk
+from ..module_info import conv_arguments, count_owners, count_parameters, describe, is_channels_last, walk
 from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv, default_topology
 from ..modules.repvgg import RepVGGBlock
 from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
-from .consumer_graph import GRAPH, ORDER, SEQUENCE, Consumer, consumers, is_conv
-from .fold_bn import is_foldable, remainder
-from .replace import lost_in_a_new_module, replace_modules
-from .report import LayerReport, Report, attach
+from .consumer_graph import Consumer, consumers, is_conv
+from .fold_bn import is_foldable, norm_placeholder
+from .replace import customization, replace_modules
+from .report import LayerReport, Report, attach, relative_error
 
-#: what a policy says of one layer, that is a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to
-#: leave the layer alone
+#: a policy's choice for one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to leave the
+#: layer alone
 Choice: TypeAlias = str | Callable[..., Topology] | Mapping[str, Any] | None
 #: one `Choice` for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
 Policy: TypeAlias = str | Mapping[str | type[nn.Module], Choice] | Callable[[str, nn.Conv2d], Choice]
+
+Block = TypeVar("Block", OREPAConv, OfflineConv)
 
 
 def prepare(
@@ -43,18 +45,19 @@ def prepare(
 ) -> nn.Module:
     """Swap the convolutions of any model for `OREPAConv`, by a policy.
 
-    A convolution is left alone, and reported, where no norm layer follows it (paper Table 3: training diverges), where it is
-    frozen, shares its weight, is parametrized or hooked, where it or its class has a forward of its own, or where the topology
-    does not fit it. `orepa.report` tells.
+    A convolution is left alone, with the reason in `orepa.report`, where no norm layer follows it (paper Table 3: training
+    diverges), where it is frozen, shares its weight, is parametrized or hooked, where it or its class replaces the forward of
+    `nn.Conv2d`, or where the topology does not fit it.
 
     Args:
         model: any module tree, in either mode.
         policy: by default the paper's block for each kernel size (`orepa.modules.default_topology`). Otherwise a topology for
-            all; a mapping from layer names (shell patterns such as ``"layer1.*"``) or types to topologies, the first match
-            counting and layers without a match left; or a function ``(name, conv)``. In place of a topology, None leaves a
-            layer alone and a mapping gives `OREPAConv`'s keyword arguments. With ``"offline": True`` among them the layer
-            becomes an `OfflineConv`, the baseline, and the batch norm after it moves into the branches: only where a traced
-            graph (or an `nn.Sequential`) proves that it takes all of that convolution's output, and not with ``preserve``.
+            all; a mapping from layer names (shell patterns such as ``"layer1.*"``) or types to topologies, where the first
+            match counts and layers without a match are left; or a function ``(name, conv)``. In place of a topology, None
+            leaves a layer alone and a mapping gives `OREPAConv`'s keyword arguments. With ``"offline": True`` among them the
+            layer becomes an `OfflineConv`, the baseline, and the batch norm after it moves into the branches: only where a
+            traced graph (or an `nn.Sequential`) proves that it takes all of that convolution's output, and not with
+            ``preserve``.
         preserve: start from the model's weights, so that it computes the same function as before. The default policy then
             takes ``"orepa"`` where a stack of small kernels could not hold the given one.
         inplace: change ``model`` itself instead of a copy.
@@ -66,7 +69,7 @@ def prepare(
     Raises:
         TypeError: a policy of another kind, or one that gives something else.
         ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, or ``preserve`` of weights
-            that are on the meta device. ``model`` is then as it was.
+            that are on the meta device. ``model`` is then unchanged.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
@@ -75,43 +78,36 @@ def prepare(
         model = copy.deepcopy(model)
     choose = _Chooser(policy, preserve)
     before = count_parameters(model)
-    follows = consumers(model)
-    weights = _weight_owners(model)
+    follows, owners = consumers(model), count_owners(model)
     layers: list[LayerReport] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for name, conv in walk(model, (LinearBlock, RepVGGBlock)):
         if not is_conv(conv) or isinstance(conv, LinearBlock):
             continue
-        choice, reason = None, _why_not(conv, follows.get(name), weights)
+        reason, choice = _obstacle(conv, follows.get(name), owners), None
         if isinstance(conv, nn.Conv2d):
             choice = choose(name, conv)
             if choice is None:
                 reason = "the policy leaves it"
-        new: OREPAConv | OfflineConv | None = None
-        detail = ""
-        if not reason and isinstance(conv, nn.Conv2d) and choice is not None:
-            if preserve and conv.weight.is_meta:
-                raise ValueError(
-                    f"preserve=True starts from the model's weights, but {name}.weight is on the meta device"
-                )
-            try:
-                options = {"scaling": scaling, **choice}
-                if options.pop("offline", False):
-                    new, norm, detail = _build_offline(model, conv, follows[name], options, preserve)
-                    if norm is not None:
-                        replacements[norm] = remainder(norm)
-                else:
-                    new = _build(conv, {"backend": backend, **options}, preserve)
-                    detail = new.topology
-            except ValueError as misfit:
-                reason = str(misfit)
-        if new is None:
+        if reason:
             layers.append(LayerReport(name, describe(conv), "left", reason))
             continue
-        replacements[conv] = new
-        if follows[name].proof == ORDER:
+        assert isinstance(conv, nn.Conv2d) and choice is not None
+        if preserve and conv.weight.is_meta:
+            raise ValueError(f"preserve=True starts from the model's weights, but {name}.weight is on the meta device")
+        options, error = {"scaling": scaling, **choice}, None
+        try:
+            if options.pop("offline", False):
+                replacements[conv], norm, detail = _build_offline(model, conv, follows[name], options, preserve)
+                if norm is not None:
+                    replacements[norm] = norm_placeholder(norm)
+            else:
+                replacements[conv], detail, error = _build_online(conv, {"backend": backend, **options}, preserve)
+        except ValueError as misfit:
+            layers.append(LayerReport(name, describe(conv), "left", str(misfit)))
+            continue
+        if not follows[name].is_proven:
             detail += f" (norm {follows[name].norm} found by its place only)"
-        error = _relative(new, conv) if preserve and isinstance(new, OREPAConv) else None
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     choose.check_patterns()
     model = replace_modules(model, replacements)
@@ -120,7 +116,7 @@ def prepare(
 
 
 class _Chooser:
-    """A policy in any of its forms, as one function to `OREPAConv`'s keyword arguments (or None)."""
+    """A policy in any of its forms as one function that returns `OREPAConv`'s keyword arguments, or None."""
 
     def __init__(self, policy: Policy | None, preserve: bool) -> None:
         if not (policy is None or isinstance(policy, str | Mapping) or callable(policy)):
@@ -138,7 +134,7 @@ class _Chooser:
                 "leave the convolution alone"
             )
         keywords = dict(choice) if isinstance(choice, Mapping) else {"topology": choice}
-        # A name that does not exist is a mistake of the caller's, not a layer that does not fit.
+        # An unknown name is the caller's mistake, not a layer that does not fit.
         declaration(keywords.get("topology") or "plain")
         return keywords
 
@@ -163,51 +159,45 @@ class _Chooser:
             raise ValueError(f"policy: no convolution matches {', '.join(names)} (first match counts)")
 
 
-def _why_not(conv: nn.Module, consumer: Consumer | None, weights: Mapping[int, int]) -> str:
-    """The reason to leave a convolution alone, or an empty string."""
+def _obstacle(conv: nn.Module, consumer: Consumer | None, owners: Mapping[int, int]) -> str:
+    """Return the reason to leave a convolution alone, or an empty string."""
     if not isinstance(conv, nn.Conv2d) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
         return f"{type(conv).__name__}: only 2-D convolutions of known size are re-parameterised"
     if (type(conv).forward, type(conv)._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
         return f"{type(conv).__name__} computes something else than nn.Conv2d"
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized"
-    if reason := lost_in_a_new_module(conv):
+    if reason := customization(conv, backward_hooks=True):
         return reason
     if not conv.weight.requires_grad:
         return "its weight is frozen"
-    if weights[id(conv.weight)] > 1:
+    if owners[id(conv.weight)] > 1:
         return "it shares its weight with another module"
     if consumer is None:
         return "the model does not call it where it could be traced"
     return "" if consumer.norm else f"no norm follows: {consumer.problem}"
 
 
-def _weight_owners(model: nn.Module) -> dict[int, int]:
-    """How many modules own each parameter."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return owners
+def _build_online(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> tuple[OREPAConv, str, float | None]:
+    """Return the block, the report's detail, and the error of the preserved kernel.
 
-
-def _build(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> OREPAConv:
-    like: dict[str, Any] = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-    new = OREPAConv(**conv_arguments(conv), **like, **options)
-    if preserve:
-        new.load_kernel_(conv.weight.detach())
-        if new.bias is not None and conv.bias is not None:
-            with torch.no_grad():
-                new.bias.copy_(conv.bias)
-    if is_channels_last(conv.weight):
-        new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return new.train(conv.training)
+    Raises:
+        ValueError: the block does not fit, or cannot hold the kernel.
+    """
+    new = OREPAConv(**conv_arguments(conv), **_placement(conv, conv.bias is not None), **options)
+    if not preserve:
+        return _like(conv, new), new.topology, None
+    new.load_kernel_(conv.weight.detach())
+    if new.bias is not None and conv.bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(conv.bias)
+    return _like(conv, new), new.topology, relative_error(conv.weight, new.squeeze())
 
 
 def _build_offline(
     model: nn.Module, conv: nn.Conv2d, consumer: Consumer, options: Mapping[str, Any], preserve: bool
 ) -> tuple[OfflineConv, nn.Module | None, str]:
-    """The block, the norm that its branches make superfluous (if they end in norms), and what to report.
+    """Return the block, the norm that its branches replace (if they end in norms), and the report's detail.
 
     Raises:
         ValueError: the block does not fit, cannot preserve the function, or that norm cannot be proven to go with it.
@@ -215,28 +205,26 @@ def _build_offline(
     if preserve:
         raise ValueError("an offline block cannot start from the model's function (preserve=True)")
     norm = None if consumer.norm is None else model.get_submodule(consumer.norm)
-    bias = False if conv.bias is None else None  # None: only if the branches bring none
-    like: dict[str, Any] = {"bias": bias, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    settings = _placement(conv, False if conv.bias is None else None)  # None: only if the branches bring none
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        like |= {"eps": norm.eps, "momentum": norm.momentum}
-    new = OfflineConv(**conv_arguments(conv), **{**like, **options})
+        settings |= {"eps": norm.eps, "momentum": norm.momentum}
+    new = OfflineConv(**conv_arguments(conv), **{**settings, **options})
     detail = f"{new.topology} offline"
-    if new.ends_in_norms:
-        proven = consumer.direct and consumer.proof in (GRAPH, SEQUENCE)
-        if norm is None or not proven or not is_foldable(norm):
-            raise ValueError(
-                f"{detail}: norm {consumer.norm} cannot be proven to be this convolution's batch norm alone"
-            )
-        detail += f", in place of norm {consumer.norm}"
-        if isinstance(norm, nn.SyncBatchNorm):
-            new = nn.SyncBatchNorm.convert_sync_batchnorm(new, norm.process_group)
-    else:
-        norm = None
+    if not new.ends_in_norms:
+        return _like(conv, new), None, detail
+    if norm is None or not (consumer.direct and consumer.is_proven) or not is_foldable(norm):
+        raise ValueError(f"{detail}: norm {consumer.norm} cannot be proven to be this convolution's batch norm alone")
+    if isinstance(norm, nn.SyncBatchNorm):
+        new = nn.SyncBatchNorm.convert_sync_batchnorm(new, norm.process_group)
+    return _like(conv, new), norm, f"{detail}, in place of norm {consumer.norm}"
+
+
+def _placement(conv: nn.Conv2d, bias: bool | None) -> dict[str, Any]:
+    return {"bias": bias, "device": conv.weight.device, "dtype": conv.weight.dtype}
+
+
+def _like(conv: nn.Conv2d, new: Block) -> Block:
+    """Give a new block the memory format and the mode of the convolution."""
     if is_channels_last(conv.weight):
         new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return new.train(conv.training), norm, detail
-
-
-def _relative(new: OREPAConv, conv: nn.Module) -> float:
-    target = conv.get_parameter("weight").detach().double()
-    return float((new.squeeze().detach().double() - target).norm() / target.norm().clamp_min(1e-300))
+    return new.train(conv.training)

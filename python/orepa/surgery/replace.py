@@ -1,4 +1,4 @@
-"""Replacing modules in a tree, under every name that they have, by ones of the same geometry."""
+"""Replaces modules in a tree, and tells which calls a replacement would change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put new modules where old ones are, wherever a parent refers to them.
+    """Replace modules wherever a parent refers to them.
 
     Returns:
         The model, or its replacement where the model itself is replaced.
@@ -22,20 +22,20 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     return model
 
 
-def own_call(module: nn.Module) -> str:
-    """What a call of this one module does besides its class's forward, in words, or an empty string.
+def customization(module: nn.Module, *, backward_hooks: bool = False) -> str:
+    """Return what a call of this one module does besides its class's forward, in words, or an empty string.
 
-    A module put in its place would do without, and compute something else.
+    A replacement of the module would lose that.
+
+    Args:
+        module: its submodules do not count.
+        backward_hooks: whether hooks of the backward pass count, too.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which a new module would not have"
+    hooks = [module._forward_hooks, module._forward_pre_hooks]
+    if backward_hooks:
+        hooks += [module._backward_hooks, module._backward_pre_hooks]
+    if any(hooks):
+        return f"it has {'hooks' if backward_hooks else 'forward hooks'}, which a new module would not have"
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return "its forward was replaced on the instance"
     return ""
-
-
-def lost_in_a_new_module(module: nn.Module) -> str:
-    """What a module put in the place of this one would do without, in words, or an empty string: its hooks and `own_call`."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which a new module would not have"
-    return own_call(module)

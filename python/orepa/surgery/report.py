@@ -1,11 +1,15 @@
-"""What `prepare`, `convert` and `prune_branches` did to a model, layer by layer: plain data that prints as a table."""
+"""The reports of `prepare`, `convert` and `prune_branches`, layer by layer: plain data that prints as a table."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..module_info import text_table
 
 _ATTRIBUTE = "_orepa_report"
 
@@ -47,7 +51,7 @@ class Report:
     error: float | None = None
 
     def select(self, *actions: str) -> list[LayerReport]:
-        """The layers with one of these actions."""
+        """Return the layers with one of these actions."""
         return [layer for layer in self.layers if layer.action in actions]
 
     @property
@@ -66,7 +70,7 @@ class Report:
         return max((layer.error for layer in self.layers if layer.error is not None), default=0.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -74,32 +78,36 @@ class Report:
         for layer in self.layers:
             error = "" if layer.error is None else f"{layer.error:.1e}"
             rows.append((layer.name, layer.layer, layer.action, error, layer.detail))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        counts = {action: len(self.select(action)) for action in dict.fromkeys(layer.action for layer in self.layers)}
+        counts = Counter(layer.action for layer in self.layers)
         summary = ", ".join(f"{count} {action}" for action, count in counts.items()) or "no convolutions"
         before, after = self.parameters
-        lines.append(f"{self.operation}: {summary}; parameters {before:,} -> {after:,}")
+        lines = [*text_table(rows), f"{self.operation}: {summary}; parameters {before:,} -> {after:,}"]
         if self.error is not None:
             lines.append(f"whole model on the example inputs: relative error {self.error:.1e}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
-    """What the last `prepare`, `convert` or `prune_branches` did to this model.
+    """Return what the last `prepare`, `convert` or `prune_branches` did to this model.
 
     Raises:
-        ValueError: neither has been called on it.
+        ValueError: none of them has been called on it.
     """
-    found = model.__dict__.get(_ATTRIBUTE)
-    if found is None:
+    result = model.__dict__.get(_ATTRIBUTE)
+    if result is None:
         raise ValueError(
             "this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it"
         )
-    assert isinstance(found, Report)
-    return found
+    assert isinstance(result, Report)
+    return result
 
 
-def attach(model: nn.Module, found: Report) -> None:
-    """Keep a report with the model; it survives ``deepcopy`` and pickling."""
-    model.__dict__[_ATTRIBUTE] = found
+def attach(model: nn.Module, result: Report) -> None:
+    """Attach a report to the model; it survives ``deepcopy`` and pickling."""
+    model.__dict__[_ATTRIBUTE] = result
+
+
+def relative_error(expected: Tensor, actual: Tensor) -> float:
+    """Return the Frobenius norm of a difference, relative to that of ``expected``, in float64."""
+    expected, actual = expected.detach().double(), actual.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,8 +1,8 @@
-"""What a module that cannot be traced does with its children, read in its source.
+"""Reads the source of a module that cannot be traced, to tell how it uses its children.
 
-A trace of a child says what happens where the child is called. Its parent might do something else with it: call a layer of it
-alone, iterate over it, hand it to a function. So whoever wants to rely on that trace needs to know that the parent calls it and
-does nothing else with it. The reading is conservative: what it does not understand counts as "something else".
+The trace of a child says what happens where the child is called. Its parent may use it in another way: call one of its layers
+alone, iterate over it, pass it to a function. So the trace is proof only where the parent does nothing but call the child. The
+reading is conservative: whatever it does not understand counts as another use.
 """
 
 from __future__ import annotations
@@ -12,65 +12,90 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
 
-from .replace import own_call
+from .replace import customization
 
-#: what is done with a child: anything, calls of its own children alone (a container that is iterated), calls of it alone
-ANYTHING, ELEMENTS, CALLS = 0, 1, 2
 
-#: which call `module`, in code too long to be read here
+class Usage(IntEnum):
+    """How a module uses a child, from the weakest knowledge to the strongest."""
+
+    UNKNOWN = 0
+    ITERATED = 1  #: the child is a container: its children are called, nothing else
+    CALLED = 2  #: the child is called, nothing else
+
+    @property
+    def of_elements(self) -> Usage:
+        """The usage of the children of a container that is used like this."""
+        return Usage.UNKNOWN if self is Usage.UNKNOWN else Usage.CALLED
+
+
+#: call their child ``module``, in code too long to be read here
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ITERATED = {"values": (), "children": (), "items": (1,), "named_children": (1,)}
-#: torch's and timm's
-_CHECKPOINTS = {"checkpoint": CALLS, "checkpoint_seq": ELEMENTS, "checkpoint_sequential": ELEMENTS}
+#: functions of torch and timm that call their first argument
+_CHECKPOINTS = {
+    "checkpoint": Usage.CALLED,
+    **dict.fromkeys(("checkpoint_seq", "checkpoint_sequential"), Usage.ITERATED),
+}
 _HARMLESS = {"len", "isinstance", "type", "bool", "hasattr", "super", "id"}
 _HARMLESS_METHODS = {"parameters", "named_parameters", "buffers", "keys", "register_buffer", "__class__", "_get_name"}
-_DEPTH = 4  # how far to look for modules in other objects
+_DEPTH = 4  # of the search for modules in other objects
 _PLAIN = (int, float, str, bool, type(None), type, torch.dtype, torch.device, torch.Tensor)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def uses_of_children(parent: nn.Module) -> dict[str, int]:
-    """`ANYTHING`, `ELEMENTS` or `CALLS` for every child, by its name."""
+def usage_of_children(parent: nn.Module) -> dict[str, Usage]:
+    """Return how a module uses each child, by the child's name."""
     children = {name: child for name, child in parent._modules.items() if child is not None}
     if type(parent).__module__.startswith("torch._dynamo.") and "_orig_mod" in children:  # what torch.compile returns
-        return {"_orig_mod": CALLS}
-    if own_call(parent):
-        return dict.fromkeys(children, ANYTHING)
+        return {"_orig_mod": Usage.CALLED}
+    if customization(parent):
+        return dict.fromkeys(children, Usage.UNKNOWN)
     if type(parent).forward is nn.Sequential.forward:
-        return dict.fromkeys(children, CALLS)
+        return dict.fromkeys(children, Usage.CALLED)
     if isinstance(parent, _WRAPPERS):
-        return {name: CALLS if name == "module" else ANYTHING for name in children}
+        return {name: Usage.CALLED if name == "module" else Usage.UNKNOWN for name in children}
     try:
         return _Reader(parent, children).read()
-    except Exception:  # no source (compiled, scripted, typed at a prompt), or whatever a property of a child's raises
-        return dict.fromkeys(children, ANYTHING)
+    except Exception:  # no source (compiled, scripted, typed at a prompt), or an error in a child's property
+        return dict.fromkeys(children, Usage.UNKNOWN)
 
 
 class _Reader:
+    """Reads the methods of a module that a call runs."""
+
     def __init__(self, parent: nn.Module, children: dict[str, nn.Module]) -> None:
         self.parent, self.children = parent, children
-        self.uses = dict.fromkeys(children, CALLS)
-        self.waiting, self.read_already = ["__call__", "forward"], set[str]()
+        self.usages = dict.fromkeys(children, Usage.CALLED)
+        self.pending, self.done = ["__call__", "forward"], set[str]()
 
-    def read(self) -> dict[str, int]:
-        while self.waiting:
-            name = self.waiting.pop()
-            if name not in self.read_already:
-                self.read_already.add(name)
-                for kind in type(self.parent).__mro__:
-                    if kind not in (nn.Module, object) and name in vars(kind):
-                        self._read_function(vars(kind)[name])
-        return self.uses
+    def read(self) -> dict[str, Usage]:
+        while self.pending:
+            name = self.pending.pop()
+            if name not in self.done:
+                self.done.add(name)
+                for kind in self.classes_with(name):
+                    self._read_function(vars(kind)[name])
+        return self.usages
+
+    def classes_with(self, name: str) -> list[type]:
+        """Return the classes of the module, except torch's root, that define an attribute."""
+        return [kind for kind in type(self.parent).__mro__ if kind not in (nn.Module, object) and name in vars(kind)]
+
+    def limit(self, names: Sequence[str], usage: Usage) -> None:
+        """Lower what is known of some children."""
+        for name in names:
+            self.usages[name] = min(self.usages[name], usage)
 
     def _read_function(self, attribute: Any) -> None:
         if isinstance(attribute, staticmethod | classmethod):
-            return  # it has no ``self``, and what it is given counts where it is called
+            return  # it has no ``self``; its arguments count where it is called
         if not hasattr(attribute, "__get__"):
             if not _is_plain(attribute, _DEPTH):
                 raise TypeError(f"{attribute} may hold layers")
@@ -84,17 +109,13 @@ class _Reader:
             raise TypeError(f"{function} has no self")
         _Body(self, definition).read(arguments[0].arg)
 
-    def limit(self, names: Sequence[str], use: int) -> None:
-        for name in names:
-            self.uses[name] = min(self.uses[name], use)
-
 
 class _Body:
-    """One function of the parent's."""
+    """Reads one function of the parent."""
 
     def __init__(self, reader: _Reader, definition: Function) -> None:
         self.reader, self.definition = reader, definition
-        self.above = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
+        self.parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
         self.following: set[str] = set()
 
     def read(self, self_name: str) -> None:
@@ -110,105 +131,96 @@ class _Body:
                 yield node
 
     def _read_self(self, node: ast.AST) -> None:
-        reader, above = self.reader, self.above[node]
+        reader, outer = self.reader, self.parents[node]
         everything = list(reader.children)
-        if (
-            isinstance(above, ast.Call)
-            and _called(above) == "getattr"
-            and above.args[0] is node
-            and len(above.args) > 1
-        ):
-            name = above.args[1]
+        if isinstance(outer, ast.Call) and _called(outer) == "getattr" and outer.args[0] is node and outer.args[1:]:
+            name = outer.args[1]
             if not isinstance(name, ast.Constant):
-                reader.limit(everything, self._use(above, list(reader.children.values())))
+                reader.limit(everything, self._use(outer, list(reader.children.values())))
             else:
-                self._read_attribute(above, str(name.value))
-        elif isinstance(above, ast.Attribute) and not self._is_iterator(above, reader.parent):
-            if isinstance(above.ctx, ast.Load):
-                self._read_attribute(above, above.attr)
+                self._read_attribute(outer, str(name.value))
+        elif isinstance(outer, ast.Attribute) and not self._is_iterator(outer, reader.parent):
+            if isinstance(outer.ctx, ast.Load):
+                self._read_attribute(outer, outer.attr)
         else:  # ``self`` as a container of its children
-            reader.limit(everything, CALLS if self._use(node, [reader.parent]) >= ELEMENTS else ANYTHING)
+            reader.limit(everything, self._use(node, [reader.parent]).of_elements)
 
     def _read_attribute(self, node: ast.expr, name: str) -> None:
         reader = self.reader
         if name in reader.children:
             reader.limit([name], self._use(node, [reader.children[name]]))
-        elif any(name in vars(kind) for kind in type(reader.parent).__mro__ if kind not in (nn.Module, object)):
-            reader.waiting.append(name)
+        elif reader.classes_with(name):
+            reader.pending.append(name)
         elif name not in _HARMLESS_METHODS and not _is_plain(getattr(reader.parent, name, None), _DEPTH):
-            reader.limit(list(reader.children), ANYTHING)  # a list of layers, a bound method, ...
+            reader.limit(list(reader.children), Usage.UNKNOWN)  # a list of layers, a bound method, ...
 
     def _is_iterator(self, node: ast.Attribute, *objects: nn.Module) -> bool:
-        """Whether ``objects.name`` is torch's own way to iterate over them."""
+        """Return whether an attribute of the objects is torch's method to iterate over them."""
         return node.attr in _ITERATED and all(
             getattr(getattr(type(o), node.attr, None), "__module__", "").startswith("torch.nn.") for o in objects
         )
 
-    def _use(self, node: ast.AST, objects: Sequence[nn.Module]) -> int:
-        """What becomes of an expression that is one of these modules."""
-        above = self.above[node]
+    def _use(self, node: ast.AST, objects: Sequence[nn.Module]) -> Usage:
+        """Return how an expression that is one of these modules is used."""
+        outer = self.parents[node]
         elements = [child for o in objects for child in o.children()]
-        if isinstance(above, ast.Call):
-            if above.func is node:
-                return CALLS
-            if isinstance(above.func, ast.Name) and above.func.id in _HARMLESS:
-                return CALLS
-            function = above.func.attr if isinstance(above.func, ast.Attribute) else _called(above)
-            if function in _CHECKPOINTS and above.args and above.args[0] is node:
+        if isinstance(outer, ast.Call):
+            if outer.func is node or _called(outer) in _HARMLESS:
+                return Usage.CALLED
+            function = outer.func.attr if isinstance(outer.func, ast.Attribute) else _called(outer)
+            if function in _CHECKPOINTS and outer.args and outer.args[0] is node:
                 return _CHECKPOINTS[function]
-        elif isinstance(above, ast.Compare):
-            if all(isinstance(op, ast.Is | ast.IsNot | ast.In | ast.NotIn) for op in above.ops):
-                return CALLS
-        elif isinstance(above, ast.Attribute) and isinstance(above.ctx, ast.Load):
-            if above.attr == "forward":
-                return self._use(above, objects)
-            if self._is_iterator(above, *objects) and isinstance(self.above[above], ast.Call):
-                return self._use_iterated(self.above[above], _ITERATED[above.attr], elements)
-            if all(_is_plain(getattr(o, above.attr, self), _DEPTH) for o in objects):
-                return CALLS
-        elif isinstance(above, ast.Subscript) and above.value is node:
-            if isinstance(above.slice, ast.Slice):
-                return self._use_iterated(above, (), elements)
-            return ELEMENTS if self._use(above, elements) == CALLS else ANYTHING
-        elif isinstance(
-            above, ast.If | ast.IfExp | ast.While | ast.UnaryOp
-        ):  # of which a value can only be the condition
-            if node is getattr(above, "test", node):
-                return CALLS
-        elif isinstance(above, ast.Assign) and len(above.targets) == 1 and isinstance(above.targets[0], ast.Name):
-            return self._use_variable(above.targets[0].id, objects)
-        elif isinstance(above, ast.Expr):
-            return CALLS
+        elif isinstance(outer, ast.Compare):
+            if all(isinstance(op, ast.Is | ast.IsNot | ast.In | ast.NotIn) for op in outer.ops):
+                return Usage.CALLED
+        elif isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load):
+            if outer.attr == "forward":
+                return self._use(outer, objects)
+            if self._is_iterator(outer, *objects) and isinstance(self.parents[outer], ast.Call):
+                return self._use_iterated(self.parents[outer], _ITERATED[outer.attr], elements)
+            if all(_is_plain(getattr(o, outer.attr, self), _DEPTH) for o in objects):
+                return Usage.CALLED
+        elif isinstance(outer, ast.Subscript) and outer.value is node:
+            if isinstance(outer.slice, ast.Slice):
+                return self._use_iterated(outer, (), elements)
+            return Usage.ITERATED if self._use(outer, elements) == Usage.CALLED else Usage.UNKNOWN
+        elif isinstance(outer, ast.If | ast.IfExp | ast.While):
+            if outer.test is node:
+                return Usage.CALLED
+        elif isinstance(outer, ast.Assign) and len(outer.targets) == 1 and isinstance(outer.targets[0], ast.Name):
+            return self._use_variable(outer.targets[0].id, objects)
+        elif isinstance(outer, ast.Expr | ast.UnaryOp):
+            return Usage.CALLED
         return self._use_iterated(node, (), elements)
 
-    def _use_variable(self, name: str, objects: Sequence[nn.Module]) -> int:
-        if name in self.following:  # ``x = x[0]``: the reading would not end
-            return ANYTHING
+    def _use_variable(self, name: str, objects: Sequence[nn.Module]) -> Usage:
+        if name in self.following:  # ``x = x[0]`` would not end
+            return Usage.UNKNOWN
         self.following.add(name)
-        use = min((self._use(load, objects) for load in self._loads(name)), default=CALLS)
+        use = min((self._use(load, objects) for load in self._loads(name)), default=Usage.CALLED)
         self.following.discard(name)
         return use
 
-    def _use_iterated(self, node: ast.AST, path: tuple[int, ...], elements: Sequence[nn.Module]) -> int:
-        """`ELEMENTS` where a loop over an expression does nothing but call what ``path`` leads to in each of its items."""
-        above = self.above[node]
-        if isinstance(above, ast.For | ast.comprehension) and above.iter is node:
-            target: ast.expr = above.target
+    def _use_iterated(self, node: ast.AST, path: tuple[int, ...], elements: Sequence[nn.Module]) -> Usage:
+        """Return `ITERATED` where a loop over an expression only calls what ``path`` leads to in each of its items."""
+        outer = self.parents[node]
+        if isinstance(outer, ast.For | ast.comprehension) and outer.iter is node:
+            target: ast.expr = outer.target
             for index in path:
                 if not isinstance(target, ast.Tuple) or any(isinstance(e, ast.Starred) for e in target.elts):
-                    return ANYTHING
+                    return Usage.UNKNOWN
                 target = target.elts[index]
-            if isinstance(target, ast.Name) and self._use_variable(target.id, elements) == CALLS:
-                return ELEMENTS
-        elif isinstance(above, ast.Call) and node in above.args:
-            name = _called(above)
-            if name in ("reversed", "list", "tuple", "iter") and len(above.args) == 1:
-                return self._use_iterated(above, path, elements)
+            if isinstance(target, ast.Name) and self._use_variable(target.id, elements) == Usage.CALLED:
+                return Usage.ITERATED
+        elif isinstance(outer, ast.Call) and node in outer.args:
+            name = _called(outer)
+            if name in ("reversed", "list", "tuple", "iter") and len(outer.args) == 1:
+                return self._use_iterated(outer, path, elements)
             if name == "enumerate":
-                return self._use_iterated(above, (1, *path), elements)
-            if name == "zip" and not any(isinstance(a, ast.Starred) for a in above.args):
-                return self._use_iterated(above, (above.args.index(node), *path), elements)
-        return ANYTHING
+                return self._use_iterated(outer, (1, *path), elements)
+            if name == "zip" and not any(isinstance(a, ast.Starred) for a in outer.args):
+                return self._use_iterated(outer, (outer.args.index(node), *path), elements)
+        return Usage.UNKNOWN
 
 
 def _called(call: ast.expr) -> str:
@@ -216,7 +228,7 @@ def _called(call: ast.expr) -> str:
 
 
 def _is_plain(value: object, depth: int) -> bool:
-    """Whether no module can be reached from a value; False, too, where that is not seen within ``depth`` steps."""
+    """Return whether no module can be reached from a value; False also where ``depth`` steps do not show it."""
     if isinstance(value, _PLAIN):
         return True
     if isinstance(value, nn.Module) or depth == 0:

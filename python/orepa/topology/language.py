@@ -242,6 +242,16 @@ class Topology:
 
 Declaration: TypeAlias = Callable[[ConvSpec], Topology]
 
+
+def constant_declaration(topology: Topology) -> Declaration:
+    """Return the declaration that gives this topology for every convolution. It pickles where the topology does."""
+    return partial(_ignore_spec, topology)
+
+
+def _ignore_spec(topology: Topology, _spec: ConvSpec) -> Topology:
+    return topology
+
+
 # --- names --------------------------------------------------------------------------------------------------------------
 
 _REGISTRY: dict[str, Callable[..., Topology]] = {}

@@ -1,26 +1,24 @@
-"""From a declared topology to the two forms that run.
+"""Turns a declared topology into the two forms that run.
 
 `lower` resolves a linearized topology for one convolution (channels, groups, kernel size) into
 
 - the *plan*, an `orepa_kernels.Block`: the sum of terms that a backend squeezes, and
-- the *branches*, sequences of resolved layers: what the unsqueezed forward runs, layer by layer, on feature maps.
+- the *branches*, sequences of resolved layers, called stages: the unsqueezed forward runs them on feature maps.
 
-Both read the same operands, named as the parameters and buffers of the module that owns them (`orepa.modules.linear_block`).
+Both read the same operands, named as the parameters and buffers of the module that holds them (`orepa.modules.linear_block`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeGuard
-
-import torch
-from torch import Tensor
 
 from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, Term
 from orepa_kernels.plan import check_alignment
 
-from .. import topology as T
-from .language import ConvSpec, Init, Size, Topology, pair
+from . import language as lang
+from .language import Branch, ConvSpec, Init, Size, Topology, constant_declaration, pair
 
 SCALINGS = ("vector", "scalar", "none")
 
@@ -52,7 +50,7 @@ class FilterStage:
 
 @dataclass(frozen=True)
 class NestedStage:
-    """A block within a block. ``child`` is the name of the submodule that owns its parameters."""
+    """A block within a block. ``child`` is the name of the submodule that holds its parameters."""
 
     child: str
     lowered: Lowered
@@ -74,17 +72,18 @@ class ResolvedBranch:
 
 @dataclass
 class Lowered:
-    """What `lower` makes of a topology. Names carry the prefix; the owner of the parameters strips it."""
+    """The result of `lower`. ``topology`` is what was lowered, with nested blocks as constants: it pickles."""
 
     spec: ConvSpec
     prefix: str
     branches: list[ResolvedBranch] = field(default_factory=list)
     parameters: dict[str, tuple[tuple[int, ...], Init]] = field(default_factory=dict)
-    constants: dict[str, tuple[int, Size, T.Filter]] = field(default_factory=dict)
-    children: dict[str, tuple[ConvSpec, Topology]] = field(default_factory=dict)
+    constants: dict[str, tuple[int, Size, lang.Filter]] = field(default_factory=dict)
+    children: dict[str, Lowered] = field(default_factory=dict)
     scale_values: list[float] = field(default_factory=list)
     scales: Operand | None = None
     plan: Block = field(init=False)
+    topology: Topology = field(init=False)
 
 
 def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: str = "") -> Lowered:
@@ -102,16 +101,18 @@ def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: s
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     result = Lowered(spec, prefix)
+    branches: dict[str, Branch] = {}
     for name, branch in topology:
         scale = None
         if branch.scale is not None and scaling != "none":
             scale = len(result.scale_values)
             result.scale_values.append(branch.scale)
         stages = _resolve(result, name, branch, scaling)
-        height = 1 + sum(stage.kernel_size[0] - 1 for stage in stages)
-        width = 1 + sum(stage.kernel_size[1] - 1 for stage in stages)
-        check_alignment((height, width), spec.kernel_size, f"branch {name!r}")
-        result.branches.append(ResolvedBranch(name, stages, (height, width), scale))
+        size = _composed_size(stages)
+        check_alignment(size, spec.kernel_size, f"branch {name!r}")
+        result.branches.append(ResolvedBranch(name, stages, size, scale))
+        branches[name] = _with_constants(branch, stages)
+    result.topology = Topology(**branches)
     if result.scale_values:
         columns = spec.out_channels if scaling == "vector" else 1
         result.scales = Operand(f"{prefix}scales", (len(result.scale_values), columns))
@@ -120,7 +121,7 @@ def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: s
     return result
 
 
-def _resolve(result: Lowered, name: str, branch: T.Branch, scaling: str) -> tuple[Stage, ...]:
+def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[Stage, ...]:
     spec, prefix, channels = result.spec, result.prefix, result.spec.in_channels
     stages: list[Stage] = []
 
@@ -133,29 +134,28 @@ def _resolve(result: Lowered, name: str, branch: T.Branch, scaling: str) -> tupl
         out = _channels_after(layer, channels, spec)
         if out % spec.groups:
             raise ValueError(f"branch {name!r}: groups={spec.groups} must divide the {out} channels of layer {index}")
-        if isinstance(layer, T.Norm):
+        if isinstance(layer, lang.Norm):
             raise ValueError(f"branch {name!r} has a branch-wise norm: linearize the topology first")
-        if isinstance(layer, T.Nested):
+        if isinstance(layer, lang.Nested):
             child_spec = replace(
                 spec, in_channels=channels, out_channels=out, kernel_size=pair(layer.kernel_size), stride=(1, 1)
             )
-            child_topology = layer.topology(child_spec).linearize()
             child = f"{name}_{names[index]}"
-            result.children[child] = (child_spec, child_topology)
-            nested = lower(child_topology, child_spec, scaling, f"{prefix}{child}.")
+            nested = lower(layer.topology(child_spec).linearize(), child_spec, scaling, f"{prefix}{child}.")
+            result.children[child] = nested
             stages.append(NestedStage(child, nested, child_spec.kernel_size))
-        elif isinstance(layer, T.Identity):
+        elif isinstance(layer, lang.Identity):
             stages.append(FilterStage(IMPULSE, (1, 1)))
         else:
             kernel = pair(layer.kernel_size)
-            if isinstance(layer, T.Conv):
+            if isinstance(layer, lang.Conv):
                 if layer.identity and kernel != (1, 1):
                     raise ValueError(f"branch {name!r}: a convolution plus identity must be 1x1, got {kernel}")
                 weight = parameter(names[index], (out, channels // spec.groups, *kernel), layer.init)
                 stages.append(ConvStage(weight, kernel, layer.identity))
-            elif isinstance(layer, T.Depthwise):
+            elif isinstance(layer, lang.Depthwise):
                 stages.append(DepthwiseStage(parameter(names[index], (out, 1, *kernel), layer.init), kernel))
-            elif isinstance(layer, T.AvgPool):
+            elif isinstance(layer, lang.AvgPool):
                 stages.append(FilterStage(Average(kernel), kernel))
             else:
                 constant = f"{name}_{names[index]}"
@@ -173,25 +173,37 @@ def _resolve(result: Lowered, name: str, branch: T.Branch, scaling: str) -> tupl
     return tuple(stages)
 
 
-def _channels_after(layer: T.Layer, channels: int, spec: ConvSpec) -> int:
-    if isinstance(layer, T.Conv | T.Nested):
+def _with_constants(branch: Branch, stages: tuple[Stage, ...]) -> Branch:
+    """Replace the declarations of nested blocks by their results."""
+
+    def replaced(layer: lang.Layer, stage: Stage) -> lang.Layer:
+        if not isinstance(stage, NestedStage):
+            return layer
+        block = stage.lowered
+        return lang.Nested(constant_declaration(block.topology), block.spec.kernel_size, block.spec.out_channels)
+
+    return Branch(*map(replaced, branch.layers, stages), scale=branch.scale)
+
+
+def _channels_after(layer: lang.Layer, channels: int, spec: ConvSpec) -> int:
+    if isinstance(layer, lang.Conv | lang.Nested):
         return spec.out_channels if layer.out_channels is None else layer.out_channels
-    return channels * layer.expand if isinstance(layer, T.Depthwise) else channels
+    return channels * layer.expand if isinstance(layer, lang.Depthwise) else channels
 
 
-def _suffixes(layers: tuple[T.Layer, ...]) -> list[str]:
-    """What each layer's parameter is called: the names of the field where there is one, numbers otherwise."""
-    convs = sum(isinstance(layer, T.Conv) for layer in layers)
+def _suffixes(layers: tuple[lang.Layer, ...]) -> list[str]:
+    """Name each layer's parameter: by the field's name where there is one, by a number otherwise."""
+    convs = sum(isinstance(layer, lang.Conv) for layer in layers)
     suffixes: list[str] = []
-    counts = dict.fromkeys((T.Conv, T.Depthwise, T.Filter, T.Nested), 0)
+    counts = dict.fromkeys((lang.Conv, lang.Depthwise, lang.Filter, lang.Nested), 0)
     for layer in layers:
         kind = type(layer)
         counts[kind] = counts.get(kind, 0) + 1
-        if isinstance(layer, T.Conv) and suffixes and suffixes[-1] == "depthwise" and convs == 1:
+        if isinstance(layer, lang.Conv) and suffixes and suffixes[-1] == "depthwise" and convs == 1:
             suffixes.append("pointwise")
-        elif isinstance(layer, T.Conv):
+        elif isinstance(layer, lang.Conv):
             suffixes.append("weight" if convs == 1 else f"conv{counts[kind]}")
-        elif isinstance(layer, T.Nested):
+        elif isinstance(layer, lang.Nested):
             suffixes.append(f"block{counts[kind]}")
         else:
             suffixes.append(kind.__name__.lower() + (str(counts[kind]) if counts[kind] > 1 else ""))
@@ -206,7 +218,7 @@ def _block(terms: tuple[Term, ...], spec: ConvSpec, scales: Operand | None = Non
 
 
 def _term(stages: tuple[Stage, ...], spec: ConvSpec, scale: int | None = None) -> Term:
-    """The term that a sequence of stages is: one of the four fused forms where it matches, else a fold from the left."""
+    """Return a sequence of stages as a term: one of the four fused forms where it matches, else a fold from the left."""
     first, last = stages[0], stages[-1]
     if len(stages) == 1:
         if isinstance(first, ConvStage) and not first.identity:
@@ -226,7 +238,7 @@ def _term(stages: tuple[Stage, ...], spec: ConvSpec, scale: int | None = None) -
         if isinstance(first, ConvStage) and first.identity:
             middle = replace(spec, in_channels=first.weight.shape[0])
             return Composed(first.weight, _factor((last,), middle), True, scale)
-    middle_channels = _channels_out(stages[:-1], spec.in_channels)
+    middle_channels = channels_out(stages[:-1], spec.in_channels)
     head = _factor(stages[:-1], replace(spec, out_channels=middle_channels))
     tail = _factor(stages[-1:], replace(spec, in_channels=middle_channels))
     return Composed(head, tail, False, scale)
@@ -237,10 +249,9 @@ def _is_pointwise(stage: Stage) -> TypeGuard[ConvStage]:
 
 
 def _factor(stages: tuple[Stage, ...], spec: ConvSpec) -> Operand | Block:
-    """A factor of a composition: the operand itself where it is one, else a nested block."""
+    """Return a factor of a composition: an operand where one is enough, else a nested block."""
     stage = stages[0]
-    size = (1 + sum(s.kernel_size[0] - 1 for s in stages), 1 + sum(s.kernel_size[1] - 1 for s in stages))
-    spec = replace(spec, kernel_size=size, stride=(1, 1))
+    spec = replace(spec, kernel_size=_composed_size(stages), stride=(1, 1))
     if len(stages) == 1 and isinstance(stage, NestedStage):
         return stage.lowered.plan
     if len(stages) == 1 and isinstance(stage, ConvStage):
@@ -250,15 +261,16 @@ def _factor(stages: tuple[Stage, ...], spec: ConvSpec) -> Operand | Block:
     return _block((_term(stages, spec),), spec)
 
 
-def _channels_out(stages: tuple[Stage, ...], channels: int) -> int:
+def _composed_size(stages: Sequence[Stage]) -> Size:
+    """Return the kernel size of stages in sequence."""
+    return 1 + sum(s.kernel_size[0] - 1 for s in stages), 1 + sum(s.kernel_size[1] - 1 for s in stages)
+
+
+def channels_out(stages: Sequence[Stage], channels: int) -> int:
+    """Return the number of channels after stages that get ``channels``."""
     for stage in stages:
         if isinstance(stage, ConvStage | DepthwiseStage):
             channels = stage.weight.shape[0]
         elif isinstance(stage, NestedStage):
             channels = stage.lowered.spec.out_channels
     return channels
-
-
-def constant_values(channels: int, kernel_size: Size, layer: T.Filter, dtype: torch.dtype) -> Tensor:
-    """The values of a fixed filter, in float32 at least: a half-precision model keeps its constants exact."""
-    return layer.values(channels, kernel_size).to(torch.promote_types(dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The kernel that eval mode keeps is never a stale one: not after writes that nothing counts, nor among threads."""
+"""The kernel that eval mode caches is never a stale one: not after writes that nothing counts, nor among threads."""
 
 import contextlib
 import subprocess
@@ -102,7 +102,7 @@ def test_a_forward_to_be_trained_through_drops_the_kernel(compiles, x):
     forward = torch.compile(conv, fullgraph=True, backend="eager") if compiles else conv
     for _ in range(2):
         assert_fresh(conv, x)
-        assert conv._kept is not None
+        assert conv._cached is not None
         forward(x).sum().backward()
         scale(conv)
         assert_fresh(conv, x)
@@ -123,9 +123,9 @@ def test_a_frozen_block_keeps_its_kernel_where_gradients_pass_through_it(x):
     conv = make().requires_grad_(False)
     with torch.no_grad():
         conv(x)
-    kept = conv._kept
+    cached = conv._cached
     conv(x.clone().requires_grad_()).sum().backward()
-    assert kept is not None and conv._kept is kept
+    assert cached is not None and conv._cached is cached
 
 
 def test_loading_clears(x):
@@ -140,8 +140,8 @@ def test_loading_clears(x):
 def test_a_write_while_the_kernel_is_squeezed(x, monkeypatch):
     conv, real = make(), OREPAConv._squeeze
 
-    def interrupted(self, *arguments):
-        kernel = real(self, *arguments)
+    def interrupted(self, *arguments, **keywords):
+        kernel = real(self, *arguments, **keywords)
         self.scales.mul_(2)  # another thread's
         return kernel
 
@@ -172,7 +172,7 @@ for reshard in (True, False):
         with torch.no_grad():
             for _ in range(4):
                 model(x)
-                assert all(part[0]._kept is None for part in model), (reshard, size)
+                assert all(part[0]._cached is None for part in model), (reshard, size)
                 for parameter in model.parameters():
                     parameter.mul_(1.1)
                 y = model(x)
@@ -183,7 +183,7 @@ os._exit(0)  # threads of gloo's that outlive the group abort the interpreter's 
 """
 
 
-def test_nothing_is_kept_under_fsdp2():
+def test_nothing_is_cached_under_fsdp2():
     """Between forwards its parameters are freed; in the next they are the same objects, of the same version."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -195,7 +195,7 @@ def test_nothing_is_kept_under_fsdp2():
 
 
 def test_another_thread_clears_or_replaces_the_kernel_in_between(x, monkeypatch):
-    conv, real = make(), cache.KeptKernel.is_current
+    conv, real = make(), cache.CachedKernel.is_current
     with torch.no_grad():
         y = conv(x)
 
@@ -213,7 +213,7 @@ def test_another_thread_clears_or_replaces_the_kernel_in_between(x, monkeypatch)
 
         for meanwhile in (cleared, replaced):
             conv(x)
-            monkeypatch.setattr(cache.KeptKernel, "is_current", meanwhile)
+            monkeypatch.setattr(cache.CachedKernel, "is_current", meanwhile)
             assert torch.equal(conv(x), y)
             monkeypatch.undo()
 
@@ -240,12 +240,12 @@ def test_threads_with_and_without_autocast(x):
     assert not wrong
 
 
-def test_float64_is_kept_under_autocast(x):
+def test_float64_is_cached_under_autocast(x):
     conv = make(dtype=torch.float64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         conv(x.double())
-        kept = conv._kept
-        assert conv(x.double()).dtype == torch.float64 and conv._kept is kept is not None
+        cached = conv._cached
+        assert conv(x.double()).dtype == torch.float64 and conv._cached is cached is not None
 
 
 def test_a_replica_squeezes_its_own_parameters(x):
@@ -253,28 +253,28 @@ def test_a_replica_squeezes_its_own_parameters(x):
     conv = make()
     with torch.no_grad():
         conv(x)
-        kept, replica = conv._kept, conv._replicate_for_data_parallel()
+        cached, replica = conv._cached, conv._replicate_for_data_parallel()
         for name, parameter in conv.named_parameters():
             setattr(replica, name, parameter * 2)
         torch.testing.assert_close(replica(x), replica.forward_branches(x), rtol=1e-4, atol=1e-4)
-    assert replica._kept is None and conv._kept is kept is not None
+    assert replica._cached is None and conv._cached is cached is not None
 
 
-def test_a_kept_kernel_follows_the_settings_of_the_squeeze(x):
+def test_a_cached_kernel_follows_the_settings_of_the_squeeze(x):
     conv, precision = make(), torch.get_float32_matmul_precision()
     with torch.no_grad():
         conv(x)
-        kept = [conv._kept]
+        cached = [conv._cached]
         conv.backend = "reference"
         conv(x)
-        kept.append(conv._kept)
+        cached.append(conv._cached)
         try:
             torch.set_float32_matmul_precision("medium")
             conv(x)
         finally:
             torch.set_float32_matmul_precision(precision)
-        kept.append(conv._kept)
-    assert None not in kept and len(set(map(id, kept))) == 3
+        cached.append(conv._cached)
+    assert None not in cached and len(set(map(id, cached))) == 3
 
 
 @pytest.fixture
@@ -293,13 +293,13 @@ def test_a_graph_that_is_captured_squeezes_for_itself(x, gpu):
     with torch.no_grad():
         gpu["captures"] = True
         kernel = conv._kernel(x)
-        assert conv._kept is None
+        assert conv._cached is None
         gpu["captures"] = False
         outside = conv._kernel(x)
-        kept = conv._kept
+        cached = conv._cached
         gpu["captures"] = True
         inside = conv._kernel(x)
-        assert conv._kept is kept is not None and conv._kernel(x) is not outside
+        assert conv._cached is cached is not None and conv._kernel(x) is not outside
     assert torch.equal(kernel, outside) and torch.equal(inside, outside)
 
 
@@ -392,7 +392,7 @@ def test_weights_that_hooks_compute_are_refused_by_name():
     torch.testing.assert_close(conv.to_conv2d()(x), conv(x))
 
 
-def test_parametrized_weights_work_and_are_never_kept(x):
+def test_parametrized_weights_work_and_are_never_cached(x):
     conv = make()
     nn.utils.parametrizations.weight_norm(conv, "origin_weight")
     assert_fresh(conv, x)
