@@ -1,9 +1,9 @@
 """OREPA: train re-parameterised networks at almost the price of the plain ones (CVPR 2022).
 
 `OREPAConv` is a drop-in for `torch.nn.Conv2d`; `prepare` swaps it into any model, `convert` turns the trained model back
-into plain convolutions, `report` tells what either did. `analyze` measures what the branches contribute, `prune_branches`
-takes out those that the kernels can do without. `orepa.models` registers models with timm; `load_official` loads
-the authors' checkpoints into them.
+into plain convolutions, `report` shows the changes. `analyze` measures what the branches contribute, `prune_branches`
+removes those that the kernels can do without. `orepa.models` registers models with timm; `load_official` loads the authors'
+checkpoints into them.
 """
 
 from orepa_kernels import BackendError, __version__

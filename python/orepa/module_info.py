@@ -40,14 +40,7 @@ def conv_arguments(conv: nn.Module) -> dict[str, Any]:
 
 
 def conv2d_like(conv: nn.Module, weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Conv2d:
-    """Build an `nn.Conv2d` with the geometry and the mode of another convolution.
-
-    Args:
-        conv: with the attributes of an `nn.Conv2d`.
-        weight: ``[O, I/g, kh, kw]``; it is not copied.
-        bias: ``[O]``, not copied, or None.
-        trainable: whether both require gradients.
-    """
+    """Build an `nn.Conv2d` with the geometry and the mode of another convolution around given tensors, not copied."""
     result = nn.Conv2d(**conv_arguments(conv), bias=bias is not None, device="meta")
     result.weight = nn.Parameter(weight, requires_grad=trainable)
     if bias is not None:

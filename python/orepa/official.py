@@ -1,4 +1,4 @@
-"""The authors' checkpoints, read exactly. Imports timm only when a whole model is loaded."""
+"""Loads the authors' checkpoints exactly. Imports timm only for a whole model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .modules.official_blocks import block_from_official as block_from_official
 def load_official(source: Mapping[str, Any] | str | os.PathLike[str], arch: str, *, backend: str = "auto") -> nn.Module:
     """Load a checkpoint of the authors into the model of the same name here (`orepa.models`), exactly.
 
-    Outputs, gradients and running statistics are theirs, to about 1e-8 relative per block in float64; see
-    `block_from_official`. Files are read without running any code that they hold.
+    Outputs, gradients and running statistics agree with theirs, to about 1e-8 relative per block in float64; see
+    `block_from_official`. Files are read without running code from them.
 
     Args:
-        source: a file, or what it holds: a state dict with their keys, within ``{"state_dict": ...}`` or not, with the prefix
+        source: a file, or its content: a state dict with their keys, within ``{"state_dict": ...}`` or not, with the prefix
             ``module.`` or not. It is copied.
         arch: the model, as `timm.create_model` or the authors call it: ``"orepa_resnet18"``, ``"resnet18"``, ``"ResNet-18"``.
         backend: of every `OREPAConv`.
@@ -29,7 +29,7 @@ def load_official(source: Mapping[str, Any] | str | os.PathLike[str], arch: str,
     Raises:
         ImportError: without timm, the extra ``models``.
         OSError: the file cannot be read.
-        TypeError: ``source`` is neither.
+        TypeError: ``source`` is neither a file nor a mapping.
         ValueError: an unknown ``arch``, a file that is no checkpoint, or a checkpoint of something else; the message names the
             first missing and unexpected keys and, where a tensor has another shape, both shapes.
     """

@@ -179,8 +179,11 @@ def test_sizes_that_have_no_centre():
         torch.testing.assert_close(block(x), block.to_conv2d()(x), rtol=1e-10, atol=1e-10)
 
 
+pad = orepa.modules.offline_conv.pad
+
+
 def with_zeros(x, margins, mode="zeros", value=None):
-    return orepa.modules.offline_conv.pad(x, margins, mode)
+    return pad(x, margins, mode)
 
 
 @pytest.mark.parametrize(("topology", "padding"), [("dbb", 1), ("dbb", 2), ("norm first", 1), ("stack", 3)])

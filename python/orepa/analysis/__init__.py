@@ -1,4 +1,4 @@
-"""What the branches of a trained model do: their similarity, their scales, their part in the squeezed kernel."""
+"""Measures the branches of a trained model: their similarity, their scales, their part in the squeezed kernel."""
 
 from .measure import Analysis, BranchAnalysis, LayerAnalysis, ScaleStatistics, analyze
 

@@ -134,24 +134,18 @@ def analyze(model: nn.Module, tolerance: float = 1e-3) -> Analysis:
 
 
 def check_tolerance(tolerance: float) -> None:
-    """Raise unless a tolerance can bound a relative change.
-
-    Raises:
-        ValueError: negative, or no number.
-    """
+    """Raise ValueError for a tolerance that is negative or no number."""
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number from 0 on, got {tolerance!r}")
 
 
 def _layers(model: nn.Module, tolerance: float) -> Iterator[LayerAnalysis]:
     for name, conv in walk(model, (LinearBlock,)):
-        if not isinstance(conv, OREPAConv):
-            continue
-        for path, block in conv.named_modules(prefix=name):
-            if block is conv:
-                yield _measure(path, describe(conv), conv.topology, conv, tolerance)
-            elif isinstance(block, LinearBlock):
-                yield _measure(path, describe(block._lowered.spec), conv.topology, block, None)
+        if isinstance(conv, OREPAConv):
+            yield _measure(name, describe(conv), conv.topology, conv, tolerance)
+            for path, block in conv.named_modules(prefix=name):
+                if isinstance(block, LinearBlock) and block is not conv:
+                    yield _measure(path, describe(block._lowered.spec), conv.topology, block, None)
 
 
 def _measure(name: str, geometry: str, topology: str, block: LinearBlock, tolerance: float | None) -> LayerAnalysis:
@@ -186,17 +180,10 @@ def branch_names(block: LinearBlock) -> list[str]:
 
 @torch.no_grad()
 def branch_kernels(block: LinearBlock, name: str = "the block") -> list[Tensor]:
-    """Return the effective kernels of a block: each branch squeezed, scaled and centre-aligned, in float64 on the CPU.
-
-    Args:
-        block: its branches sum to `LinearBlock.plan`'s kernel.
-        name: for errors.
-
-    Returns:
-        One ``[O, I/g, kh, kw]`` per branch, in the order of `branch_names`.
+    """Return each branch squeezed, scaled and centre-aligned: ``[O, I/g, kh, kw]`` in float64 on the CPU.
 
     Raises:
-        ValueError: parameters that are not finite, or on the meta device.
+        ValueError: parameters that are not finite, or on the meta device; the message has the block's ``name``.
     """
     plan, operands = block.plan, block.operands()
     if any(tensor.is_meta for tensor in operands):
@@ -229,15 +216,8 @@ def relative(part: float, total: float) -> float | None:
 def select_prunable(kernels: Sequence[Tensor], tolerance: float) -> list[int]:
     """Select branches that can go together: greedily, smallest norm first, while the loss stays within the tolerance.
 
-    The loss is the norm of the sum of the selected kernels, so that small branches cannot add up beyond the tolerance. One
-    branch always stays; of branches of equal norm, the one declared later goes first.
-
-    Args:
-        kernels: of the branches, as `branch_kernels` gives them.
-        tolerance: of the loss (Frobenius norm), relative to the sum of all kernels.
-
-    Returns:
-        Indices, in the order in which they were selected.
+    The loss is the Frobenius norm of the sum of the selected kernels, relative to that of all kernels, so that small branches
+    cannot add up beyond the tolerance. One branch always stays; of branches of equal norm, the one declared later goes first.
     """
     # Infinity allows everything, of a kernel of norm zero as well.
     limit = math.inf if math.isinf(tolerance) else tolerance * float(sum_kernels(kernels).norm())

@@ -1,4 +1,4 @@
-"""An analysis as one picture: similarity of some layers' branches, and scales and norms over the depth of the model."""
+"""Draws an analysis: the similarity of some layers' branches, and scales and norms over the depth of the model."""
 
 from __future__ import annotations
 
@@ -45,29 +45,26 @@ def draw(analysis: Analysis, title: str) -> bytes:
         number, first = names.index(name), next(line for line in lines if line[0] == name)
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^vD"[number // 10 % 5], "markersize": 4}
         style["label"] = name if first == (name, topology) else None
-        found = [
-            (place, branch)
-            for place, layer in enumerate(analysis.layers)
-            for branch in layer.branches
-            if (branch.name, layer.topology) == (name, topology)
-        ]
-        _scales(scales, [(place, branch.scale) for place, branch in found if branch.scale is not None], style)
+        of_topology = [(place, layer) for place, layer in enumerate(analysis.layers) if layer.topology == topology]
+        points = [(place, b) for place, layer in of_topology for b in layer.branches if b.name == name]
+        _scales(scales, [(place, branch.scale) for place, branch in points if branch.scale is not None], style)
         # The axis is logarithmic: zeros have no place on it.
-        norms.plot(*_columns([(place, b.relative_norm) for place, b in found if b.relative_norm]), **style)
+        norms.plot(*_columns([(place, b.relative_norm) for place, b in points if b.relative_norm]), **style)
     scales.set(title="scales: median, quartiles shaded, extremes dotted")
     norms.set(title="effective kernel norm, relative to the squeezed kernel", yscale="log")
     for axes in (scales, norms):
-        axes.set_xticks(*_ticks(analysis.layers), rotation=90, fontsize="small")
+        places = range(0, len(analysis.layers), math.ceil(len(analysis.layers) / _NAMED_LAYERS))
+        axes.set_xticks(places, [analysis.layers[place].name for place in places], rotation=90, fontsize="small")
         axes.grid(True, alpha=0.2)
     norms.legend(fontsize="small", title="branch", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{title}: branches of {len(analysis.layers)} OREPA blocks")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    return drawn.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
 
 
 def pick(layers: Sequence[LayerAnalysis]) -> list[LayerAnalysis]:
-    """A handful of layers to show, evenly spaced among those with the most branches; none where all have one branch."""
+    """Pick some layers, evenly spaced among those with the most branches; none where all have one branch."""
     most = max((len(layer.branches) for layer in layers), default=0)
     richest = [layer for layer in layers if len(layer.branches) == most] if most > 1 else []
     count = min(len(richest), _HEAT_MAPS)
@@ -89,10 +86,10 @@ def _heat_map(axes: Any, layer: LayerAnalysis) -> Any:
     return image
 
 
-def _scales(axes: Any, found: Sequence[tuple[int, ScaleStatistics]], style: dict[str, Any]) -> None:
-    if not found:
+def _scales(axes: Any, points: Sequence[tuple[int, ScaleStatistics]], style: dict[str, Any]) -> None:
+    if not points:
         return
-    places, scales = _columns(found)
+    places, scales = _columns(points)
     low, middle, high = zip(*(scale.quartiles for scale in scales), strict=True)
     axes.plot(places, middle, **style)
     axes.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -102,9 +99,3 @@ def _scales(axes: Any, found: Sequence[tuple[int, ScaleStatistics]], style: dict
 
 def _columns(rows: Sequence[tuple[int, Any]]) -> tuple[list[int], list[Any]]:
     return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _ticks(layers: Sequence[LayerAnalysis]) -> tuple[list[int], list[str]]:
-    step = math.ceil(len(layers) / _NAMED_LAYERS)
-    places = list(range(0, len(layers), step))
-    return places, [layers[x].name for x in places]

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, whole models: into ours, exactly, or into timm's plain ones."""
+"""Loads whole checkpoints of the authors: into our models, exactly, or into timm's plain ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..module_info import walk
-from ..modules.official_blocks import Entries, check_tensors, key_problems, translate
+from ..modules.official_blocks import Entries, check_tensors, key_problems, load_translated
 from ..modules.repvgg import RepVGGBlock
 from ..surgery.convert import compare_outputs, convert
 from .key_map import official_entries
@@ -25,11 +25,7 @@ def load_official(source: Mapping[str, Any] | str | os.PathLike[str], arch: str,
     model = create_on_meta(name, num_classes=_classes(state), backend=backend)
     entries = official_entries(model)
     _check(state, entries, model, name)
-    ours = {key: tensor.detach().clone() for key, tensor in translate(entries, state).items()}
-    for key, value in model.state_dict().items():
-        if key not in ours:  # the optional num_batches_tracked
-            ours[key] = torch.zeros_like(value, device=next(iter(ours.values())).device)
-    model.load_state_dict(ours, assign=True)
+    load_translated(model, entries, state)
     return model
 
 
@@ -38,18 +34,13 @@ def plain_from_official(
 ) -> nn.Module:
     """Load a checkpoint of the authors and convert it to timm's plain model, verified.
 
-    Norms are not folded (and the branches of RepVGG stay three), so that the state dict is that of
+    Norms are not folded (and the branches of RepVGG stay apart), so that the state dict is that of
     ``timm.create_model("resnet18")``.
 
-    Args:
-        source, arch, backend: as for `load_official`.
+    Arguments and errors are those of `load_official`; ConversionError says that the model is not the same function.
 
     Returns:
         timm's model in eval mode.
-
-    Raises:
-        ConversionError: the converted model is not the same function.
-        ImportError, OSError, TypeError, ValueError: as `load_official`.
     """
     _, spec = spec_of(arch)
     model = load_official(source, arch, backend=backend).eval()
@@ -85,7 +76,7 @@ def _read(path: object) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch.load lets through whatever the bytes provoke in zip and pickle readers
+    except Exception as error:  # zip and pickle readers may raise anything
         raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: damaged, or not a PyTorch file") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{os.fspath(path)} is no checkpoint of the authors: it holds {_kind(content)}, no state dict")
@@ -96,7 +87,7 @@ def _read(path: object) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors by their names, without the wrapper and the prefix of `torch.nn.DataParallel`."""
+    """Return the tensors by their names, without the wrapper and the prefix of `torch.nn.DataParallel`."""
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping):
         raise ValueError(f"no checkpoint of the authors: its state_dict is {_kind(state)}")
@@ -116,7 +107,7 @@ def _classes(state: Mapping[str, Tensor], key: str = "linear.weight") -> int:
 
 
 def _check(state: Mapping[str, Tensor], entries: Entries, model: nn.Module, name: str) -> None:
-    """Raises ValueError for keys, shapes, devices or dtypes that do not fit."""
+    """Raise ValueError for keys, shapes, devices or dtypes that do not fit."""
     deployed = next((key for key in state if "_reparam." in key), None)
     if deployed is not None:
         raise ValueError(f"the checkpoint is deployed already ({deployed!r}): plain convolutions, nothing to convert")

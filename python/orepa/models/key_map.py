@@ -1,4 +1,4 @@
-"""Key maps of the authors' checkpoints: their key of every tensor of a registered model."""
+"""Maps the keys of the authors' checkpoints to those of the registered models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from ..modules.linear_block import LinearBlock
 from ..modules.official_blocks import (
     Entries,
     Entry,
-    deep_stem_entries,
+    conv_entries,
     key_problems,
     norm_entries,
-    orepa_entries,
-    rep1x1_entries,
     repvgg_entries,
     translate,
     under,
@@ -28,7 +26,7 @@ CHECKPOINTS_URL = "https://github.com/JUGGHM/OREPA_CVPR2022"
 
 
 def official_filter(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """timm's ``pretrained_filter_fn``: the authors' tensors under our names, another state dict as it is.
+    """Return the authors' tensors under our names, another state dict as it is: timm's ``pretrained_filter_fn``.
 
     Shapes are left to timm, which drops a classifier of another size.
 
@@ -44,7 +42,7 @@ def official_filter(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[st
     return translate(entries, state)
 
 
-#: our convolutions (RepVGG: blocks), the norm after each, and what they call the two together
+#: our convolutions (RepVGG: blocks), the norm after each, and their name for the two together
 _NAMES = (
     (r"conv1", "bn1", "stage0.conv1"),
     (r"layer(\d+)\.(\d+)\.conv(\d+)", r"layer\1.\2.bn\3", r"stage\1.\2.conv\3"),
@@ -55,17 +53,17 @@ _NAMES = (
 
 
 def official_entries(model: nn.Module) -> Entries:
-    """Their key of every tensor of one of the registered models, and the map of its values."""
+    """Return the entry of every tensor of one of the registered models."""
     result: Entries = {}
     for module, ours, norm, theirs in _blocks(model):
         if isinstance(module, RepVGGBlock):
             result |= under(f"{theirs}.", f"{ours}.", repvgg_entries(module.identity_bn is not None))
             continue
         if isinstance(module, OREPAConv):
-            own, start = _block_entries(module), f"{theirs}."
+            stages = module.kernel_size[0] // 2
+            result |= under(f"{theirs}.", f"{ours}.", conv_entries(module.topology, module.groups, stages))
         else:  # a shortcut that stays a convolution
-            own, start = {"weight": Entry("weight")}, f"{theirs}.conv."
-        result |= under(start, f"{ours}.", own)
+            result[f"{theirs}.conv.weight"] = Entry(f"{ours}.weight")
         result |= norm_entries(f"{theirs}.bn", norm)
     head = "head.fc" if hasattr(model, "head") else "fc"
     return result | {f"linear.{kind}": Entry(f"{head}.{kind}") for kind in ("weight", "bias")}
@@ -78,11 +76,3 @@ def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
                 match = re.fullmatch(pattern, name)
                 if match:
                     yield module, name, match.expand(norm), match.expand(theirs)
-
-
-def _block_entries(conv: OREPAConv) -> Entries:
-    if conv.topology == "rep1x1":
-        return rep1x1_entries()
-    if conv.topology == "deep_stem":
-        return deep_stem_entries(conv.kernel_size[0] // 2)
-    return orepa_entries(conv.groups)

@@ -1,4 +1,4 @@
-"""The registered models: timm's plain ones with their convolutions swapped by `orepa.prepare`."""
+"""Registers models with timm: its plain ones with their convolutions swapped by `orepa.prepare`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def spec_of(arch: str) -> tuple[str, ModelSpec]:
-    """The registered name and the facts of a model.
+    """Return the registered name and the `ModelSpec` of a model.
 
     Args:
         arch: the registered name, with or without ``orepa_``, or the authors' name, such as ``"ResNet-18"``.
@@ -90,7 +90,7 @@ def spec_of(arch: str) -> tuple[str, ModelSpec]:
 
 
 def create_on_meta(name: str, **arguments: Any) -> nn.Module:
-    """`timm.create_model` without storage: nothing is allocated, and no random number drawn."""
+    """Call `timm.create_model` on the meta device: nothing is allocated, and no random number drawn."""
     with torch.device("meta"):
         model = timm.create_model(name, **arguments)
     assert isinstance(model, nn.Module)
@@ -98,7 +98,7 @@ def create_on_meta(name: str, **arguments: Any) -> nn.Module:
 
 
 def parameter_counts(name: str) -> tuple[int, int]:
-    """Number of parameters in training, and after `orepa.convert` with every norm folded."""
+    """Return the number of parameters in training, and after `orepa.convert` with every norm folded."""
     model = create_on_meta(name)
     deployed = 0
     for _, module in walk(model, (LinearBlock, RepVGGBlock)):
@@ -115,24 +115,19 @@ def parameter_counts(name: str) -> tuple[int, int]:
 
 
 def _build(
-    spec: ModelSpec,
-    *,
-    topology: str | Callable[..., Topology] | None,
-    scaling: str,
-    backend: str,
-    **arguments: Any,
+    spec: ModelSpec, topology: str | Callable[..., Topology] | None, options: dict[str, Any], **arguments: Any
 ) -> nn.Module:
-    """timm's plain model with re-parameterised convolutions."""
+    """Build timm's plain model with re-parameterised convolutions; ``options`` are those of the blocks."""
     model = timm.create_model(spec.plain, **{**spec.defaults, **arguments})
     if spec.is_repvgg:
-        return _swap_repvgg_blocks(model, "repvgg_dense" if topology is None else topology, scaling, backend)
+        return _swap_repvgg_blocks(model, {"topology": "repvgg_dense" if topology is None else topology, **options})
 
     def choose(name: str, conv: nn.Conv2d) -> Choice:
         if spec.keeps_shortcuts and ".downsample." in name:
             return None
         return default_topology((conv.kernel_size[0], conv.kernel_size[1])) if topology is None else topology
 
-    return prepare(model, choose, inplace=True, scaling=scaling, backend=backend)
+    return prepare(model, choose, inplace=True, **options)
 
 
 _REPVGG_PAIRS = {
@@ -143,9 +138,7 @@ _REPVGG_PAIRS = {
 }
 
 
-def _swap_repvgg_blocks(
-    model: nn.Module, topology: str | Callable[..., Topology], scaling: str, backend: str
-) -> nn.Module:
+def _swap_repvgg_blocks(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     before, layers = count_parameters(model), []
     blocks: dict[nn.Module, nn.Module] = {}
     for name, block in walk(model, (RepVggBlock,)):
@@ -153,15 +146,8 @@ def _swap_repvgg_blocks(
             continue
         _check_repvgg_block(name, block)
         conv = block.conv_kxk.conv
-        new = RepVGGBlock(
-            **conv_arguments(conv),
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-            act=block.act,
-            topology=topology,
-            scaling=scaling,
-            backend=backend,
-        )
+        placement = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        new = RepVGGBlock(**conv_arguments(conv), **placement, act=block.act, **options)
         for ours, theirs in _REPVGG_PAIRS.items():
             norm = getattr(new, ours)
             if isinstance(norm, nn.BatchNorm2d):
@@ -175,7 +161,7 @@ def _swap_repvgg_blocks(
 
 
 def _check_repvgg_block(name: str, block: nn.Module) -> None:
-    """Raises ValueError for what timm's block can hold and `RepVGGBlock` cannot."""
+    """Raise ValueError for what timm's block can have and `RepVGGBlock` cannot."""
     if block.reparam_conv is not None:
         raise ValueError(f"{name}: the model is built for inference (inference_mode); an OREPA block has to be trained")
     extras = {"attn_layer": block.attn, "drop_path_rate": block.drop_path, "drop_block_rate": block.conv_kxk.bn.drop}
@@ -234,7 +220,7 @@ class WideResNet(ResNet):
 
 
 def wide_resnet18_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Plain ResNet-18 with twice the width everywhere; timm has none."""
+    """Build a plain ResNet-18 with twice the width everywhere; timm has none."""
     arguments = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
     _refuse_missing_weights("wide_resnet18_2", pretrained, arguments)
     model = build_model_with_cfg(WideResNet, "wide_resnet18_2", pretrained, **arguments)
@@ -246,11 +232,7 @@ def wide_resnet18_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _refuse_missing_weights(name: str, pretrained: bool, arguments: dict[str, Any]) -> None:
-    """Resolve ``pretrained_cfg`` in ``arguments``, and say where weights are if it names none.
-
-    Raises:
-        RuntimeError: ``pretrained`` without a file, URL or hub to load from.
-    """
+    """Resolve ``pretrained_cfg`` in ``arguments``. Raise RuntimeError for ``pretrained`` without a source to load from."""
     overlay = arguments.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, arguments.get("pretrained_cfg"), overlay)
     arguments["pretrained_cfg"] = cfg
@@ -272,7 +254,7 @@ def _entrypoint(name: str, spec: ModelSpec) -> Callable[..., nn.Module]:
     ) -> nn.Module:
         _refuse_missing_weights(name, pretrained, kwargs)
         model = build_model_with_cfg(
-            partial(_build, spec, topology=topology, scaling=scaling, backend=backend),
+            partial(_build, spec, topology, {"scaling": scaling, "backend": backend}),
             name,
             pretrained,
             pretrained_filter_fn=official_filter,
@@ -288,7 +270,7 @@ def _entrypoint(name: str, spec: ModelSpec) -> Callable[..., nn.Module]:
 
 
 def _cfg(spec: ModelSpec | None) -> dict[str, Any]:
-    """What timm wants to know of a model; images as the authors' evaluation prepares them."""
+    """Return timm's ``default_cfg`` of a model; images as the authors' evaluation prepares them."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -310,6 +292,6 @@ register_model(wide_resnet18_2)
 for _name, _spec in MODELS.items():
     globals()[_name] = register_model(_entrypoint(_name, _spec))
 
-# What fx meets as one node: their forwards look at shapes and caches. For ``features_only`` with ``feature_cls="fx"``.
+# One node each for fx, as their forwards read shapes and caches: for ``features_only`` with ``feature_cls="fx"``.
 for _module in (OREPAConv, RepVGGBlock):
     register_notrace_module(_module)

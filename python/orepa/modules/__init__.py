@@ -1,4 +1,4 @@
-"""Modules: the linear block, `OREPAConv` and what it caches, offline blocks, the RepVGG block."""
+"""Modules: the linear block, `OREPAConv` with its cache, offline blocks, the RepVGG block."""
 
 from .orepa_conv import OREPAConv, default_topology
 

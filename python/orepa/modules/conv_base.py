@@ -19,14 +19,9 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class ConvGeometry:
-    """Check the arguments of a convolution, as `nn.Conv2d` takes them, and hold them.
+    """The checked arguments of a convolution, as `nn.Conv2d` takes and stores them.
 
-    Attributes:
-        spec: channels, kernel size, groups, stride.
-        padding: ``(height, width)``, ``"same"`` or ``"valid"``, as `nn.Conv2d` stores it.
-        dilation: ``(height, width)``.
-        padding_mode: one of `PADDING_MODES`.
-        borders: the padding on the left, right, top and bottom, in the order of `torch.nn.functional.pad`.
+    ``borders`` is the padding on the left, right, top and bottom, in the order of `torch.nn.functional.pad`.
 
     Raises:
         ValueError: naming the argument, what was given and what is allowed.
@@ -76,17 +71,9 @@ def _borders(padding: int | Size | str, kernel_size: Size, stride: Size, dilatio
 
 
 class ConvBlock(LinearBlock):
-    """A linear block with the attributes, the bias, the padding and the repr of an `nn.Conv2d`.
+    """A linear block with the attributes, the bias ``[O]``, the padding and the repr of an `nn.Conv2d`.
 
-    Args:
-        geometry: of the convolution.
-        topology: linearized.
-        name: of the topology, to be shown.
-        scaling: ``"vector"``, ``"scalar"`` or ``"none"``.
-        bias: whether the block has one, a vector ``[O]``.
-
-    Raises:
-        TypeError: not one of the four floating-point dtypes.
+    ``name`` is that of the topology. A TypeError says that ``dtype`` is not one of the four of `orepa_kernels.DTYPES`.
     """
 
     bias: nn.Parameter | None

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, one block at a time.
+"""Converts single blocks of the authors' checkpoints.
 
 Reading a block yields its *entries*: for each of their tensors, our name for it and the map of its values. Where their
 mathematics is not that of the paper, the map converts exactly:
@@ -18,7 +18,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -41,14 +41,14 @@ def _flip(kernel: Tensor) -> Tensor:
 
 
 def _mirror_prior(pointwise: Tensor) -> Tensor:
-    """The sign of a flipped frequency prior, per output channel: ``(-1)**f``, with ``f`` as in `frequency_prior`."""
+    """Multiply by the sign of a flipped frequency prior, per output channel: ``(-1)**f``, ``f`` as in `frequency_prior`."""
     half = pointwise.shape[0] // 2
     frequency = torch.arange(2 * half, device=pointwise.device) % half + 1
     return pointwise * (1 - 2 * (frequency % 2)).to(pointwise.dtype).view(-1, 1, 1, 1)
 
 
 def _group_rows(pointwise: Tensor, groups: int) -> Tensor:
-    """Row ``ol*g + gi`` to row ``gi*O/g + ol``."""
+    """Move row ``ol*g + gi`` to row ``gi*O/g + ol``."""
     return pointwise.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)
 
 
@@ -61,22 +61,15 @@ def _first_rows(vector: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one of their tensors goes.
+    """The place of one of their tensors."""
 
-    Args:
-        name: ours, in the ``state_dict`` of the converted block.
-        transform: the map of its values. It keeps the shape, but for spare rows.
-        spare_rows: how many unused rows may follow at the end of theirs.
-        optional: old checkpoints lack it.
-    """
-
-    name: str
-    transform: Callable[[Tensor], Tensor] = _same
-    spare_rows: int = 0
-    optional: bool = False
+    name: str  # ours, in the ``state_dict`` of the converted block
+    transform: Callable[[Tensor], Tensor] = _same  # keeps the shape, except for spare rows
+    spare_rows: int = 0  # unused rows that may follow at the end of theirs
+    optional: bool = False  # old checkpoints lack it
 
     def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The shapes that theirs may have, where ``ours`` is that of our tensor."""
+        """Return the shapes that their tensor may have, where ``ours`` is that of our tensor."""
         return [tuple(ours), *((ours[0] + spare, *ours[1:]) for spare in range(1, self.spare_rows + 1))]
 
 
@@ -99,48 +92,37 @@ def _dense_entries(kind: str, groups: int, flipped: bool) -> Entries:
     }
 
 
-def orepa_entries(groups: int = 1, flipped: bool = False) -> Entries:
-    """Entries of an OREPA block without its norm.
+def conv_entries(topology: str, groups: int = 1, stages: int = 1, flipped: bool = False) -> Entries:
+    """Return the entries of a block without its norm.
 
-    Args:
-        groups: of the convolution.
-        flipped: whether it is a later stage of their stem.
+    ``groups`` and ``flipped`` (a later stage of a stem) are of ``"orepa"`` blocks, ``stages`` of stems.
     """
+    if topology == "rep1x1":
+        return {
+            "weight_or1x1_origin": Entry("origin_weight"),
+            "weight_or1x1_l2i_conv1": Entry("conv1x1_1x1_conv1"),
+            "weight_or1x1_l2i_conv2": Entry("conv1x1_1x1_conv2"),
+            "vector": Entry("scales"),
+        }
+    if topology == "plain_stem":
+        return {f"weight{s}": Entry(f"stack_conv{s + 1}", _flip if s > 0 else _same) for s in range(stages)}
+    if topology == "deep_stem":
+        result: Entries = {}
+        for s in range(stages):
+            result |= under(f"weight{s}.", f"stack_block{s + 1}.", conv_entries("orepa", flipped=s > 0))
+        return result
     pointwise = {"weight_orepa_1x1": Entry("conv1x1_weight")}
     return {**_dense_entries("orepa", groups, flipped), **pointwise, "vector": Entry("scales")}
 
 
-def rep1x1_entries() -> Entries:
-    """Entries of a Rep-1x1 block without its norm."""
-    return {
-        "weight_or1x1_origin": Entry("origin_weight"),
-        "weight_or1x1_l2i_conv1": Entry("conv1x1_1x1_conv1"),
-        "weight_or1x1_l2i_conv2": Entry("conv1x1_1x1_conv2"),
-        "vector": Entry("scales"),
-    }
-
-
-def deep_stem_entries(stages: int) -> Entries:
-    """Entries of a deep stem of ``stages`` OREPA blocks without its norm."""
-    result: Entries = {}
-    for stage in range(stages):
-        result |= under(f"weight{stage}.", f"stack_block{stage + 1}.", orepa_entries(flipped=stage > 0))
-    return result
-
-
-def plain_stem_entries(stages: int) -> Entries:
-    """Entries of a stem of ``stages`` bare kernels without its norm."""
-    return {f"weight{s}": Entry(f"stack_conv{s + 1}", _flip if s > 0 else _same) for s in range(stages)}
-
-
 def norm_entries(theirs: str, ours: str) -> Entries:
-    """Entries of a batch norm, with the names it has in the two blocks."""
+    """Return the entries of a batch norm, with the names it has in the two blocks."""
     entries = {f"{theirs}.{name}": Entry(f"{ours}.{name}") for name in _STATISTICS}
     return {**entries, f"{theirs}.num_batches_tracked": Entry(f"{ours}.num_batches_tracked", optional=True)}
 
 
 def repvgg_entries(has_identity: bool) -> Entries:
-    """Entries of an OREPA-VGG block, its norms included."""
+    """Return the entries of an OREPA-VGG block, its norms included."""
     vector = Entry("scales", partial(_first_rows, rows=5), spare_rows=1)
     result = under("rbr_dense.", "dense.", {**_dense_entries("rbr", 1, False), "vector": vector})
     result |= norm_entries("rbr_dense.bn", "dense_bn")
@@ -150,19 +132,26 @@ def repvgg_entries(has_identity: bool) -> Entries:
 
 
 def under(theirs: str, ours: str, entries: Entries) -> Entries:
-    """Entries with a prefix before their names and one before ours."""
-    return {
-        theirs + key: Entry(ours + entry.name, entry.transform, entry.spare_rows, entry.optional)
-        for key, entry in entries.items()
-    }
+    """Return entries with a prefix before their names and one before ours."""
+    return {theirs + key: replace(entry, name=ours + entry.name) for key, entry in entries.items()}
 
 
 def translate(entries: Entries, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors under our names: parameters, their gradients, or momentum buffers. What ``tensors`` lacks is left out.
+    """Return their tensors under our names: parameters, their gradients, or momentum buffers; the ones that there are.
 
     The results may be views of what is passed in.
     """
     return {entry.name: entry.transform(tensors[key]) for key, entry in entries.items() if key in tensors}
+
+
+def load_translated(module: nn.Module, entries: Entries, tensors: Mapping[str, Tensor]) -> None:
+    """Load copies of their tensors into a module on the meta device. The optional ones that they lack become zero."""
+    state = {name: tensor.detach().clone() for name, tensor in translate(entries, tensors).items()}
+    device = next(iter(state.values())).device
+    for name, value in module.state_dict().items():
+        if name not in state:
+            state[name] = torch.zeros_like(value, device=device)
+    module.load_state_dict(state, assign=True)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------
@@ -170,34 +159,21 @@ def translate(entries: Entries, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 @dataclass(frozen=True)
 class OfficialBlock:
-    """One of their blocks, as its shapes tell.
+    """One of their blocks, as far as its shapes tell."""
 
-    Args:
-        topology: ours; ``"repvgg_dense"`` stands for the whole `RepVGGBlock`.
-        has_norm: False for a weight-only OREPA block.
-        entries: under the names of the module that `block_from_official` returns.
-    """
-
-    topology: str
+    topology: str  # ours; ``"repvgg_dense"`` stands for the whole `RepVGGBlock`
     in_channels: int
     out_channels: int
     kernel_size: Size
     groups: int
-    has_norm: bool
-    entries: Entries
+    has_norm: bool  # False for a weight-only OREPA block
+    entries: Entries  # with the names of the module that `block_from_official` returns
 
 
 def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, groups: int = 1) -> OfficialBlock:
-    """Find out what block a state dict is of, and check that it has its keys.
+    """Recognize the block of a state dict, and check its keys. Errors are those of `block_from_official`.
 
-    Args:
-        state_dict: with their keys, without a prefix.
-        stride: of the block; it decides whether an OREPA-VGG block has an identity branch.
-        groups: of the block.
-
-    Raises:
-        TypeError: not a mapping to tensors.
-        ValueError: no block of theirs, missing or unexpected keys, other groups, or a block that has no exact conversion.
+    The stride decides whether an OREPA-VGG block has an identity branch.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
@@ -207,7 +183,7 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
 
-    topology, first, stages = _recognise(state_dict)
+    topology, first, stages = _recognize(state_dict)
     if first not in state_dict:
         raise ValueError(f"no complete {topology} block: missing {first!r}")
     shape = tuple(state_dict[first].shape)
@@ -218,21 +194,16 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     if topology not in ("orepa", "plain_stem") and groups != 1:
         raise ValueError(f"their {topology} blocks all have groups=1, got groups={groups}")
 
-    has_norm, note = True, ""
+    has_norm, note = topology != "orepa" or any(key.startswith("bn.") for key in state_dict), ""
     if topology == "repvgg_dense":
         has_identity = in_channels == out_channels and pair(stride, "stride") == (1, 1)
         entries = repvgg_entries(has_identity)
         identity = "an identity" if has_identity else "no identity"
         note = f" ({in_channels} to {out_channels} channels at stride {stride}: {identity})"
     else:
-        if topology == "orepa":
-            own = orepa_entries(groups)
-            has_norm = any(key.startswith("bn.") for key in state_dict)
-        elif topology == "rep1x1":
-            own = rep1x1_entries()
-        else:
-            own = deep_stem_entries(stages) if topology == "deep_stem" else plain_stem_entries(stages)
-        entries = {**under("", "conv.", own), **norm_entries("bn", "norm")} if has_norm else own
+        entries = conv_entries(topology, groups, stages)
+        if has_norm:
+            entries = {**under("", "conv.", entries), **norm_entries("bn", "norm")}
     problems = key_problems(state_dict, entries)
     if problems:
         raise ValueError(f"no complete {topology} block{note}: {'; '.join(problems)}")
@@ -253,8 +224,8 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     return OfficialBlock(topology, in_channels, out_channels, kernel_size, groups, has_norm, entries)
 
 
-def _recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
-    """Our topology, the key of the first kernel, and the number of stages."""
+def _recognize(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
+    """Return our topology, the key of the first kernel, and the number of stages."""
     keys = list(state_dict)
     reparam = next((key for key in keys if "_reparam." in key), None)
     if reparam is not None:
@@ -269,7 +240,7 @@ def _recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
     stages = [(int(match[1]), match[2]) for match in (re.match(r"weight(\d+)(\.|$)", key) for key in keys) if match]
     if stages:
         deep = min(stages)[1] == "."
-        count = max(2, 1 + max(stage for stage, _ in stages))  # of one stage there is none
+        count = max(2, 1 + max(stage for stage, _ in stages))  # no stem has one stage
         return ("deep_stem", "weight0.weight_orepa_origin", count) if deep else ("plain_stem", "weight0", count)
     raise ValueError(
         "state_dict must hold one block of theirs, with keys such as 'weight_orepa_origin' and no prefix, "
@@ -278,7 +249,7 @@ def _recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
 
 
 def key_problems(state_dict: Mapping[str, Tensor], entries: Entries) -> list[str]:
-    """What is missing and what is unexpected, in words; nothing where the keys are those of ``entries`` and constants."""
+    """Return in words which keys are missing and which are neither in ``entries`` nor constants."""
     missing = [key for key, entry in entries.items() if key not in state_dict and not entry.optional]
     owners = {key.rpartition(".")[0] for key, entry in entries.items() if entry.name.endswith("scales")}
     constants = {f"{owner}.{name}" if owner else name for owner in owners for name in _CONSTANTS}
@@ -293,7 +264,7 @@ def _list(keys: list[str], limit: int = 3) -> str:
 
 
 def _groups(topology: str, state_dict: Mapping[str, Tensor], in_per_group: int) -> int | None:
-    """The groups that the shapes speak of, or None where they make no sense at all."""
+    """Return the groups that the shapes imply, or None where they imply none."""
     if topology not in ("orepa", "plain_stem"):
         return None
     shape = state_dict["weight_orepa_gconv_dw" if topology == "orepa" else "weight1"].shape
@@ -316,10 +287,10 @@ def block_from_official(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> nn.Module:
-    """Convert one block of the authors' code, whose function, gradients and running statistics the result reproduces.
+    """Convert one block of the authors' code, with the same function, gradients and running statistics.
 
-    To about 1e-8 relative in float64, because their constants are rounded to float32. No activation is included but the ReLU
-    of an OREPA-VGG block: a state dict does not hold any.
+    They agree to about 1e-8 (relative) in float64, because the authors' constants are rounded to float32. The only activation
+    is the ReLU of an OREPA-VGG block: a state dict does not hold any.
 
     Args:
         state_dict: of an OREPA, Rep-1x1, deep stem, plain stem or OREPA-VGG block, without a prefix. It is copied.
@@ -339,20 +310,16 @@ def block_from_official(
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     block = read_block(state_dict, stride=stride, groups=groups)
-    # Without storage: nothing is drawn from the random generator only to be overwritten.
     module = _build(block, stride, padding, dilation, eps, backend)
     check_tensors(state_dict, block.entries, module)
-    ours = {name: tensor.detach().clone() for name, tensor in translate(block.entries, state_dict).items()}
-    for name, value in module.state_dict().items():
-        if name not in ours:  # the optional num_batches_tracked
-            ours[name] = torch.zeros_like(value, device=next(iter(ours.values())).device)
-    module.load_state_dict(ours, assign=True)
+    load_translated(module, block.entries, state_dict)
     return module
 
 
 def _build(
     block: OfficialBlock, stride: int | Size, padding: int | Size, dilation: int | Size, eps: float, backend: str
 ) -> nn.Module:
+    # On the meta device: nothing is drawn from the random generator only to be overwritten.
     geometry = (block.in_channels, block.out_channels, block.kernel_size, stride, padding, dilation, block.groups)
     if block.topology == "repvgg_dense":
         if pair(dilation, "dilation") != (1, 1):
@@ -370,12 +337,7 @@ def _build(
 
 
 def check_tensors(state_dict: Mapping[str, Tensor], entries: Entries, module: nn.Module) -> None:
-    """Shapes, devices and dtypes, before anything is loaded.
-
-    Raises:
-        TypeError: not floating-point.
-        ValueError: the first that does not fit.
-    """
+    """Raise TypeError or ValueError for the first tensor whose shape, device or dtype does not fit."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     first, *_ = entries
     for key, entry in entries.items():

@@ -14,21 +14,10 @@ from orepa_kernels import Average
 from orepa_kernels.reference import align, compose, identity
 
 from ..module_info import batch_norm_affine
-from ..topology.language import Branch, Nested, Norm, Size, Topology, declaration
-from ..topology.lowering import (
-    ConvStage,
-    DepthwiseStage,
-    FilterStage,
-    Lowered,
-    NestedStage,
-    ResolvedBranch,
-    Stage,
-    channels_out,
-)
+from ..topology.language import Norm, Size, Topology, declaration
+from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, NormStep, Stage, Step
 from .conv_base import ConvBlock, ConvGeometry
 
-#: a linear layer, or the name of the batch norm that stands there
-Step: TypeAlias = Stage | str
 #: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
 Margins: TypeAlias = tuple[int, int, int, int]
 
@@ -88,16 +77,15 @@ class OfflineConv(ConvBlock):
         declared = declaration(topology, **options)(geometry.spec).offline()
         if bias is None:
             bias = not any(isinstance(layer, Norm) for _, branch in declared for layer in branch.layers)
-        super().__init__(geometry, declared.linearize(), topology, scaling, bias, device, dtype)
-        self._branches = _resolve_branches(declared, self._lowered, self.borders, self.dilation)
-        for branch in self._branches:
-            for name, channels in branch.norms:
-                self.add_module(name, nn.BatchNorm2d(channels, eps, momentum, device=device, dtype=dtype))
+        super().__init__(geometry, declared, topology, scaling, bias, device, dtype)
+        self._branches = _place_borders(self._lowered, self.borders, self.dilation)
+        for step in (step for branch in self._branches for step in branch.steps if isinstance(step, NormStep)):
+            self.add_module(step.name, nn.BatchNorm2d(step.channels, eps, momentum, device=device, dtype=dtype))
 
     @property
     def ends_in_norms(self) -> bool:
         """Whether every branch ends in a norm, so that the block needs none after it."""
-        return all(isinstance(branch.steps[-1], str) for branch in self._branches)
+        return all(isinstance(branch.steps[-1], NormStep) for branch in self._branches)
 
     def reset_parameters(self) -> None:
         """Draw initial values: the topology's, norms that change nothing, and for the bias those of `torch.nn.Conv2d`."""
@@ -126,8 +114,8 @@ class OfflineConv(ConvBlock):
             padding = (0, 0)
             if index == branch.pad_at:
                 padding, x = self._pad(branch, x, shift)
-            if isinstance(step, str):
-                x = getattr(self, step)(x)
+            if isinstance(step, NormStep):
+                x = getattr(self, step.name)(x)
             else:
                 x = self._run_layer(step, x, self.stride if index == branch.last else (1, 1), padding)
             if index < branch.pad_at and self.padding_mode == "zeros" and max(branch.margins) > 0:
@@ -195,8 +183,8 @@ class OfflineConv(ConvBlock):
             return weight if kernel is None else compose(kernel, weight, self.groups)
         if kernel is None:
             kernel = identity(channels, channels // self.groups, like)
-        if isinstance(step, str):
-            return kernel * batch_norm_affine(getattr(self, step))[0].view(-1, 1, 1, 1)
+        if isinstance(step, NormStep):
+            return kernel * batch_norm_affine(getattr(self, step.name))[0].view(-1, 1, 1, 1)
         weight = self._stage_weight(step, channels, like)[0].double()
         kernel = kernel.repeat_interleave(weight.shape[0] // channels, 0).transpose(0, 1)
         # A true convolution, row by row and fully padded: the depthwise case of `compose`.
@@ -205,8 +193,8 @@ class OfflineConv(ConvBlock):
 
     def _shift_after(self, step: Step, shift: Tensor | None) -> Tensor | None:
         """Apply a step to a map that is ``shift [C]`` everywhere, in float64; None is zero."""
-        if isinstance(step, str):
-            factor, offset = batch_norm_affine(getattr(self, step))
+        if isinstance(step, NormStep):
+            factor, offset = batch_norm_affine(getattr(self, step.name))
             return offset if shift is None else factor * shift + offset
         if shift is None:
             return None
@@ -231,82 +219,36 @@ class OfflineConv(ConvBlock):
 
 @dataclass(frozen=True)
 class OfflineBranch:
-    """A branch with its norms, and where it is padded.
-
-    Args:
-        steps: from input to output.
-        last: index of the last linear layer, which takes the stride.
-        pad_at: index of the step before which ``margins`` are due: the first layer larger than 1x1.
-        margins: the block's padding, less what centre alignment crops.
-        norms: name and channels of every norm, in order.
-        scale: row of the scales, or None.
-    """
+    """A branch with its norms, and where it is padded."""
 
     steps: tuple[Step, ...]
-    last: int
-    pad_at: int
-    margins: Margins
-    norms: tuple[tuple[str, int], ...]
-    scale: int | None
+    scale: int | None  # row of the scales
+    last: int  # index of the last linear layer, which takes the stride
+    pad_at: int  # index of the step to pad before: the first layer larger than 1x1
+    margins: Margins  # the block's padding, less what centre alignment crops
 
 
-def _resolve_branches(
-    topology: Topology, lowered: Lowered, borders: Margins, dilation: Size
-) -> tuple[OfflineBranch, ...]:
-    """Put the norms of a topology back where they were declared.
-
-    Args:
-        topology: with its norms; see `Topology.offline`.
-        lowered: the same without.
-        borders: padding of the block's input: left, right, top, bottom.
-        dilation: of every layer.
-
-    Raises:
-        ValueError: norms inside a nested block.
-    """
-    _refuse_nested_norms(topology, lowered)
+def _place_borders(lowered: Lowered, borders: Margins, dilation: Size) -> tuple[OfflineBranch, ...]:
+    """Find where the ``borders`` of the block are due in each branch. Raise ValueError for norms inside a nested block."""
     branches = []
-    for (_, branch), resolved in zip(topology, lowered.branches, strict=True):
-        steps, norms = _steps(branch, resolved, lowered.spec.in_channels)
-        sizes = {i: step.kernel_size for i, step in enumerate(steps) if not isinstance(step, str)}
+    for branch in lowered.branches:
+        if any(isinstance(stage, NestedStage) and _has_norms(stage.lowered) for stage in branch.stages):
+            raise ValueError(f"branch {branch.name!r} nests a block with branch-wise norms, which cannot run offline")
+        sizes = {i: step.kernel_size for i, step in enumerate(branch.steps) if not isinstance(step, NormStep)}
         # A branch of 1x1 layers is padded at its input.
         pad_at = next((i for i, size in sizes.items() if size != (1, 1)), 0)
-        extents = zip(lowered.spec.kernel_size, resolved.kernel_size, dilation, strict=True)
+        extents = zip(lowered.spec.kernel_size, branch.kernel_size, dilation, strict=True)
         height, width = ((k - b) // 2 * d for k, b, d in extents)
         left, right, top, bottom = borders
         margins = (left - width, right - width, top - height, bottom - height)
-        branches.append(OfflineBranch(steps, max(sizes), pad_at, margins, norms, resolved.scale))
+        branches.append(OfflineBranch(branch.steps, branch.scale, max(sizes), pad_at, margins))
     return tuple(branches)
 
 
-def _steps(
-    branch: Branch, resolved: ResolvedBranch, channels: int
-) -> tuple[tuple[Step, ...], tuple[tuple[str, int], ...]]:
-    several = sum(isinstance(layer, Norm) for layer in branch.layers) > 1
-    stages = iter(resolved.stages)
-    steps: list[Step] = []
-    norms: list[tuple[str, int]] = []
-    for layer in branch.layers:
-        if isinstance(layer, Norm):
-            norms.append((f"{resolved.name}_bn{len(norms) + 1 if several else ''}", channels))
-            steps.append(norms[-1][0])
-        else:
-            stage = next(stages)
-            steps.append(stage)
-            channels = channels_out([stage], channels)
-    return tuple(steps), tuple(norms)
-
-
-def _refuse_nested_norms(topology: Topology, lowered: Lowered) -> None:
-    """Raise for norms in nested blocks, which are lowered without them."""
-    for (name, branch), resolved in zip(topology, lowered.branches, strict=True):
-        linear = (layer for layer in branch.layers if not isinstance(layer, Norm))
-        for layer, stage in zip(linear, resolved.stages, strict=True):
-            if isinstance(layer, Nested) and isinstance(stage, NestedStage):
-                child = layer.topology(stage.lowered.spec)
-                if any(isinstance(inner, Norm) for _, b in child for inner in b.layers):
-                    raise ValueError(f"branch {name!r} nests a block with branch-wise norms, which cannot run offline")
-                _refuse_nested_norms(child, stage.lowered)
+def _has_norms(lowered: Lowered) -> bool:
+    if any(isinstance(step, NormStep) for branch in lowered.branches for step in branch.steps):
+        return True
+    return any(_has_norms(child) for child in lowered.children.values())
 
 
 def _runs_as_conv2d(step: Step) -> bool:
@@ -317,14 +259,7 @@ def _runs_as_conv2d(step: Step) -> bool:
 
 
 def pad(x: Tensor, margins: Margins, mode: str = "zeros", value: Tensor | None = None) -> Tensor:
-    """Pad a map, or crop it where a margin is negative.
-
-    Args:
-        x: ``[N, C, H, W]``.
-        margins: left, right, top, bottom.
-        mode: a ``padding_mode`` of `torch.nn.Conv2d`.
-        value: ``[C]``, with which to pad in mode ``"zeros"``; None is zero.
-    """
+    """Pad a map ``[N, C, H, W]``, in mode ``"zeros"`` with ``value [C]``, or crop it where a margin is negative."""
     left, right, top, bottom = (max(-margin, 0) for margin in margins)
     grow = [max(margin, 0) for margin in margins]
     if any(grow):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_kernels
-from orepa_kernels import Dense
+from orepa_kernels import Dense, Operand
 from orepa_kernels.dispatch import resolve
 
 from ..topology.language import Size, Topology, declaration
@@ -145,20 +145,21 @@ class OREPAConv(ConvBlock):
         Raises:
             ValueError: a wrong shape, or a topology without such a branch (`deep_stem` cannot hold every kernel).
         """
-        if tuple(weight.shape) != self.plan.shape:
-            raise ValueError(f"weight must be {list(self.plan.shape)}, got {list(weight.shape)}")
-        carrier = next((t for t in self.plan.terms if isinstance(t, Dense) and self._holds_any_kernel(t)), None)
+        shape, scales = self.plan.shape, self.scales
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"weight must be {list(shape)}, got {list(weight.shape)}")
+        dense = [(t.weight, t.scale) for t in self.plan.terms if isinstance(t, Dense) and isinstance(t.weight, Operand)]
+        carrier, row = next(((operand, row) for operand, row in dense if operand.shape == shape), (None, None))
         if carrier is None:
             raise ValueError(f"topology {self.topology!r} has no full-size convolution that could hold a given kernel")
-        parameter = getattr(self, carrier.weight.name)  # type: ignore[union-attr]
-        scales = self.scales
+        parameter = getattr(self, carrier.name)
         with torch.no_grad():
-            scale = None if scales is None or carrier.scale is None else scales[carrier.scale].clone()
+            scale = None if scales is None or row is None else scales[row].clone()
             if scales is not None:
                 scales.zero_()
                 if scale is not None:
                     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a scale of 0 could carry nothing
-                    scales[carrier.scale] = scale
+                    scales[row] = scale
             parameter.zero_()
             missing = weight.double() - self._compose(torch.float64)
             parameter.copy_(missing if scale is None else missing / scale.double().view(-1, 1, 1, 1))
@@ -231,12 +232,9 @@ class OREPAConv(ConvBlock):
             if name in vars(self.get_submodule(".".join(path))):
                 raise RuntimeError(
                     f"{'.'.join((*path, name))} must be a parameter, got a tensor that a hook computes before each forward; "
-                    "use torch.nn.utils.parametrizations, or take the hook away first (torch.nn.utils.remove_weight_norm, "
+                    "use torch.nn.utils.parametrizations, or remove the hook first (torch.nn.utils.remove_weight_norm, "
                     "remove_spectral_norm, prune.remove)"
                 )
-
-    def _holds_any_kernel(self, term: Dense) -> bool:
-        return isinstance(term.weight, orepa_kernels.Operand) and term.weight.shape == self.plan.shape
 
     # --- the convolution ------------------------------------------------------------------------------------------------------
 

@@ -64,31 +64,18 @@ class RepVGGBlock(nn.Module):
         if any(k % 2 == 0 for k in size):
             raise ValueError(f"kernel_size must be odd, for the 1x1 branch to have a centre, got {kernel_size}")
         self._margins = (size[0] // 2 * dilations[0], size[1] // 2 * dilations[1])
+        padding = self._margins if padding is None else padding
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
+        options |= {"bias": False, "padding_mode": padding_mode, "topology": topology, "scaling": scaling, **placement}
         self.dense = OREPAConv(
-            in_channels,
-            out_channels,
-            size,
-            stride,
-            self._margins if padding is None else padding,
-            dilations,
-            groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-            topology=topology,
-            scaling=scaling,
-            backend=backend,
-            **options,
+            in_channels, out_channels, size, stride, padding, dilations, groups, backend=backend, **options
         )
         strides = self.dense.stride
-        self.dense_bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
-        self.pointwise = nn.Conv2d(
-            in_channels, out_channels, 1, strides, groups=groups, bias=False, device=device, dtype=dtype
-        )
-        self.pointwise_bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.dense_bn = nn.BatchNorm2d(out_channels, **placement)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, strides, groups=groups, bias=False, **placement)
+        self.pointwise_bn = nn.BatchNorm2d(out_channels, **placement)
         keeps_shape = in_channels == out_channels and strides == (1, 1)
-        self.identity_bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype) if keeps_shape else None
+        self.identity_bn = nn.BatchNorm2d(out_channels, **placement) if keeps_shape else None
         if act is None:
             self.act: nn.Module = nn.Identity()
         else:

@@ -1,1 +1,1 @@
-"""Changes to models: prepare, convert, prune, and how they find what feeds what."""
+"""Changes models: prepare, convert, prune, and the analysis of the graph that they rely on."""

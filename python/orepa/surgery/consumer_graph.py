@@ -41,19 +41,12 @@ _SHAPE_ONLY_FUNCTIONS = {torch.permute, torch.transpose, torch.reshape, torch.fl
 
 @dataclass(frozen=True)
 class Consumer:
-    """The use of a convolution's output.
+    """The use of a convolution's output."""
 
-    Args:
-        norm: name of the norm layer that takes all of it, or None.
-        direct: only identities are between the two, and each runs once: the norm can be folded.
-        evidence: for all of this.
-        problem: why ``norm`` is None, in words.
-    """
-
-    norm: str | None
-    direct: bool = False
+    norm: str | None  # name of the norm layer that takes all of it
+    direct: bool = False  # only identities are between the two, and each runs once: the norm can be folded
     evidence: Evidence = Evidence.GRAPH
-    problem: str = ""
+    problem: str = ""  # why ``norm`` is None, in words
 
     @property
     def is_proven(self) -> bool:

@@ -36,15 +36,10 @@ def _is_norm_act(norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> nn.Conv2d:
-    """Return one convolution that computes ``norm(conv(x))`` in eval mode.
+    """Return one convolution with a bias that computes ``norm(conv(x))`` in eval mode.
 
-    Args:
-        conv: ``[O, I/g, kh, kw]``, with or without bias; in float64 where the result is to be rounded only once.
-        norm: a batch norm with running statistics over ``O`` channels.
-        dtype: of the result; by default that of ``conv``.
-
-    Returns:
-        A new convolution with a bias; device, memory format and ``requires_grad`` are those of ``conv``.
+    It has the device, the memory format, ``requires_grad`` and by default the dtype of ``conv``, which is in float64 where the
+    result shall be rounded only once.
     """
     factor, shift = batch_norm_affine(norm)
     weight = torch.empty_like(conv.weight, dtype=dtype).copy_(conv.weight.double() * factor.view(-1, 1, 1, 1))

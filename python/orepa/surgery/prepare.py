@@ -179,12 +179,8 @@ def _obstacle(conv: nn.Module, consumer: Consumer | None, owners: Mapping[int, i
 
 
 def _build_online(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> tuple[OREPAConv, str, float | None]:
-    """Return the block, the report's detail, and the error of the preserved kernel.
-
-    Raises:
-        ValueError: the block does not fit, or cannot hold the kernel.
-    """
-    new = OREPAConv(**conv_arguments(conv), **_placement(conv, conv.bias is not None), **options)
+    """Return the block, the report's detail, and the error of the preserved kernel. Raise ValueError for a misfit."""
+    new = OREPAConv(**conv_arguments(conv), bias=conv.bias is not None, **_placement(conv), **options)
     if not preserve:
         return _like(conv, new), new.topology, None
     new.load_kernel_(conv.weight.detach())
@@ -199,13 +195,12 @@ def _build_offline(
 ) -> tuple[OfflineConv, nn.Module | None, str]:
     """Return the block, the norm that its branches replace (if they end in norms), and the report's detail.
 
-    Raises:
-        ValueError: the block does not fit, cannot preserve the function, or that norm cannot be proven to go with it.
+    Raise ValueError for a misfit, ``preserve``, or a norm that is not proven to belong to the convolution alone.
     """
     if preserve:
         raise ValueError("an offline block cannot start from the model's function (preserve=True)")
     norm = None if consumer.norm is None else model.get_submodule(consumer.norm)
-    settings = _placement(conv, False if conv.bias is None else None)  # None: only if the branches bring none
+    settings = {"bias": False if conv.bias is None else None, **_placement(conv)}  # None: only if no branch has a norm
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         settings |= {"eps": norm.eps, "momentum": norm.momentum}
     new = OfflineConv(**conv_arguments(conv), **{**settings, **options})
@@ -219,8 +214,8 @@ def _build_offline(
     return _like(conv, new), norm, f"{detail}, in place of norm {consumer.norm}"
 
 
-def _placement(conv: nn.Conv2d, bias: bool | None) -> dict[str, Any]:
-    return {"bias": bias, "device": conv.weight.device, "dtype": conv.weight.dtype}
+def _placement(conv: nn.Conv2d) -> dict[str, Any]:
+    return {"device": conv.weight.device, "dtype": conv.weight.dtype}
 
 
 def _like(conv: nn.Conv2d, new: Block) -> Block:

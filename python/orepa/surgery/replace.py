@@ -8,11 +8,7 @@ from torch import nn
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever a parent refers to them.
-
-    Returns:
-        The model, or its replacement where the model itself is replaced.
-    """
+    """Replace modules wherever a parent refers to them; return the model, or the model's replacement."""
     if model in replacements:
         return replacements[model]
     for parent in list(model.modules()):
@@ -25,11 +21,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 def customization(module: nn.Module, *, backward_hooks: bool = False) -> str:
     """Return what a call of this one module does besides its class's forward, in words, or an empty string.
 
-    A replacement of the module would lose that.
-
-    Args:
-        module: its submodules do not count.
-        backward_hooks: whether hooks of the backward pass count, too.
+    A replacement of the module would lose that. ``backward_hooks`` says whether hooks of the backward pass count, too.
     """
     hooks = [module._forward_hooks, module._forward_pre_hooks]
     if backward_hooks:

@@ -47,8 +47,6 @@ _HARMLESS_METHODS = {"parameters", "named_parameters", "buffers", "keys", "regis
 _DEPTH = 4  # of the search for modules in other objects
 _PLAIN = (int, float, str, bool, type(None), type, torch.dtype, torch.device, torch.Tensor)
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
 
 def usage_of_children(parent: nn.Module) -> dict[str, Usage]:
     """Return how a module uses each child, by the child's name."""
@@ -62,12 +60,12 @@ def usage_of_children(parent: nn.Module) -> dict[str, Usage]:
     if isinstance(parent, _WRAPPERS):
         return {name: Usage.CALLED if name == "module" else Usage.UNKNOWN for name in children}
     try:
-        return _Reader(parent, children).read()
+        return _ModuleReader(parent, children).read()
     except Exception:  # no source (compiled, scripted, typed at a prompt), or an error in a child's property
         return dict.fromkeys(children, Usage.UNKNOWN)
 
 
-class _Reader:
+class _ModuleReader:
     """Reads the methods of a module that a call runs."""
 
     def __init__(self, parent: nn.Module, children: dict[str, nn.Module]) -> None:
@@ -102,18 +100,16 @@ class _Reader:
             return
         function: Any = attribute.fget if isinstance(attribute, property) else getattr(attribute, "func", attribute)
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        if not isinstance(definition, Function):
+        if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
             raise TypeError(f"the source of {function} is no function")
-        arguments = [*definition.args.posonlyargs, *definition.args.args]
-        if not arguments:
-            raise TypeError(f"{function} has no self")
-        _Body(self, definition).read(arguments[0].arg)
+        first, *_ = [*definition.args.posonlyargs, *definition.args.args]
+        _FunctionReader(self, definition).read(first.arg)
 
 
-class _Body:
+class _FunctionReader:
     """Reads one function of the parent."""
 
-    def __init__(self, reader: _Reader, definition: Function) -> None:
+    def __init__(self, reader: _ModuleReader, definition: ast.AST) -> None:
         self.reader, self.definition = reader, definition
         self.parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
         self.following: set[str] = set()

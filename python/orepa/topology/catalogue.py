@@ -1,4 +1,4 @@
-"""The blocks of the field, written in the language of `orepa.topology`.
+"""Declares the blocks of the field in the language of `orepa.topology`.
 
 The OREPA blocks start from the values of the authors' released models. The others (DBB, RepVGG, ACNet, ...) are declared
 as published, with their branch-wise norms; a linear block trains without them, each branch scaled by a vector of ones.
@@ -30,11 +30,11 @@ from .language import (
 )
 
 PRIORS = {"paper": frequency_prior, "dct2d": dct2d_prior}
-DEFAULT_KAIMING = Kaiming(math.sqrt(5))  # nn.Conv2d's own
+DEFAULT_KAIMING = Kaiming(math.sqrt(5))  # as nn.Conv2d starts
 
 
 def _dense_branches(spec: ConvSpec, prior: str, expand: int, init: Kaiming) -> dict[str, Branch]:
-    """The branches that the ResNet and the VGG block of the paper share."""
+    """Return the branches that the ResNet and the VGG block of the paper share."""
     if prior not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
     k = spec.kernel_size
@@ -81,7 +81,7 @@ def rep1x1(spec: ConvSpec) -> Topology:
 
 
 def _stack(kernel_size: Size) -> list[Size]:
-    """Kernel sizes, at most three each way, that compose to ``kernel_size``: (3, 7) gives (3, 3), (1, 3), (1, 3)."""
+    """Split a kernel size into sizes of at most 3 that compose to it: (3, 7) gives (3, 3), (1, 3), (1, 3)."""
     for size in kernel_size:
         if size % 2 == 0:
             raise ValueError(f"a stack of 3x3 convolutions needs odd kernel sizes, got {kernel_size}")

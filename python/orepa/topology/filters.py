@@ -11,7 +11,7 @@ from .language import Size
 
 
 def frequency_prior(channels: int, kernel_size: Size) -> Tensor:
-    """The frequency prior filters of the authors' release, for every kernel size (paper section 3.5).
+    """Return the frequency prior filters of the authors' release, for every kernel size (paper section 3.5).
 
     Channel ``i`` of the first half holds ``cos(pi (h+1/2) (i+1) / kh)``, of the second the same along the width. It
     repeats over channels and holds all-zero filters; `dct2d_prior` does not.
@@ -30,7 +30,7 @@ def frequency_prior(channels: int, kernel_size: Size) -> Tensor:
 
 
 def dct2d_prior(channels: int, kernel_size: Size) -> Tensor:
-    """Distinct 2-D DCT-II bases, cycled over channels, lowest frequencies first.
+    """Return distinct 2-D DCT-II bases, cycled over channels, lowest frequencies first.
 
     Returns:
         ``[channels, kh, kw]``, float64.
@@ -51,15 +51,15 @@ _LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
 
 def sobel_x(channels: int, kernel_size: Size) -> Tensor:
-    """Horizontal Sobel filter, ``[1, 3, 3]``."""
+    """Return the horizontal Sobel filter, ``[1, 3, 3]``."""
     return torch.tensor([_SOBEL_X], dtype=torch.float64)
 
 
 def sobel_y(channels: int, kernel_size: Size) -> Tensor:
-    """Vertical Sobel filter, ``[1, 3, 3]``."""
+    """Return the vertical Sobel filter, ``[1, 3, 3]``."""
     return sobel_x(channels, kernel_size).mT
 
 
 def laplacian(channels: int, kernel_size: Size) -> Tensor:
-    """Laplacian filter, ``[1, 3, 3]``."""
+    """Return the Laplacian filter, ``[1, 3, 3]``."""
     return torch.tensor([_LAPLACIAN], dtype=torch.float64)

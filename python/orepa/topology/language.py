@@ -9,8 +9,8 @@ A topology is plain data. ACNet, say, is three branches, each a convolution and 
                         vertical=Branch(Conv((kh, 1)), Norm()),
                         horizontal=Branch(Conv((1, kw)), Norm()))
 
-`Topology.linearize` takes the norms out and leaves a learnable scaling at the end of every branch, which makes the block
-linear, and so squeezable into one kernel at every training step. What each layer becomes is in `orepa.topology.lowering`.
+`Topology.linearize` removes the norms and leaves a learnable scaling at the end of every branch, which makes the block
+linear, and so squeezable into one kernel at every training step. `orepa.topology.lowering` turns layers into terms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Size: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The convolution that a block stands for; what a declaration gets to see.
+    """The convolution that a block stands for: the argument of a declaration.
 
     Args:
         in_channels, out_channels: ``I`` and ``O``.
@@ -165,7 +165,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Nested:
-    """A whole block as a layer, with branches and scales of its own: the stages of a deep stem.
+    """A whole block as a layer, with its branches and scales: the stages of a deep stem.
 
     Args:
         topology: its declaration.
@@ -220,7 +220,7 @@ class Topology:
         return f"Topology({', '.join(f'{name}={branch!r}' for name, branch in self)})"
 
     def linearize(self) -> Topology:
-        """The linear block: branch-wise norms removed, scalings in their place (paper section 3.2)."""
+        """Return the linear block: branch-wise norms removed, scalings in their place (paper section 3.2)."""
 
         def strip(branch: Branch) -> Branch:
             return Branch(*(layer for layer in branch.layers if not isinstance(layer, Norm)), scale=branch.scale)
@@ -228,10 +228,7 @@ class Topology:
         return Topology(**{name: strip(branch) for name, branch in self})
 
     def offline(self) -> Topology:
-        """The block as its authors train it: branch-wise norms stay, and take the place of their branch's scaling.
-
-        What `orepa.OfflineConv` runs on feature maps. A branch without a norm keeps its scaling.
-        """
+        """Return the block as its authors train it, for `orepa.OfflineConv`: norms take the place of a branch's scaling."""
 
         def keep(branch: Branch) -> Branch:
             normed = any(isinstance(layer, Norm) for layer in branch.layers)
@@ -274,12 +271,12 @@ def register_topology(name: str) -> Callable[[Callable[..., Topology]], Callable
 
 
 def topologies() -> list[str]:
-    """Names of all registered topologies."""
+    """Return the names of all registered topologies."""
     return sorted(_REGISTRY)
 
 
 def declaration(topology: str | Callable[..., Topology], **options: object) -> Declaration:
-    """The declaration of that name (or the one given), with its options bound.
+    """Return the declaration of that name (or the one given), with its options bound.
 
     Raises:
         ValueError: no topology of that name.
@@ -295,11 +292,7 @@ def declaration(topology: str | Callable[..., Topology], **options: object) -> D
 
 
 def pair(value: int | Size, name: str = "kernel_size") -> Size:
-    """``3`` or ``(3, 3)`` as a pair of positive integers.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Return ``3`` or ``(3, 3)`` as a pair of positive integers; raise ValueError with the ``name`` for anything else."""
     result = (value, value) if isinstance(value, int) else tuple(value)
     if len(result) != 2 or not all(isinstance(v, int) and v > 0 for v in result):
         raise ValueError(f"{name} must be a positive integer or two of them, got {value!r}")

@@ -57,22 +57,32 @@ class NestedStage:
     kernel_size: Size
 
 
+@dataclass(frozen=True)
+class NormStep:
+    """A norm of ``channels`` channels. ``name`` is that of the submodule."""
+
+    name: str
+    channels: int
+
+
 Stage: TypeAlias = ConvStage | DepthwiseStage | FilterStage | NestedStage
+Step: TypeAlias = Stage | NormStep
 
 
 @dataclass(frozen=True)
 class ResolvedBranch:
-    """A branch with its channels, names and sizes worked out. ``scale`` is its row of the scales."""
+    """A branch with its channels, names and sizes resolved."""
 
     name: str
-    stages: tuple[Stage, ...]
-    kernel_size: Size
-    scale: int | None
+    steps: tuple[Step, ...]
+    stages: tuple[Stage, ...]  # the steps without the norms
+    kernel_size: Size  # of the stages in sequence
+    scale: int | None  # row of the scales
 
 
 @dataclass
 class Lowered:
-    """The result of `lower`. ``topology`` is what was lowered, with nested blocks as constants: it pickles."""
+    """The result of `lower`. ``topology`` is its argument with nested blocks as constants, which pickles."""
 
     spec: ConvSpec
     prefix: str
@@ -90,13 +100,13 @@ def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: s
     """Resolve a topology for one convolution.
 
     Args:
-        topology: linearized; see `Topology.linearize`.
+        topology: its norms are steps of the branches, but not part of the plan.
         spec: the convolution.
         scaling: ``"vector"`` for one scale per branch and channel, ``"scalar"`` for one per branch, ``"none"``.
-        prefix: of the operand names, for nested blocks.
+        prefix: of operand names in a nested block.
 
     Raises:
-        ValueError: an unknown scaling, a branch that does not fit the convolution (the message names it), or norms left.
+        ValueError: an unknown scaling, or a branch that does not fit the convolution; the message names it.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
@@ -107,11 +117,12 @@ def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: s
         if branch.scale is not None and scaling != "none":
             scale = len(result.scale_values)
             result.scale_values.append(branch.scale)
-        stages = _resolve(result, name, branch, scaling)
+        steps = _resolve(result, name, branch, scaling)
+        stages = tuple(step for step in steps if not isinstance(step, NormStep))
         size = _composed_size(stages)
         check_alignment(size, spec.kernel_size, f"branch {name!r}")
-        result.branches.append(ResolvedBranch(name, stages, size, scale))
-        branches[name] = _with_constants(branch, stages)
+        result.branches.append(ResolvedBranch(name, steps, stages, size, scale))
+        branches[name] = _with_constants(branch, steps)
     result.topology = Topology(**branches)
     if result.scale_values:
         columns = spec.out_channels if scaling == "vector" else 1
@@ -121,44 +132,41 @@ def lower(topology: Topology, spec: ConvSpec, scaling: str = "vector", prefix: s
     return result
 
 
-def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[Stage, ...]:
+def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[Step, ...]:
     spec, prefix, channels = result.spec, result.prefix, result.spec.in_channels
-    stages: list[Stage] = []
+    steps: list[Step] = []
 
     def parameter(suffix: str, shape: tuple[int, ...], init: Init) -> Operand:
         result.parameters[f"{name}_{suffix}"] = (shape, init)
         return Operand(f"{prefix}{name}_{suffix}", shape)
 
-    names = _suffixes(branch.layers)
-    for index, layer in enumerate(branch.layers):
+    for index, (layer, suffix) in enumerate(zip(branch.layers, _suffixes(branch.layers), strict=True)):
         out = _channels_after(layer, channels, spec)
         if out % spec.groups:
             raise ValueError(f"branch {name!r}: groups={spec.groups} must divide the {out} channels of layer {index}")
         if isinstance(layer, lang.Norm):
-            raise ValueError(f"branch {name!r} has a branch-wise norm: linearize the topology first")
-        if isinstance(layer, lang.Nested):
-            child_spec = replace(
-                spec, in_channels=channels, out_channels=out, kernel_size=pair(layer.kernel_size), stride=(1, 1)
-            )
-            child = f"{name}_{names[index]}"
-            nested = lower(layer.topology(child_spec).linearize(), child_spec, scaling, f"{prefix}{child}.")
-            result.children[child] = nested
-            stages.append(NestedStage(child, nested, child_spec.kernel_size))
+            steps.append(NormStep(f"{name}_{suffix}", channels))
         elif isinstance(layer, lang.Identity):
-            stages.append(FilterStage(IMPULSE, (1, 1)))
+            steps.append(FilterStage(IMPULSE, (1, 1)))
         else:
             kernel = pair(layer.kernel_size)
             if isinstance(layer, lang.Conv):
                 if layer.identity and kernel != (1, 1):
                     raise ValueError(f"branch {name!r}: a convolution plus identity must be 1x1, got {kernel}")
-                weight = parameter(names[index], (out, channels // spec.groups, *kernel), layer.init)
-                stages.append(ConvStage(weight, kernel, layer.identity))
+                weight = parameter(suffix, (out, channels // spec.groups, *kernel), layer.init)
+                steps.append(ConvStage(weight, kernel, layer.identity))
             elif isinstance(layer, lang.Depthwise):
-                stages.append(DepthwiseStage(parameter(names[index], (out, 1, *kernel), layer.init), kernel))
+                steps.append(DepthwiseStage(parameter(suffix, (out, 1, *kernel), layer.init), kernel))
             elif isinstance(layer, lang.AvgPool):
-                stages.append(FilterStage(Average(kernel), kernel))
+                steps.append(FilterStage(Average(kernel), kernel))
+            elif isinstance(layer, lang.Nested):
+                child = f"{name}_{suffix}"
+                child_spec = ConvSpec(channels, out, kernel, spec.groups)
+                nested = lower(layer.topology(child_spec), child_spec, scaling, f"{prefix}{child}.")
+                result.children[child] = nested
+                steps.append(NestedStage(child, nested, kernel))
             else:
-                constant = f"{name}_{names[index]}"
+                constant = f"{name}_{suffix}"
                 rows, *size = layer.values(channels, kernel).shape
                 if tuple(size) != kernel or rows not in (1, channels):
                     raise ValueError(
@@ -166,23 +174,23 @@ def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[
                         f"got {[rows, *size]}"
                     )
                 result.constants[constant] = (channels, kernel, layer)
-                stages.append(FilterStage(Operand(f"{prefix}{constant}", (rows, *kernel)), kernel))
+                steps.append(FilterStage(Operand(f"{prefix}{constant}", (rows, *kernel)), kernel))
         channels = out
     if channels != spec.out_channels:
         raise ValueError(f"branch {name!r} ends with {channels} channels, the block has {spec.out_channels}")
-    return tuple(stages)
+    return tuple(steps)
 
 
-def _with_constants(branch: Branch, stages: tuple[Stage, ...]) -> Branch:
+def _with_constants(branch: Branch, steps: tuple[Step, ...]) -> Branch:
     """Replace the declarations of nested blocks by their results."""
 
-    def replaced(layer: lang.Layer, stage: Stage) -> lang.Layer:
-        if not isinstance(stage, NestedStage):
+    def replaced(layer: lang.Layer, step: Step) -> lang.Layer:
+        if not isinstance(step, NestedStage):
             return layer
-        block = stage.lowered
+        block = step.lowered
         return lang.Nested(constant_declaration(block.topology), block.spec.kernel_size, block.spec.out_channels)
 
-    return Branch(*map(replaced, branch.layers, stages), scale=branch.scale)
+    return Branch(*map(replaced, branch.layers, steps), scale=branch.scale)
 
 
 def _channels_after(layer: lang.Layer, channels: int, spec: ConvSpec) -> int:
@@ -192,21 +200,23 @@ def _channels_after(layer: lang.Layer, channels: int, spec: ConvSpec) -> int:
 
 
 def _suffixes(layers: tuple[lang.Layer, ...]) -> list[str]:
-    """Name each layer's parameter: by the field's name where there is one, by a number otherwise."""
-    convs = sum(isinstance(layer, lang.Conv) for layer in layers)
+    """Name each layer's parameters: by the field's names where there are any, by numbers otherwise."""
+    kinds = [lang.Conv if isinstance(layer, lang.Conv) else type(layer) for layer in layers]
     suffixes: list[str] = []
-    counts = dict.fromkeys((lang.Conv, lang.Depthwise, lang.Filter, lang.Nested), 0)
-    for layer in layers:
-        kind = type(layer)
-        counts[kind] = counts.get(kind, 0) + 1
-        if isinstance(layer, lang.Conv) and suffixes and suffixes[-1] == "depthwise" and convs == 1:
-            suffixes.append("pointwise")
-        elif isinstance(layer, lang.Conv):
-            suffixes.append("weight" if convs == 1 else f"conv{counts[kind]}")
-        elif isinstance(layer, lang.Nested):
-            suffixes.append(f"block{counts[kind]}")
+    linear_before = ""  # suffix of the last layer that is no norm
+    for index, kind in enumerate(kinds):
+        total, number = kinds.count(kind), 1 + kinds[:index].count(kind)
+        if kind is lang.Norm:
+            suffixes.append("bn" if total == 1 else f"bn{number}")
+            continue
+        if kind is lang.Conv:
+            several = f"conv{number}" if total > 1 else "weight"
+            suffixes.append("pointwise" if linear_before == "depthwise" and total == 1 else several)
+        elif kind is lang.Nested:
+            suffixes.append(f"block{number}")
         else:
-            suffixes.append(kind.__name__.lower() + (str(counts[kind]) if counts[kind] > 1 else ""))
+            suffixes.append(kind.__name__.lower() + (str(number) if number > 1 else ""))
+        linear_before = suffixes[-1]
     return suffixes
 
 
@@ -238,7 +248,7 @@ def _term(stages: tuple[Stage, ...], spec: ConvSpec, scale: int | None = None) -
         if isinstance(first, ConvStage) and first.identity:
             middle = replace(spec, in_channels=first.weight.shape[0])
             return Composed(first.weight, _factor((last,), middle), True, scale)
-    middle_channels = channels_out(stages[:-1], spec.in_channels)
+    middle_channels = _channels_out(stages[:-1], spec.in_channels)
     head = _factor(stages[:-1], replace(spec, out_channels=middle_channels))
     tail = _factor(stages[-1:], replace(spec, in_channels=middle_channels))
     return Composed(head, tail, False, scale)
@@ -266,8 +276,7 @@ def _composed_size(stages: Sequence[Stage]) -> Size:
     return 1 + sum(s.kernel_size[0] - 1 for s in stages), 1 + sum(s.kernel_size[1] - 1 for s in stages)
 
 
-def channels_out(stages: Sequence[Stage], channels: int) -> int:
-    """Return the number of channels after stages that get ``channels``."""
+def _channels_out(stages: Sequence[Stage], channels: int) -> int:
     for stage in stages:
         if isinstance(stage, ConvStage | DepthwiseStage):
             channels = stage.weight.shape[0]
