@@ -5,7 +5,7 @@
 
 The backbone is a timm model of `orepa.models` with a feature pyramid, the detector torchvision's own (paper, Table 5, which
 uses mmdetection). The images are generated, bright rectangles on noise in place of COCO: this shows how the pieces fit
-together, and that nothing changes in the conversion, not how good the detector is.
+together, and that the conversion changes nothing, not how good the detector is.
 
 OREPA needs the batch norms of the backbone. They are trained here, on a few small images at a time. With pre-trained weights
 and two large images per GPU, put the norms into eval mode for the training, or use `torch.nn.SyncBatchNorm`: `orepa.convert`
@@ -33,7 +33,7 @@ CLASSES = 2  # red and blue rectangles
 
 
 class PyramidBackbone(nn.Module):
-    """A timm model that gives feature maps, with a feature pyramid on top, as torchvision's detectors want it.
+    """A timm model that returns feature maps, with a feature pyramid on top, as torchvision's detectors need it.
 
     Args:
         body: made with ``features_only=True``.
@@ -53,7 +53,7 @@ class PyramidBackbone(nn.Module):
 
 
 def build(model: str, backbone: str, size: int, weights: str | None = None) -> nn.Module:
-    """A detector for images of ``size`` pixels.
+    """Build a detector for images of ``size`` pixels.
 
     Args:
         model: ``"fasterrcnn"`` or ``"retinanet"``.
@@ -74,7 +74,7 @@ def build(model: str, backbone: str, size: int, weights: str | None = None) -> n
 
 
 def make_images(count: int, size: int, generator: torch.Generator) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Noise with two bright rectangles each, and torchvision's targets: boxes ``[2, 4]`` in pixels, labels ``[2]`` from 1."""
+    """Draw noise with two bright rectangles each; targets are boxes ``[2, 4]`` in pixels and labels ``[2]`` from 1."""
     images, targets = [], []
     for _ in range(count):
         image = 0.2 * torch.rand(3, size, size, generator=generator)
@@ -93,7 +93,7 @@ def make_images(count: int, size: int, generator: torch.Generator) -> tuple[list
 def train(
     model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]], args: argparse.Namespace
 ) -> list[float]:
-    """Some steps of SGD on one batch; returns the loss of each."""
+    """Run some steps of SGD on one batch; return the loss of each."""
     groups = orepa.parameter_groups(model, args.lr, stem_lr_scale=args.stem_lr_scale)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     for module in model.modules():
@@ -114,7 +114,7 @@ def train(
 
 
 def count_equal(expected: list[dict[str, Tensor]], got: list[dict[str, Tensor]]) -> tuple[int, int]:
-    """How many detections have an equal in the other list, and how many there are.
+    """Count the detections that have an equal in the other list, and all detections.
 
     Scores are equal to 0.001, boxes to 0.01 pixels. Their order may differ: rounding decides between equal scores.
     """
@@ -127,7 +127,7 @@ def count_equal(expected: list[dict[str, Tensor]], got: list[dict[str, Tensor]])
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, convert, compare, export; returns what was measured."""
+    """Train, convert, compare, export; return the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("fasterrcnn", "retinanet"), default="fasterrcnn")
     parser.add_argument("--backbone", default="orepa_resnet50", help="a name of `orepa models` (ResNets)")

@@ -5,7 +5,7 @@
 
 The networks are those of segmentation_models_pytorch, which takes any timm model as an encoder under the name "tu-...", those
 of `orepa.models` included (paper, Table 5, which uses mmsegmentation). The images are generated, bright rectangles on noise
-in place of Cityscapes: this shows how the pieces fit together, and that nothing changes in the conversion, not how good the
+in place of Cityscapes: this shows how the pieces fit together, and that the conversion changes nothing, not how good the
 network is.
 
 The encoder is made of OREPA blocks, the decoder is plain, as in the paper. `--everywhere` swaps the decoder's convolutions as
@@ -35,7 +35,7 @@ NETWORKS = {"pspnet": smp.PSPNet, "deeplabv3plus": smp.DeepLabV3Plus}
 
 
 def build(model: str, encoder: str, weights: str | None = None, everywhere: bool = False) -> nn.Module:
-    """A segmentation network.
+    """Build a segmentation network.
 
     Args:
         model: ``"pspnet"`` or ``"deeplabv3plus"``.
@@ -56,7 +56,7 @@ def build(model: str, encoder: str, weights: str | None = None, everywhere: bool
 
 
 def make_images(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise with two bright rectangles each: images ``[N, 3, S, S]``, classes ``[N, S, S]``."""
+    """Draw noise with two bright rectangles each: images ``[N, 3, S, S]``, classes ``[N, S, S]``."""
     images = 0.2 * torch.rand(count, 3, size, size, generator=generator)
     classes = torch.zeros(count, size, size, dtype=torch.long)
     for image, target in zip(images, classes, strict=True):
@@ -70,7 +70,7 @@ def make_images(count: int, size: int, generator: torch.Generator) -> tuple[Tens
 
 
 def train(model: nn.Module, images: Tensor, classes: Tensor, args: argparse.Namespace) -> list[float]:
-    """Some steps of SGD on one batch; returns the loss of each."""
+    """Run some steps of SGD on one batch; return the loss of each."""
     groups = orepa.parameter_groups(model, args.lr, stem_lr_scale=args.stem_lr_scale)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     model.train()
@@ -86,7 +86,7 @@ def train(model: nn.Module, images: Tensor, classes: Tensor, args: argparse.Name
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, convert, compare, export; returns what was measured."""
+    """Train, convert, compare, export; return the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(NETWORKS), default="pspnet")
     parser.add_argument("--encoder", default="orepa_resnet50", help="a name of `orepa models` (ResNets)")

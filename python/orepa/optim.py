@@ -53,8 +53,10 @@ def parameter_groups(
             raise ValueError(f"{name} must be at least 0, got {value}")
     stems = _stem_parameters(model, stem)
     if not stems and (stem is not None or stem_lr_scale != 1):
-        wanted = "module matches stem" if stem is not None else f"convolution has one of the topologies {_STEMS}"
-        raise ValueError(f"the model has no stem to give a learning rate of its own: no {wanted}")
+        missing = (
+            f"module matches stem={stem!r}" if stem is not None else f"convolution has one of the topologies {_STEMS}"
+        )
+        raise ValueError(f"the model has no stem for another learning rate: no {missing}")
     undecayed = set(without_weight_decay(model, scales=not decay_scales))
 
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}

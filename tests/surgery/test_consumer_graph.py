@@ -300,7 +300,9 @@ class Blocks(Dynamic):
 def test_parts_that_are_called_as_wholes_keep_their_proof(build, pairs):
     model = build()
     found = consumers(model)
-    assert len(found) == pairs and all(c.norm and c.direct and c.evidence == Evidence.GRAPH for c in found.values()), found
+    assert len(found) == pairs and all(c.norm and c.direct and c.evidence == Evidence.GRAPH for c in found.values()), (
+        found
+    )
     stays_the_same(model, torch.randn(2, 3, 8, 8))
 
 

@@ -71,10 +71,10 @@ def test_any_block(
     assert isinstance(pruned, orepa.OREPAConv)
 
     # the branches that the analysis named, no others, and never all
-    kept = [name for name in names(conv) if name not in going]
-    assert names(pruned) == kept != []
-    assert math.isinf(tolerance) <= (len(kept) == 1)
-    assert len(pruned.plan.terms) == len(kept)
+    remaining = [name for name in names(conv) if name not in going]
+    assert names(pruned) == remaining != []
+    assert math.isinf(tolerance) <= (len(remaining) == 1)
+    assert len(pruned.plan.terms) == len(remaining)
 
     # the function
     x = image(conv)
@@ -83,7 +83,7 @@ def test_any_block(
         assert float((whole - rest).norm()) <= tolerance * float(whole.norm()) + 1e-12 * float(whole.norm())
     outputs: dict[str, torch.Tensor] = {}
     conv.run_branches(conv.pad(x), conv.stride, conv.dilation, outputs.__setitem__)
-    y = sum(outputs[name] for name in kept) + (0 if conv.bias is None else conv.bias.view(1, -1, 1, 1))
+    y = sum(outputs[name] for name in remaining) + (0 if conv.bias is None else conv.bias.view(1, -1, 1, 1))
     torch.testing.assert_close(pruned(x), y, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(pruned.forward_branches(x), y, rtol=1e-9, atol=1e-9)
 

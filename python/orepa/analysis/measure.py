@@ -118,9 +118,9 @@ class Analysis:
 def analyze(model: nn.Module, tolerance: float = 1e-3) -> Analysis:
     """Measure the branches of every `OREPAConv` of a model, the kxk part of every `RepVGGBlock` included.
 
-    Similarity is the paper's picture of what the branches learn: the scalings drive them apart. Everything is computed in
-    float64 from the mathematics of the squeeze (paper section 3.3), whatever the dtype of the parameters. A block nested in
-    another, such as a stage of a deep stem, is a layer of its own. The model stays as it is.
+    The paper uses similarity to show that the scalings make the branches diverse. Everything is computed in float64 from the
+    mathematics of the squeeze (paper section 3.3), whatever the dtype of the parameters. A block nested in another, such as a
+    stage of a deep stem, is a separate layer. The model does not change.
 
     Args:
         model: any module tree, in either mode.
@@ -245,8 +245,8 @@ def _similarity(kernels: Sequence[Tensor]) -> tuple[tuple[float | None, ...], ..
         low, high = sorted((a, b))  # the same rounding on either side of the diagonal
         return max(-1.0, min(1.0, float((units[low] * units[high]).sum())))
 
-    every = range(len(kernels))
-    return tuple(tuple(cosine(a, b) for b in every) for a in every)
+    indices = range(len(kernels))
+    return tuple(tuple(cosine(a, b) for b in indices) for a in indices)
 
 
 def _statistics(scale: Tensor) -> ScaleStatistics:

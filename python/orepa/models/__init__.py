@@ -1,6 +1,6 @@
 """The authors' nine models, registered with timm: ``timm.create_model("orepa_resnet50")``.
 
-Each is timm's own plain model with its convolutions swapped by `orepa.prepare` (RepVGG: its blocks by `orepa.RepVGGBlock`),
+Each is timm's plain model with its convolutions swapped by `orepa.prepare` (RepVGG: its blocks by `orepa.RepVGGBlock`),
 so that ``features_only``, ``output_stride``, ``in_chans``, ``num_classes`` and the rest are timm's. Beyond timm's arguments
 they take ``topology`` (of every convolution that is swapped; by default the paper's choice for its kernel size), ``scaling``
 and ``backend``; see `orepa.OREPAConv`.

@@ -12,12 +12,12 @@ from ..modules.linear_block import LinearBlock
 from ..modules.official_blocks import (
     Entries,
     Entry,
+    add_prefixes,
     conv_entries,
     key_problems,
     norm_entries,
     repvgg_entries,
     translate,
-    under,
 )
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
@@ -57,11 +57,11 @@ def official_entries(model: nn.Module) -> Entries:
     result: Entries = {}
     for module, ours, norm, theirs in _blocks(model):
         if isinstance(module, RepVGGBlock):
-            result |= under(f"{theirs}.", f"{ours}.", repvgg_entries(module.identity_bn is not None))
+            result |= add_prefixes(f"{theirs}.", f"{ours}.", repvgg_entries(module.identity_bn is not None))
             continue
         if isinstance(module, OREPAConv):
             stages = module.kernel_size[0] // 2
-            result |= under(f"{theirs}.", f"{ours}.", conv_entries(module.topology, module.groups, stages))
+            result |= add_prefixes(f"{theirs}.", f"{ours}.", conv_entries(module.topology, module.groups, stages))
         else:  # a shortcut that stays a convolution
             result[f"{theirs}.conv.weight"] = Entry(f"{ours}.weight")
         result |= norm_entries(f"{theirs}.bn", norm)

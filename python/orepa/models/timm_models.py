@@ -196,7 +196,7 @@ def timm_repvgg_block(name: str, block: RepVGGBlock, plain: nn.Module) -> dict[s
 
 
 class WideResNet(ResNet):
-    """timm's ResNet of basic blocks with every width multiplied, the stem's too, which timm keeps at 64.
+    """timm's ResNet of basic blocks with every width multiplied, the stem's too, which timm fixes at 64.
 
     Args:
         width: the factor.

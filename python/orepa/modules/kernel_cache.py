@@ -1,4 +1,4 @@
-"""The cache of eval mode: a squeezed kernel, and what shows that it is out of date."""
+"""Caches the squeezed kernel in eval mode, and detects that it is out of date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _steps = 0
 
 
 class _Source(NamedTuple):
-    """One operand as it was squeezed: its place, and what most writes change."""
+    """The place of one operand, and the state of it that most writes change."""
 
     owner: dict[str, Any]
     name: str

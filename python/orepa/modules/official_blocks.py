@@ -109,7 +109,7 @@ def conv_entries(topology: str, groups: int = 1, stages: int = 1, flipped: bool 
     if topology == "deep_stem":
         result: Entries = {}
         for s in range(stages):
-            result |= under(f"weight{s}.", f"stack_block{s + 1}.", conv_entries("orepa", flipped=s > 0))
+            result |= add_prefixes(f"weight{s}.", f"stack_block{s + 1}.", conv_entries("orepa", flipped=s > 0))
         return result
     pointwise = {"weight_orepa_1x1": Entry("conv1x1_weight")}
     return {**_dense_entries("orepa", groups, flipped), **pointwise, "vector": Entry("scales")}
@@ -124,15 +124,15 @@ def norm_entries(theirs: str, ours: str) -> Entries:
 def repvgg_entries(has_identity: bool) -> Entries:
     """Return the entries of an OREPA-VGG block, its norms included."""
     vector = Entry("scales", partial(_first_rows, rows=5), spare_rows=1)
-    result = under("rbr_dense.", "dense.", {**_dense_entries("rbr", 1, False), "vector": vector})
+    result = add_prefixes("rbr_dense.", "dense.", {**_dense_entries("rbr", 1, False), "vector": vector})
     result |= norm_entries("rbr_dense.bn", "dense_bn")
     result["rbr_1x1.conv.weight"] = Entry("pointwise.weight")
     result |= norm_entries("rbr_1x1.bn", "pointwise_bn")
     return result | norm_entries("rbr_identity", "identity_bn") if has_identity else result
 
 
-def under(theirs: str, ours: str, entries: Entries) -> Entries:
-    """Return entries with a prefix before their names and one before ours."""
+def add_prefixes(theirs: str, ours: str, entries: Entries) -> Entries:
+    """Return entries with one prefix for their names and one for ours."""
     return {theirs + key: replace(entry, name=ours + entry.name) for key, entry in entries.items()}
 
 
@@ -203,7 +203,7 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     else:
         entries = conv_entries(topology, groups, stages)
         if has_norm:
-            entries = {**under("", "conv.", entries), **norm_entries("bn", "norm")}
+            entries = {**add_prefixes("", "conv.", entries), **norm_entries("bn", "norm")}
     problems = key_problems(state_dict, entries)
     if problems:
         raise ValueError(f"no complete {topology} block{note}: {'; '.join(problems)}")

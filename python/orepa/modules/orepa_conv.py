@@ -243,7 +243,7 @@ class OREPAConv(ConvBlock):
             return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    # --- what drops the cache -------------------------------------------------------------------------------------------------
+    # --- invalidation of the cache --------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> OREPAConv:
         self._cached = None

@@ -162,12 +162,8 @@ def _choices(module: nn.Module) -> list[dict[str, Any]]:
     optional = {p.name: p.default for p in parameters if p.default is not p.empty}
     # The tracer would take a collection apart.
     optional = {name: value for name, value in optional.items() if not isinstance(value, list | tuple | dict)}
-    choices: list[dict[str, Any]] = [{}]
-    if optional:
-        choices.append(optional)
-    if len(optional) > 1:
-        choices += [{name: value for name, value in optional.items() if name != given} for given in optional]
-    return choices
+    all_but_one = [{name: value for name, value in optional.items() if name != given} for given in optional]
+    return [{}, *([optional] if optional else []), *(all_but_one if len(optional) > 1 else [])]
 
 
 def _read_graphs(module: nn.Module, graphs: list[fx.Graph], prefix: str) -> dict[str, Consumer]:

@@ -1,4 +1,4 @@
-"""Replaces modules in a tree, and tells which calls a replacement would change."""
+"""Replaces modules in a tree, and finds the calls that a replacement would change."""
 
 from __future__ import annotations
 

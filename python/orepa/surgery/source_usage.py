@@ -1,4 +1,4 @@
-"""Reads the source of a module that cannot be traced, to tell how it uses its children.
+"""Reads the source of a module that cannot be traced, for how it uses its children.
 
 The trace of a child says what happens where the child is called. Its parent may use it in another way: call one of its layers
 alone, iterate over it, pass it to a function. So the trace is proof only where the parent does nothing but call the child. The
@@ -87,7 +87,7 @@ class _ModuleReader:
         return [kind for kind in type(self.parent).__mro__ if kind not in (nn.Module, object) and name in vars(kind)]
 
     def limit(self, names: Sequence[str], usage: Usage) -> None:
-        """Lower what is known of some children."""
+        """Cap the usage of some children."""
         for name in names:
             self.usages[name] = min(self.usages[name], usage)
 
@@ -128,18 +128,18 @@ class _FunctionReader:
 
     def _read_self(self, node: ast.AST) -> None:
         reader, outer = self.reader, self.parents[node]
-        everything = list(reader.children)
+        names = list(reader.children)
         if isinstance(outer, ast.Call) and _called(outer) == "getattr" and outer.args[0] is node and outer.args[1:]:
             name = outer.args[1]
             if not isinstance(name, ast.Constant):
-                reader.limit(everything, self._use(outer, list(reader.children.values())))
+                reader.limit(names, self._use(outer, list(reader.children.values())))
             else:
                 self._read_attribute(outer, str(name.value))
         elif isinstance(outer, ast.Attribute) and not self._is_iterator(outer, reader.parent):
             if isinstance(outer.ctx, ast.Load):
                 self._read_attribute(outer, outer.attr)
         else:  # ``self`` as a container of its children
-            reader.limit(everything, self._use(node, [reader.parent]).of_elements)
+            reader.limit(names, self._use(node, [reader.parent]).of_elements)
 
     def _read_attribute(self, node: ast.expr, name: str) -> None:
         reader = self.reader

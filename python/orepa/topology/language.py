@@ -209,7 +209,7 @@ class Topology:
         if not branches:
             raise ValueError("a topology needs at least one branch, got none")
         for name, branch in branches.items():
-            if not any(not isinstance(layer, Norm) for layer in branch.layers):
+            if all(isinstance(layer, Norm) for layer in branch.layers):
                 raise ValueError(f"branch {name!r} needs at least one linear layer, got {list(branch.layers)}")
         self.branches = branches
 
@@ -222,19 +222,19 @@ class Topology:
     def linearize(self) -> Topology:
         """Return the linear block: branch-wise norms removed, scalings in their place (paper section 3.2)."""
 
-        def strip(branch: Branch) -> Branch:
+        def linear(branch: Branch) -> Branch:
             return Branch(*(layer for layer in branch.layers if not isinstance(layer, Norm)), scale=branch.scale)
 
-        return Topology(**{name: strip(branch) for name, branch in self})
+        return Topology(**{name: linear(branch) for name, branch in self})
 
     def offline(self) -> Topology:
         """Return the block as its authors train it, for `orepa.OfflineConv`: norms take the place of a branch's scaling."""
 
-        def keep(branch: Branch) -> Branch:
-            normed = any(isinstance(layer, Norm) for layer in branch.layers)
-            return Branch(*branch.layers, scale=None if normed else branch.scale)
+        def normed(branch: Branch) -> Branch:
+            has_norm = any(isinstance(layer, Norm) for layer in branch.layers)
+            return Branch(*branch.layers, scale=None if has_norm else branch.scale)
 
-        return Topology(**{name: keep(branch) for name, branch in self})
+        return Topology(**{name: normed(branch) for name, branch in self})
 
 
 Declaration: TypeAlias = Callable[[ConvSpec], Topology]
