@@ -62,7 +62,7 @@ class LinearBlock(nn.Module):
 
     @property
     def plan(self) -> orepa_kernels.Block:
-        """Plain data: what the squeeze computes."""
+        """The squeeze as plain data, for a backend."""
         return self._lowered.plan
 
     def reset_parameters(self) -> None:
