@@ -14,7 +14,7 @@ from . import native
 from .base import SUPPORTED, Backend, Gradients, Prepared, Signature, Support, empty_factory, split
 from .memory import alloc_persistent
 
-#: `torch.set_float32_matmul_precision` as the number that the kernels know it by (csrc/cuda/launch.h)
+#: `torch.set_float32_matmul_precision` as the number that the kernels know it by (csrc/cuda/api.h)
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
 
