@@ -1,4 +1,6 @@
-"""The authors' own code as a provider, from a checkout that the user names: imported where it lies, never copied.
+"""Run ``orepa bench squeeze`` with the authors' code as one more provider, imported from a checkout, never copied.
+
+    python benchmarks/authors.py DIR [options of orepa bench squeeze]
 
 Known differences are made up for: their depthwise rows of a grouped block lie in another order. Where their block is not the
 same function (the deep stem composes by cross-correlation, priors beyond 3x3 are uninitialised), it is skipped and says so.
@@ -6,18 +8,21 @@ same function (the deep stem composes by cross-correlation, priors beyond 3x3 ar
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .providers import Squeezer
-from .workload import Workload
+from orepa.bench.cli import add_squeeze_options, run_squeeze
+from orepa.bench.problem import Problem
+from orepa.bench.providers import Built, Provider, all_providers, built
+from orepa.errors import UserError
 
 #: what their classes call our operands
 _KXK = {
@@ -40,8 +45,8 @@ _REP1X1 = {
 _CLASSES = {"orepa": ("OREPA", _KXK), "rep1x1": ("OREPA_1x1", _REP1X1)}
 
 
-class Authors(Squeezer):
-    """``weight_gen()`` of the authors' modules, holding the values of the workload.
+class Authors(Provider):
+    """``weight_gen()`` of the authors' modules, with the values of the problem.
 
     Args:
         folder: a checkout of their repository, the folder of ``blocks.py``.
@@ -54,10 +59,9 @@ class Authors(Squeezer):
 
     def __init__(self, folder: Path) -> None:
         self._blocks = _import(folder)
-        self._held: tuple[Workload, nn.Module] | None = None  # of the workload in use; earlier ones may go
 
-    def why_not(self, work: Workload) -> str:
-        case = work.case
+    def why_not(self, problem: Problem) -> str:
+        case = problem.case
         if case.topology not in _CLASSES:
             return f"no code for the topology {case.topology} that computes the same function"
         if case.topology == "orepa" and case.shape.kernel_size != 3:
@@ -66,41 +70,34 @@ class Authors(Squeezer):
             return "its 1x1 block has no groups"
         return ""
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        module = self._module(work)
-        generate: Callable[[], Tensor] = module.weight_gen  # type: ignore[assignment]
-        return lambda: generate().to(work.out_dtype)
+    def build(self, problem: Problem) -> Built:
+        shape, names = problem.case.shape, _CLASSES[problem.case.topology][1]
+        module = self._module(problem)
+        trainable = [name for name, t in problem.operands.items() if t.requires_grad]
 
-    def parameters(self, work: Workload) -> Sequence[Tensor]:
-        names, module = _CLASSES[work.case.topology][1], self._module(work)
-        return [getattr(module, names[name]) for name, t in work.operands.items() if t.requires_grad]
+        def squeeze() -> Tensor:
+            return module.weight_gen().to(problem.out_dtype)  # type: ignore[operator]
 
-    def restore(self, work: Workload, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        trainable = (name for name, t in work.operands.items() if t.requires_grad)
-        groups = work.case.shape.groups
-        return [
-            _rows(gradient, groups, back=True) if name == "dws_pointwise" else gradient
-            for name, gradient in zip(trainable, gradients, strict=True)
-        ]
+        def restore(gradients: Sequence[Tensor]) -> list[Tensor]:
+            pairs = zip(trainable, gradients, strict=True)
+            return [_rows(g, shape.groups, back=True) if name == "dws_pointwise" else g for name, g in pairs]
 
-    def _module(self, work: Workload) -> nn.Module:
-        if self._held is None or self._held[0] is not work:
-            self._held = (work, self._build(work))
-        return self._held[1]
+        parameters = [getattr(module, names[name]) for name in trainable]
+        return built(squeeze, parameters, problem.grad, restore=restore)
 
-    def _build(self, work: Workload) -> nn.Module:
-        shape = work.case.shape
-        cls, names = _CLASSES[work.case.topology]
+    def _module(self, problem: Problem) -> nn.Module:
+        shape = problem.case.shape
+        cls, names = _CLASSES[problem.case.topology]
         module: nn.Module = getattr(self._blocks, cls)(
             shape.in_channels,
             shape.out_channels,
             shape.kernel_size,
             padding=shape.kernel_size // 2,
             groups=shape.groups,
-        ).to(work.case.device)
+        ).to(problem.case.device)
         with torch.no_grad():
             for ours, theirs in names.items():
-                value = work.operands[ours]
+                value = problem.operands[ours]
                 getattr(module, theirs).copy_(_rows(value, shape.groups) if ours == "dws_pointwise" else value)
         return module
 
@@ -114,14 +111,14 @@ def _rows(pointwise: Tensor, groups: int, back: bool = False) -> Tensor:
 def _import(folder: Path) -> ModuleType:
     folder = folder.resolve()
     if not (folder / "blocks.py").is_file():
-        raise UserError(f"--against {folder}: no blocks.py there; name a checkout of the authors' repository")
+        raise UserError(f"{folder}: no blocks.py there; name a checkout of the authors' repository")
     # Their modules import one another by top-level names: those must neither hide nor be hidden by what is loaded.
     hidden = {name: sys.modules.pop(name) for name in _names(folder) if name in sys.modules}
     sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module("blocks")
     except Exception as error:  # foreign code may raise anything
-        raise UserError(f"--against {folder}: importing it failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{folder}: importing it failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(folder))
         for name in _names(folder):
@@ -129,9 +126,32 @@ def _import(folder: Path) -> ModuleType:
         sys.modules.update(hidden)
     missing = [cls for cls, _ in _CLASSES.values() if not hasattr(module, cls)]
     if missing:
-        raise UserError(f"--against {folder}: its blocks.py has no class {', '.join(missing)}")
+        raise UserError(f"{folder}: its blocks.py has no class {', '.join(missing)}")
     return module
 
 
 def _names(folder: Path) -> list[str]:
     return [path.stem for path in folder.glob("*.py")]
+
+
+def providers(folder: Path) -> Mapping[str, Provider]:
+    """Return all providers, the authors' after ours of the same formulation."""
+    others = dict(all_providers())
+    return {"eager": others.pop("eager"), "authors": Authors(folder), **others}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print tables, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkout of the authors' repository")
+    add_squeeze_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run_squeeze(args, partial(providers, args.folder))
+    except UserError as error:
+        print(f"authors: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

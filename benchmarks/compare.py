@@ -1,11 +1,18 @@
-"""Two runs side by side: ratios, and whether they are more than noise."""
+"""Compare two result files of the same benchmark: ratios, and whether they are more than noise.
+
+python benchmarks/compare.py A.json B.json
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..errors import UserError
-from .results import Results, Row
+from orepa.bench.results import Results, Row, load
+from orepa.bench.tables import describe, render
+from orepa.errors import UserError
 
 _WATCHED = ("processor", "gpu", "device", "threads", "torch", "python", "float32_matmul_precision")
 
@@ -24,7 +31,7 @@ class Pair:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest ratio within the spreads that both runs report."""
+        """The least and the largest ratio within the spreads of both runs."""
         a, b = self.before.summary, self.after.summary
         return b["low_us"] / a["high_us"], b["high_us"] / a["low_us"]
 
@@ -81,3 +88,34 @@ def compare(before: Results, after: Results) -> Comparison:
         if not run.complete:
             notes += [f"{name} is partial: {why}" for why in run.lost or ["its run did not end"]]
     return Comparison(pairs, list(dict.fromkeys(notes)))
+
+
+def show(comparison: Comparison) -> None:
+    """Print the ratios of two runs."""
+    for note in comparison.notes:
+        print(f"note: {note}")
+    columns = ["block", "mode", "launch", "provider", "A µs", "B µs", "B/A", "least to largest", ""]
+    rows = []
+    for pair in comparison.pairs:
+        a, b = pair.before, pair.after
+        cells = [describe(a.case), a.mode, a.launch, a.provider, f"{a.median_us:,.1f}", f"{b.median_us:,.1f}"]
+        rows.append([*cells, f"{pair.ratio:.3f}", "{:.3f} to {:.3f}".format(*pair.bounds), pair.verdict])
+    print(f"\n{render(columns, rows, text=4)}\n\n{comparison.conclusion}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare two files; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    args = parser.parse_args(argv)
+    try:
+        show(compare(load(args.before), load(args.after)))
+    except UserError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

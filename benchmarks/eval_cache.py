@@ -17,7 +17,7 @@ import torch
 from orepa import OREPAConv
 from orepa.bench.machine import OtherWork, environment
 from orepa.bench.results import Results, Row
-from orepa.bench.tables import describe
+from orepa.bench.tables import describe, median
 from orepa.timing import function, interleaved
 
 #: in, out, kernel, stride, groups, height of the (square) input
@@ -63,7 +63,7 @@ def main() -> None:
         with others:
             rows = measure(shape, arguments.rounds)
         results.rows += rows
-        cells = [f"{row.median_us:.1f} ±{100 * row.spread:.0f}%" for row in rows]
+        cells = [median(row) for row in rows]
         ratio = rows[0].median_us / rows[1].median_us
         print(f"{describe(rows[0].case):24} {cells[0]:>16} {cells[1]:>16} {ratio:6.3f}")
         sys.stdout.flush()

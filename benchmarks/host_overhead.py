@@ -26,6 +26,7 @@ import orepa_kernels
 from orepa import OREPAConv
 from orepa.bench.machine import OtherWork, environment
 from orepa.bench.results import Results, Row
+from orepa.bench.tables import median, render
 from orepa.timing import CpuStopwatch, Task, function, interleaved
 
 #: so small that memory comes from the allocator's own, as it does on a GPU
@@ -113,10 +114,8 @@ def main() -> None:
     results.environment["busy_cores_of_others"] = others.cores
     results.complete = True
     print(f"{results.rows[0].case['operands']} operands, {device}; left out: {missing}")
-    print(f"{'':20} {'mode':10} {'median us':>14} {'least us':>10}")
-    for row in results.rows:
-        cell = f"{row.median_us:.1f} ±{100 * row.spread:.0f}%"
-        print(f"{row.provider:20} {row.mode:10} {cell:>14} {1e6 * min(row.seconds):10.1f}")
+    rows = [[row.provider, row.mode, median(row), f"{1e6 * min(row.seconds):.1f}"] for row in results.rows]
+    print(render(["", "mode", "median us", "least us"], rows, text=2))
     if arguments.out:
         results.save(arguments.out)
 

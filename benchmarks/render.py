@@ -5,7 +5,7 @@
 
 ``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
 ``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py``,
-``host_overhead.py`` and ``ablation.py``, and the ``metrics.json`` of an ``orepa train``.
+``host_overhead.py`` and ``ablation/``, and the ``metrics.json`` of an ``orepa train``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orepa.bench import ablation_tables
-from orepa.bench.ablation_rows import BENCHMARK as ABLATION
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from ablation import tables as ablation_tables
+from ablation.rows import BENCHMARK as ABLATION
+
+from orepa.bench import tables
 from orepa.bench.results import SCHEMA, Results, Row, load
-from orepa.bench.step_tables import base_of
-from orepa.bench.tables import BASELINE, describe
+from orepa.bench.tables import describe, number, render
 from orepa.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +35,8 @@ SECTION = re.compile(r"^<!-- results:(\S+) -->\n.*?^<!-- /results:\1 -->", re.DO
 MARKER = re.compile(r"^<!-- /?results:\S+ -->", re.MULTILINE)
 
 
-def render(text: str, folder: Path) -> str:
-    """A document with all its result sections brought up to date.
+def update(text: str, folder: Path) -> str:
+    """Return a document with all its result sections brought up to date.
 
     Args:
         text: Markdown with markers.
@@ -69,7 +72,7 @@ def table(path: Path) -> str:
             raise UserError(f"{path}: no table for the benchmark {results.benchmark!r}")
         if results.benchmark == ABLATION:  # it has no medians to explain
             return ablation_tables.markdown(results)
-        return f"{TABLES[results.benchmark](results)}\n\n{_conditions(results)}"
+        return f"{TABLES[results.benchmark](results)}\n\n{tables.conditions(results)}"
     if isinstance(content, dict) and "outcome" in content:
         return _training(content)
     raise UserError(f"{path} is neither a result of `orepa bench` nor a metrics.json of `orepa train`")
@@ -79,48 +82,18 @@ def table(path: Path) -> str:
 
 
 def _squeeze(results: Results) -> str:
-    """Forward plus backward of every block, a column per provider; graph replays where there are any."""
-    launches = {row.launch for row in results.timed}
-    launch = "graph" if "graph" in launches else "plain"
-    modes = {row.mode for row in results.timed}
-    mode = "both" if "both" in modes else sorted(modes)[0]
-    rows = [row for row in results.timed if (row.launch, row.mode) == (launch, mode)]
-    measured = {row.provider: row.floor for row in rows}
-    names = [name for name in results.settings["providers"] if name in measured]
-    lines: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        case = {k: v for k, v in row.case.items() if k != "device"}
-        lines.setdefault(describe(case), {})[row.provider] = row
-    what = "forward + backward" if mode == "both" else mode
-    header = [f"µs, {what}", *(f"{name} (floor)" if measured[name] else f"`{name}`" for name in names)]
-    return _markdown(header, [[block, *(_cell(cells, name) for name in names)] for block, cells in lines.items()])
+    """Return forward plus backward of every block, a column per provider; graph replays where there are any."""
+    launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
+    modes = sorted({row.mode for row in results.timed})
+    columns, rows = tables.squeeze_table(results, launch, ["both" if "both" in modes else modes[0]], "markdown")
+    return render(columns, rows, "markdown")
 
 
 def _step(results: Results) -> str:
-    """Time and peak memory of a whole training step, and their ratios to the plain model."""
-    lines = []
-    for row in results.timed:
-        base = base_of(results.timed, row)
-        cells = [f"{row.median_us / 1e3:,.1f} ±{100 * row.spread:.0f}%", f"{row.facts['peak_bytes'] / 1e6:,.0f}"]
-        ratios = ["", ""]
-        if base is not None:
-            memory = row.facts["peak_bytes"] / base.facts["peak_bytes"]
-            ratios = [f"{row.median_us / base.median_us:.2f}", f"{memory:.2f}"]
-        case = row.case
-        what = f"{case['model']}, batch {case['batch']}, {case['size']} px"
-        parameters = f"{row.facts['parameter_count'] / 1e6:.2f} M"
-        lines.append([what, f"`{row.provider}`", cells[0], ratios[0], cells[1], ratios[1], parameters])
-    return _markdown(["step", "", "ms", "× plain", "peak MB", "× plain", "parameters"], lines)
-
-
-def _cell(cells: dict[str, Row], name: str) -> str:
-    row, base = cells.get(name), cells.get(BASELINE)
-    if row is None:
-        return ""
-    text = f"{_number(row.median_us)} ±{100 * row.spread:.0f}%"
-    if base is None or base is row or row.floor:
-        return text
-    return f"{text} ({base.median_us / row.median_us:.2f}×)"
+    """Return all variants of one case, or of several cases a line each."""
+    if len({(row.case["model"], row.case["batch"], row.case["size"]) for row in results.timed}) > 1:
+        return render(*tables.step_overview(results), "markdown")
+    return render(*tables.step_table(results.timed, "markdown"), "markdown")
 
 
 def _eval_cache(results: Results) -> str:
@@ -130,9 +103,11 @@ def _eval_cache(results: Results) -> str:
     lines = []
     for name, pair in pairs.items():
         ours, plain = pair["OREPAConv"], pair["Conv2d"]
-        cells = [f"{_number(row.median_us)} ±{100 * row.spread:.0f}%" for row in (ours, plain)]
+        cells = [tables.median(ours), tables.median(plain)]
         lines.append([name, *cells, f"{ours.median_us / plain.median_us:.3f}"])
-    return _markdown(["µs, eval forward, one image", "`OREPAConv`, kernel kept", "`nn.Conv2d`", "ratio"], lines)
+    return render(
+        ["µs, eval forward, one image", "`OREPAConv`, kernel kept", "`nn.Conv2d`", "ratio"], lines, "markdown"
+    )
 
 
 def _host_overhead(results: Results) -> str:
@@ -141,11 +116,12 @@ def _host_overhead(results: Results) -> str:
     lines: dict[str, dict[str, str]] = {}
     for row in results.timed:
         name = f"{row.provider} (floor)" if row.floor else f"`{row.provider}`"
-        least = _number(1e6 * min(row.seconds))
-        lines.setdefault(name, {})[row.mode] = f"{_number(row.median_us)} ±{100 * row.spread:.0f}%, least {least}"
+        least = number(1e6 * min(row.seconds))
+        lines.setdefault(name, {})[row.mode] = f"{tables.median(row)}, least {least}"
     operands = results.rows[0].case["operands"]
     header = [f"µs of the host, {operands} operands; left out: {results.settings['missing']}", *modes]
-    return _markdown(header, [[name, *(cells.get(mode, "") for mode in modes)] for name, cells in lines.items()])
+    rows = [[name, *(cells.get(mode, "") for mode in modes)] for name, cells in lines.items()]
+    return render(header, rows, "markdown")
 
 
 def _training(metrics: dict[str, Any]) -> str:
@@ -169,7 +145,7 @@ def _training(metrics: dict[str, Any]) -> str:
         where = f"{facts['threads']} thread(s), torch {facts['packages']['torch']}"
     except (KeyError, TypeError) as error:
         raise UserError(f"a damaged metrics.json: {type(error).__name__} {error}") from error
-    return f"{_markdown(header, lines)}\n\n{where}."
+    return f"{render(header, lines, 'markdown')}\n\n{where}."
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -178,30 +154,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "eval_cache": _eval_cache,
     "host_overhead": _host_overhead,
 }
-
-
-def _conditions(results: Results) -> str:
-    e = results.environment
-    device = e.get("gpu") or f"{e['processor']}, {e['threads']} thread(s)"
-    words = [device, f"torch {e['torch']}", f"commit {e['commit']}", str(e["date"])[:10]]
-    if e.get("busy_cores_of_others"):
-        words.append(f"{e['busy_cores_of_others']} cores busy with other programs")
-    spread = "half the distance from the 20th to the 80th percentile"
-    if results.processes > 1:
-        spread = (
-            "half of what the 20th to 80th percentile and a 95% confidence interval from the medians of "
-            f"{results.processes} processes span"
-        )
-    return f"{', '.join(words)}. Medians, ± {spread}."
-
-
-def _number(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1}f}"
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     documents = args.document or DOCUMENTS
     before = {path: path.read_text(encoding="utf-8") for path in documents}
     try:
-        after = {path: render(text, args.results) for path, text in before.items()}
+        after = {path: update(text, args.results) for path, text in before.items()}
     except UserError as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2

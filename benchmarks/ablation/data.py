@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..train.data import mix
-from ..train.images import ImageData, Source
+from orepa.errors import UserError
+from orepa.train.data import mix
+from orepa.train.images import ImageData, Source
 
 
 class Picked:

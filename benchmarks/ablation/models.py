@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
+from training_budget.components import BRANCHES, branches
 
-from ..surgery.consumer_graph import consumers
-from ..surgery.prepare import Choice, prepare
-from ..surgery.replace import replace_modules
-from ..topology.language import Declaration
-from .ablation_rows import FULL
-from .contestants import PLAIN, copy_of, offline, online
-from .step_sweep import BRANCHES, branches
+from orepa.bench.variants import PLAIN, copy_of, on_3x3
+from orepa.surgery.consumer_graph import consumers
+from orepa.surgery.prepare import prepare
+from orepa.surgery.replace import replace_modules
+from orepa.topology.language import Declaration
+
+from .rows import FULL
 
 #: DBB's own branches, with the initial values of the authors' released OREPA models; those after it are added one by one
 DBB_BRANCHES = BRANCHES[:4]
@@ -25,13 +25,13 @@ def variants() -> dict[str, Callable[[nn.Module], nn.Module]]:
     added = {"prior": BRANCHES[:5], "dws": BRANCHES[:6]}
     return {
         PLAIN: copy_of,
-        "dbb-offline": offline("", "dbb").build,
-        "dbb-no-branch-norm": partial(prepare, policy=_on_3x3(topology="dbb", scaling="none")),
-        "repvgg-offline": offline("", "repvgg").build,
-        "repvgg-no-branch-norm": partial(prepare, policy=_on_3x3(topology="repvgg", scaling="none")),
-        "dbb-online": online("", branches(DBB_BRANCHES)).build,
-        **{name: online("", _block(names)).build for name, names in added.items()},
-        "stem": online("", _block(BRANCHES), stem="deep_stem").build,
+        "dbb-offline": on_3x3("", topology="dbb", offline=True).build,
+        "dbb-no-branch-norm": on_3x3("", topology="dbb", scaling="none").build,
+        "repvgg-offline": on_3x3("", topology="repvgg", offline=True).build,
+        "repvgg-no-branch-norm": on_3x3("", topology="repvgg", scaling="none").build,
+        "dbb-online": on_3x3("", topology=branches(DBB_BRANCHES)).build,
+        **{name: on_3x3("", topology=_block(names)).build for name, names in added.items()},
+        "stem": on_3x3("", "deep_stem", topology=_block(BRANCHES)).build,
         FULL: prepare,
         "scalar": partial(prepare, scaling="scalar"),
         "no-scaling": partial(prepare, scaling="none"),
@@ -48,12 +48,3 @@ def without_norms(model: nn.Module) -> nn.Module:
 
 def _block(names: tuple[str, ...]) -> Declaration | str:
     return "orepa" if set(names) == set(BRANCHES) else branches(names)
-
-
-def _on_3x3(**choice: Any) -> Callable[[str, nn.Conv2d], Choice]:
-    """The layers that the offline blocks take."""
-
-    def policy(_name: str, conv: nn.Conv2d) -> Choice:
-        return choice if tuple(conv.kernel_size) == (3, 3) else None
-
-    return policy

@@ -6,11 +6,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..train.files import write_atomically
-from .ablation_rows import TRAIN
-from .ablation_tables import Estimate, Variant, difference, estimate
-from .contestants import PLAIN
-from .results import Results
+from orepa.bench.results import Results
+from orepa.bench.variants import PLAIN
+from orepa.train.files import write_atomically
+
+from .rows import TRAIN
+from .tables import Estimate, Variant, difference, estimate
 
 
 def plot(results: Results, path: Path) -> None:
@@ -23,13 +24,11 @@ def plot(results: Results, path: Path) -> None:
     Raises:
         UserError: the file system refuses.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.provider for row in results.rows if row.mode == TRAIN))
     variants = {name: Variant(results, name) for name in names}
     figure = Figure(figsize=(11, 0.36 * len(names) + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for place, variant in enumerate(variants.values()):
         if variant.diverged:  # in words: far from all others, the rest of its runs would squeeze them into a line

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .contestants import PLAIN
+from orepa.bench.variants import PLAIN
 
 #: the benchmark's name, and the modes of its rows: a whole training, a step of it
 BENCHMARK, TRAIN, STEP = "ablation", "train", "step"

@@ -1,9 +1,9 @@
 """Tables 1 to 3 of the paper on scikit-learn's digits: plain, offline DBB, online, its components, its scalings, no norm.
 
-    python benchmarks/ablation.py --out runs/ablation.json --plot runs/ablation.png
-    python benchmarks/ablation.py --quick
+    python benchmarks/ablation/run.py --out runs/ablation.json --plot runs/ablation.png
+    python benchmarks/ablation/run.py --quick
 
-Net, data and recipe are those of ``orepa train`` (but see `orepa.bench.ablation.NET_ARGUMENTS`). By default it learns from 100
+Net, data and recipe are those of ``orepa train`` (but see `ablation.training.NET_ARGUMENTS`). By default it learns from 100
 images only, drawn anew by every seed, and is tested on all others: with all of them, everything is right 99 times in 100.
 A file that holds some of the runs already is continued: killed, it loses only the run in progress; with more ``--seeds`` or
 other ``--rows`` it does only what is missing.
@@ -15,7 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from orepa.bench.options import check_folders, count, names, require
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orepa.bench.cli import check_folders, count, names, require
 from orepa.errors import UserError
 from orepa.train.signals import Stopped
 
@@ -51,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     require("lightning", "timm", "sklearn", "matplotlib", extras="train")
-    from orepa.bench import ablation
-    from orepa.bench.ablation_models import variants
-    from orepa.bench.ablation_tables import markdown
+    from ablation import training
+    from ablation.models import variants
+    from ablation.tables import markdown
 
     check_folders(args.out, args.plot)
     images = args.train_images or ("30" if args.quick else "100")
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     rounds = args.rounds if args.rounds is not None else (1 if args.quick else 20)
     if rounds < 0:
         raise UserError(f"--rounds must be 0 or more, got {rounds}")
-    request = ablation.Request(
+    config = training.AblationConfig(
         rows=tuple(variants() if args.rows is None else names(args.rows)),
         seeds=args.seeds or (1 if args.quick else 5),
         train_images=None if images == "all" else int(images),
@@ -73,10 +75,10 @@ def _run(args: argparse.Namespace) -> int:
         out=args.out,
         overwrite=args.overwrite,
     )
-    results = ablation.run(request, lambda line: print(line, flush=True))
+    results = training.run(config, lambda line: print(line, flush=True))
     print(f"\n{markdown(results)}")
     if args.plot:
-        from orepa.bench.ablation_plots import plot
+        from ablation.plots import plot
 
         plot(results, args.plot)
     for path in filter(None, (args.out, args.plot)):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..timing import STUDENT_T
-from .ablation_rows import STEP, TABLES, TRAIN, Table
-from .contestants import PLAIN
-from .results import Results
+from orepa.bench.results import Results
+from orepa.bench.tables import render
+from orepa.bench.variants import PLAIN
+from orepa.timing import half_width_95
+
+from .rows import STEP, TABLES, TRAIN, Table
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,13 @@ class Estimate:
         mean: of ``count`` values.
         std: their sample standard deviation; None of a single value.
         count: of the values.
+        interval: holds the true mean with 95% confidence, by Student's t; None for a single value.
     """
 
     mean: float
     std: float | None
     count: int
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Holds the true mean with 95% confidence, by Student's t; None for a single value."""
-        if self.std is None:
-            return None
-        t = STUDENT_T[min(self.count - 2, len(STUDENT_T) - 1)]
-        half = t * self.std / math.sqrt(self.count)
-        return self.mean - half, self.mean + half
+    interval: tuple[float, float] | None
 
     @property
     def is_a_difference(self) -> bool:
@@ -46,7 +40,11 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """Of any number of values; None of none."""
     if not values:
         return None
-    return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Estimate(mean, None, 1, None)
+    half = half_width_95(values)
+    return Estimate(mean, statistics.stdev(values), len(values), (mean - half, mean + half))
 
 
 def paired(ours: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
@@ -122,8 +120,7 @@ def _table(table: Table, variants: Mapping[str, Variant]) -> str:
         cells.append("" if own.step_us is None or unit is None else f"{own.step_us / unit:.2f}")
         lines.append([label, *cells])
         before = own
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+    return render(header, lines, "markdown")
 
 
 def _accuracy(value: Estimate | None) -> str:

@@ -18,26 +18,26 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import nn
 
-from orepa_kernels.backends.base import Request as BackendRequest
+from orepa.bench.machine import OtherWork, environment
+from orepa.bench.results import Results, Row, load
+from orepa.bench.step import TrainingStep
+from orepa.errors import UserError
+from orepa.module_info import count_parameters
+from orepa.modules.orepa_conv import OREPAConv
+from orepa.timing import function, interleaved
+from orepa.train.config import DIGITS, Config
+from orepa.train.data import Loaders, load_data, mix, seed_everything
+from orepa.train.determinism import threads
+from orepa.train.images import ImageData
+from orepa.train.loop import Diverged, Trainer
+from orepa.train.model import create_plain, default_cfg, model_arguments
+from orepa.train.signals import StopRequest
+from orepa_kernels.backends.base import Request
 from orepa_kernels.dispatch import select
 
-from ..errors import UserError
-from ..module_info import count_parameters
-from ..modules.orepa_conv import OREPAConv
-from ..timing import function, interleaved
-from ..train.config import DIGITS, Config
-from ..train.data import Loaders, load_data, mix, seed_everything
-from ..train.determinism import threads
-from ..train.images import ImageData
-from ..train.loop import Diverged, Trainer
-from ..train.model import create_plain, default_cfg, model_arguments
-from ..train.signals import StopRequest
-from .ablation_data import Picked, draw
-from .ablation_models import variants
-from .ablation_rows import BENCHMARK, STEP, TRAIN
-from .machine import OtherWork, environment
-from .results import Results, Row, load
-from .training_step import TrainingStep
+from .data import Picked, draw
+from .models import variants
+from .rows import BENCHMARK, STEP, TRAIN
 
 IMG_SIZE = 32
 #: In both the net follows the paper's ResNets instead of timm's toy: a 7x7 stem, which the deep stem takes the place of, and
@@ -46,7 +46,7 @@ NET_ARGUMENTS = {"stem_type": "", "zero_init_last": False}
 
 
 @dataclass(frozen=True)
-class Request:
+class AblationConfig:
     """What to train.
 
     Args:
@@ -71,7 +71,7 @@ class Request:
     out: Path | None = None
     overwrite: bool = False
 
-    def config(self, seed: int) -> Config:
+    def recipe(self, seed: int) -> Config:
         """The recipe of ``orepa train`` on the digits."""
         given: dict[str, Any] = {"data": DIGITS, "seed": seed, "threads": self.threads, "limit": self.limit}
         if self.epochs is not None:
@@ -79,11 +79,11 @@ class Request:
         return Config.from_given(given, IMG_SIZE)
 
 
-def run(request: Request, say: Callable[[str], None] = print) -> Results:
+def run(ablation: AblationConfig, say: Callable[[str], None] = print) -> Results:
     """Train what the file lacks, then time a step of every variant in it.
 
     Args:
-        request: what to train.
+        ablation: what to train.
         say: gets a line per run.
 
     Raises:
@@ -91,34 +91,38 @@ def run(request: Request, say: Callable[[str], None] = print) -> Results:
         Stopped: a signal came; all runs that had finished are in the file.
     """
     known = variants()
-    unknown = [name for name in request.rows if name not in known]
-    if unknown or not request.rows:
+    unknown = [name for name in ablation.rows if name not in known]
+    if unknown or not ablation.rows:
         raise UserError(f"--rows must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    with threads(request.threads):
-        return _run(request, say)
+    with threads(ablation.threads):
+        return _run(ablation, say)
 
 
-def _run(request: Request, say: Callable[[str], None]) -> Results:
-    config = request.config(0)
+def _run(ablation: AblationConfig, say: Callable[[str], None]) -> Results:
+    config = ablation.recipe(0)
     data = load_data(config, None, default_cfg(config.model))
-    count = len(data.train) if request.train_images is None else request.train_images
-    results = _start(request, _protocol(config, data, count))
+    count = len(data.train) if ablation.train_images is None else ablation.train_images
+    results = _start(ablation, _protocol(config, data, count))
     done = {(row.provider, row.case["seed"]) for row in results.rows if row.mode == TRAIN}
     with StopRequest() as stop:
-        for seed in range(request.seeds):  # the outer loop: what an interruption leaves behind can be compared in pairs
+        for seed in range(
+            ablation.seeds
+        ):  # the outer loop: what an interruption leaves behind can be compared in pairs
             drawn = draw(data, count, seed)
-            for name in request.rows:
+            for name in ablation.rows:
                 if (name, seed) not in done:
-                    row = _train(name, request.config(seed), drawn, stop)
-                    _add(results, row, request.out)
+                    row = _train(name, ablation.recipe(seed), drawn, stop)
+                    _add(results, row, ablation.out)
                     say(f"seed {seed}  {name:22} {_told(row)}")
     trained, timed = ({row.provider for row in results.rows if row.mode == mode} for mode in (TRAIN, STEP))
-    if request.rounds and trained != timed:
+    if ablation.rounds and trained != timed:
         say("timing one step of each in turns ...")
-        _time(results, config, data, request.rounds)
+        _time(results, config, data, ablation.rounds)
     results.complete = True
-    _save(results, request.out)
-    return results if request.out is None else load(request.out)  # what is shown is what is kept, its rounding included
+    _save(results, ablation.out)
+    return (
+        results if ablation.out is None else load(ablation.out)
+    )  # what is shown is what is kept, its rounding included
 
 
 def _protocol(config: Config, data: ImageData, count: int) -> dict[str, Any]:
@@ -141,23 +145,23 @@ def _backend() -> str:
     """Which backend squeezes here: the last bits depend on it."""
     conv = OREPAConv(8, 8, 3)
     like = conv.operands()[0]
-    return select("auto", BackendRequest(conv.plan, like.device, like.dtype, like.dtype)).name
+    return select("auto", Request(conv.plan, like.device, like.dtype, like.dtype)).name
 
 
-def _start(request: Request, protocol: dict[str, Any]) -> Results:
+def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
     """The results to continue, or empty ones."""
     facts = environment()
-    if request.out is None or request.overwrite or not request.out.exists():
+    if ablation.out is None or ablation.overwrite or not ablation.out.exists():
         return Results(BENCHMARK, facts, {"protocol": protocol})
-    results = load(request.out)
+    results = load(ablation.out)
     found = results.settings.get("protocol")
     if results.benchmark != BENCHMARK or not isinstance(found, dict):
-        raise UserError(f"{request.out} holds something else than an ablation: --overwrite discards it")
+        raise UserError(f"{ablation.out} holds something else than an ablation: --overwrite discards it")
     old, new = _flat(found), _flat(protocol)
     changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise UserError(
-            f"{request.out} holds runs of another protocol ({'; '.join(changed)}): --overwrite discards them, another --out "
+            f"{ablation.out} holds runs of another protocol ({'; '.join(changed)}): --overwrite discards them, another --out "
             "keeps them"
         )
     telling = ("commit", "torch", "processor")
@@ -166,7 +170,7 @@ def _start(request: Request, protocol: dict[str, Any]) -> Results:
         others = results.environment.setdefault("continued_with", [])
         if now not in others:
             others.append(now)
-        print(f"orepa: note: {request.out} was begun with {then}, this is {now}", file=sys.stderr)
+        print(f"orepa: note: {ablation.out} was begun with {then}, this is {now}", file=sys.stderr)
     return results
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..topology.catalogue import orepa
-from ..topology.language import Branch, ConvSpec, Declaration, Layer, Norm, Topology
-from .contestants import PLAIN, Contestant, copy_of, offline, online
-from .step import Case
+from orepa.bench.step import StepCase
+from orepa.bench.variants import PLAIN, Variant, copy_of, on_3x3
+from orepa.topology.catalogue import orepa
+from orepa.topology.language import Branch, ConvSpec, Declaration, Layer, Norm, Topology
 
 #: in the order in which they are added: DBB's own first, then those of the paper (Table 2)
 BRANCHES = ("origin", "avg", "conv1x1_kxk", "conv1x1", "prior", "dws")
 STEM = "deep stem"
 
 
-def sweep(case: Case) -> list[tuple[Case, list[Contestant]]]:
-    """One case per number of components, each with plain, online and offline; see `orepa.bench.step.Request`.
+def sweep(case: StepCase) -> list[tuple[StepCase, list[Variant]]]:
+    """Return one case per number of components, each with plain, online and offline; see `orepa.bench.step.StepConfig`.
 
     Args:
         case: what to train.
@@ -24,18 +24,19 @@ def sweep(case: Case) -> list[tuple[Case, list[Contestant]]]:
     for count in range(1, len(BRANCHES) + 2):
         names, stem = BRANCHES[:count], count > len(BRANCHES)
         last = STEM if stem else names[-1]
-        contestants = [
-            Contestant(PLAIN, copy_of, PLAIN),
-            online("online", branches(names), "deep_stem" if stem else ""),
+        on_stem = "deep_stem" if stem else ""
+        variants = [
+            Variant(PLAIN, copy_of, PLAIN),
+            on_3x3("online", on_stem, topology=branches(names)),
             # A stem of nested blocks has no place for norms inside: it runs unsqueezed, as its branches are.
-            offline("offline", with_norms(branches(names)), "deep_stem" if stem else ""),
+            on_3x3("offline", on_stem, topology=with_norms(branches(names)), offline=True),
         ]
-        found.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), contestants))
+        found.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), variants))
     return found
 
 
 def branches(names: tuple[str, ...]) -> Declaration:
-    """The OREPA block with some of its branches."""
+    """Return the OREPA block with some of its branches."""
 
     def topology(spec: ConvSpec) -> Topology:
         return Topology(**{name: branch for name, branch in orepa(spec) if name in names})
@@ -44,7 +45,7 @@ def branches(names: tuple[str, ...]) -> Declaration:
 
 
 def with_norms(declaration: Declaration) -> Declaration:
-    """The same block as it would be trained offline: a norm after every layer, as in DBB."""
+    """Return the same block as it would be trained offline: a norm after every layer, as in DBB."""
 
     def topology(spec: ConvSpec) -> Topology:
         def normed(branch: Branch) -> Branch:

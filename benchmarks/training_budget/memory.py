@@ -1,13 +1,13 @@
-"""Where the memory of a training step goes: its allocations are recorded and replayed, and what is alive at the peak is named.
+"""Find where the memory of a training step goes: record its allocations, replay them, and name what is alive at the peak.
 
-The parts are found by themselves, none as what is left of the total, so that their sum can be held against the allocator.
+Each part is found by itself, none as the rest of the total, so that their sum can be checked against the allocator.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from unittest import mock
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import orepa_kernels
-
-from .training_step import TrainingStep, storages
+from orepa.bench.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,21 @@ def occupied(device: str) -> tuple[int, int]:
     return stats.get("allocated_bytes.all.current", 0), stats.get("requested_bytes.all.current", 0)
 
 
+def probe(device: str) -> Callable[[TrainingStep, bool], dict[str, Any]]:
+    """Return the function that measures one variant: see `orepa.bench.step.Probe`."""
+    warm_up(device)
+    before = occupied(device)
+    return lambda step, eager: measure(step, recorder(device), before, eager)
+
+
+def warm_up(device: str) -> None:
+    """Make the libraries allocate their workspaces now, so that no variant is charged for them."""
+    if device == "cuda":
+        a = torch.ones(64, 64, device=device, requires_grad=True)
+        (a @ a).sum().backward()
+        torch.cuda.synchronize()
+
+
 def measure(
     step: TrainingStep, watch: Recorder, before: tuple[int, int] = (0, 0), eager: bool = True
 ) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def measure(
         pass, and ``squeeze_saved_bytes``, the part of the squeeze (None where not ``eager``).
     """
     step.clear()
-    standing = step.standing()
+    permanent = _permanent(step)
     saved: dict[int, bool] = {}  # address to whether the squeeze saved it first
     inside = [False]
 
@@ -165,12 +179,12 @@ def measure(
         warnings.simplefilter("ignore", UserWarning)  # the profiler's, on repeated use
         loss, first = watch.record(forward)
         _, second = watch.record(loss.backward)
-        gradients = set(storages(step.gradients()))
+        gradients = set(_storages(p.grad for p in step.model.parameters() if p.grad is not None))
         _, third = watch.record(step.optimizer.step)
     counted = watch.peak()
     del loss
     step.clear()
-    split = split_peak([first, second, third], standing, saved, gradients)
+    split = split_peak([first, second, third], permanent, saved, gradients)
     allocated = split.total
     if counted is not None:
         allocated = counted[0] - before[0]
@@ -184,6 +198,21 @@ def measure(
         "saved_bytes": sum(after_forward.values()),
         "squeeze_saved_bytes": by_squeeze if eager else None,
     }
+
+
+def _permanent(step: TrainingStep) -> dict[str, dict[int, int]]:
+    state = [v for s in step.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    return {
+        "parameters": _storages(step.model.parameters()),
+        "optimizer": _storages(state),
+        "buffers": _storages([*step.model.buffers(), step.images, step.labels]),
+    }
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return bytes by address, each storage once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 @contextlib.contextmanager
@@ -204,7 +233,7 @@ def _marking(inside: list[bool]) -> Iterator[None]:
 
 def split_peak(
     phases: Sequence[Sequence[Event]],
-    standing: Mapping[str, Mapping[int, int]],
+    permanent: Mapping[str, Mapping[int, int]],
     saved: Mapping[int, bool],
     gradients: set[int],
 ) -> Split:
@@ -212,7 +241,7 @@ def split_peak(
 
     Args:
         phases: the events of forward, backward and update.
-        standing: what lay there before, by part.
+        permanent: what is allocated between two steps: by part, bytes of each storage by its address.
         saved: addresses of what was saved for the backward pass, and whether the squeeze did.
         gradients: addresses of the parameters' gradients after it.
     """
@@ -244,10 +273,10 @@ def split_peak(
             part = "temporary"
         parts[part] += event.size
     owned: dict[int, str] = {}
-    for name, blocks in standing.items():
+    for name, blocks in permanent.items():
         for address in blocks:
             owned.setdefault(address, name)
-    fixed = {name: sum(n for a, n in blocks.items() if owned[a] == name) for name, blocks in standing.items()}
+    fixed = {name: sum(n for a, n in blocks.items() if owned[a] == name) for name, blocks in permanent.items()}
     return Split(**fixed, **parts)
 
 

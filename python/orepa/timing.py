@@ -18,9 +18,6 @@ LEAST_SAMPLE = 1e-3
 MOST_CALLS = 100
 LEAST_ROUNDS = 5
 
-#: Student's t for 95%, two-sided, from one degree of freedom on; the last one, beyond which it hardly falls, stands for more
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
 Samples = dict[str, list[float]]
 
 
@@ -61,7 +58,9 @@ class CpuStopwatch:
         return (self._clock() - begin) / calls
 
     def calls(self, task: Task) -> int:
-        self.sample(task, 1)
+        seconds = self.sample(task, 1)
+        if seconds > 1:
+            return 1  # warm enough, and too long to repeat
         seconds = self.sample(task, 1)
         if seconds > 10 * LEAST_SAMPLE:
             return 1  # known well enough, and repeating long calls would take more time than measuring them
@@ -121,12 +120,18 @@ def summary(processes: Sequence[Sequence[float]]) -> dict[str, float]:
     low, high = min(p20, median), max(p80, median)
     if len(medians) > 1:
         logs = [math.log(m) for m in medians]
-        t = STUDENT_T[min(len(logs) - 2, len(STUDENT_T) - 1)]
-        factor = math.exp(t * statistics.stdev(logs) / math.sqrt(len(logs)))
+        factor = math.exp(half_width_95(logs))
         mean = math.exp(statistics.fmean(logs))
         low, high = min(low, mean / factor), max(high, mean * factor)
     values = {"median": median, "p20": p20, "p80": p80, "low": low, "high": high}
     return {f"{name}_us": value * 1e6 for name, value in values.items()}
+
+
+def half_width_95(values: Sequence[float]) -> float:
+    """Return half the width of the 95% confidence interval of the mean, by Student's t; of two values or more."""
+    from scipy.special import stdtrit  # scipy.stats.t.ppf calls the same, and takes a second to import
+
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def saved_bytes(squeeze: Callable[[], torch.Tensor], operands: list[torch.Tensor]) -> int:

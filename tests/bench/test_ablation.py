@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -23,14 +21,16 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from ablation import run as script
+from ablation import training
+from ablation.data import draw
+from ablation.models import DBB_BRANCHES, variants
+from ablation.rows import BENCHMARK, STEP, TABLES, TRAIN
+from ablation.tables import Variant, estimate, markdown, paired, shown
 from scipy import stats
 
 from orepa import OREPAConv
-from orepa.bench import ablation, machine
-from orepa.bench.ablation_data import draw
-from orepa.bench.ablation_models import DBB_BRANCHES, variants
-from orepa.bench.ablation_rows import BENCHMARK, STEP, TABLES, TRAIN
-from orepa.bench.ablation_tables import Variant, estimate, markdown, paired, shown
+from orepa.bench import machine
 from orepa.bench.results import Results, Row, load
 from orepa.errors import UserError
 from orepa.surgery.consumer_graph import is_norm
@@ -53,42 +53,33 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation_script", ROOT / "benchmarks" / "ablation.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def tiny(out: Path | None = None, rows: tuple[str, ...] = ("plain", "rep1x1"), **changes: Any) -> ablation.Request:
-    return ablation.Request(
+def tiny(
+    out: Path | None = None, rows: tuple[str, ...] = ("plain", "rep1x1"), **changes: Any
+) -> training.AblationConfig:
+    return training.AblationConfig(
         **{"rows": rows, "seeds": 1, "train_images": 30, "epochs": 1, "rounds": 0, "limit": 64, "out": out, **changes}
     )
 
 
-def run(request: ablation.Request) -> tuple[Results, list[str]]:
+def run(config: training.AblationConfig) -> tuple[Results, list[str]]:
     said: list[str] = []
-    return ablation.run(request, said.append), said
+    return training.run(config, said.append), said
 
 
 @functools.cache
 def digits(limit: int | None = None) -> ImageData:
-    return load_data(tiny(limit=limit).config(0), None, {})
+    return load_data(tiny(limit=limit).recipe(0), None, {})
 
 
 @functools.cache
 def model(name: str) -> nn.Module:
-    return ablation.build(name, tiny().config(0), digits())
+    return training.build(name, tiny().recipe(0), digits())
 
 
 # --- the script -----------------------------------------------------------------------------------------------------------
 
 
-def test_quick_trains_times_and_writes_everything(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quick_trains_times_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, png = tmp_path / "a.json", tmp_path / "a.png"
     assert script.main(["--quick", "--rows", "plain,rep1x1", "--out", str(out), "--plot", str(png)]) == 0
     results = load(out)
@@ -114,9 +105,7 @@ def test_quick_trains_times_and_writes_everything(
         (["--out", "no/such/folder/a.json"], "there is no folder"),
     ],
 )
-def test_what_cannot_be_met_is_refused(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_what_cannot_be_met_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert script.main(["--quick", *arguments]) == 2
     captured = capsys.readouterr()
     assert re.search(message, captured.err) and "seed 0" not in captured.out
@@ -136,7 +125,7 @@ def test_an_interrupted_ablation_goes_on_where_it_was(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        ablation.run(request, interrupt)
+        training.run(request, interrupt)
     kept = load(tmp_path / "a.json")
     assert len(kept.rows) == 3 and not kept.complete
 
@@ -190,7 +179,7 @@ def test_another_commit_is_said_in_the_file(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = ablation.build
+    build = training.build
 
     def exploding(name: str, *rest: Any) -> nn.Module:
         made = build(name, *rest)
@@ -198,7 +187,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
             made.get_parameter("fc.weight").data.mul_(1e38)
         return made
 
-    monkeypatch.setattr(ablation, "build", exploding)
+    monkeypatch.setattr(training, "build", exploding)
     results, said = run(tiny(tmp_path / "a.json"))
     row = results.rows[1]
     assert (row.provider, row.status, row.facts["diverged"]) == ("rep1x1", "failed", True)
@@ -322,7 +311,7 @@ def planted(**accuracies: list[float | None]) -> Results:
                 row = Row({"seed": seed}, name, TRAIN, processes=[[1.0]], facts=facts)
             rows.append(row)
         rows.append(Row({}, name, STEP, processes=[[0.01 * len(rows)] * 3]))
-    return Results(BENCHMARK, machine.environment(), {"protocol": protocol}, {}, rows)
+    return Results(BENCHMARK, machine.environment(), {"protocol": protocol}, rows)
 
 
 def test_the_tables_say_what_the_runs_say() -> None:

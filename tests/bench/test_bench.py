@@ -12,8 +12,8 @@ from torch import Tensor
 
 import orepa
 from orepa.bench import squeeze as bench
-from orepa.bench.authors import Authors
 from orepa.bench.check import Truth
+from orepa.bench.problem import MODELS, Problem, Shape, SqueezeCase, model_shapes, parse_shapes
 from orepa.bench.providers import (
     Compiled,
     Eager,
@@ -21,26 +21,19 @@ from orepa.bench.providers import (
     Provider,
     Squeezer,
     Task,
+    all_providers,
     configure_inductor,
-    everything,
     nothing,
 )
-from orepa.bench.shapes import MODELS, Shape, model_shapes, parse_shapes
-from orepa.bench.work import flops, minimum_bytes, products
-from orepa.bench.workload import Case, Workload
+from orepa.bench.roofline import flops, minimum_bytes, products
 from orepa.errors import UserError
 from orepa.timing import LEAST_ROUNDS, CpuStopwatch, function, interleaved, saved_bytes, summary
 
 SMALL = Shape(6, 4, 3)
 
 
-@pytest.fixture(autouse=True)
-def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "ceilings", lambda *_: {})
-
-
-def work(shape: Shape = SMALL, topology: str | None = None, dtype: str = "fp32") -> Workload:
-    return Workload(Case(shape, topology or shape.topology, dtype))
+def problem_of(shape: Shape = SMALL, topology: str | None = None, dtype: str = "fp32") -> Problem:
+    return Problem(SqueezeCase(shape, topology or shape.topology, dtype))
 
 
 class FakeWatch:
@@ -58,8 +51,8 @@ class FakeWatch:
         return 1
 
 
-def request(**changes: object) -> bench.Request:
-    return bench.Request(**{"shapes": [SMALL], "rounds": 3, "seconds": 1.0, **changes})  # type: ignore[arg-type]
+def config(**changes: object) -> bench.SqueezeConfig:
+    return bench.SqueezeConfig(**{"shapes": [SMALL], "rounds": 3, "seconds": 1.0, **changes})  # type: ignore[arg-type]
 
 
 # --- shapes and work ------------------------------------------------------------------------------------------------------
@@ -91,7 +84,7 @@ def test_shapes_that_are_none(text: str) -> None:
 
 def test_work_of_a_block_counted_by_hand() -> None:
     o, i, k = 6, 4, 3
-    w = work()
+    w = problem_of()
     (product,) = products(w.plan)
     assert (product.batch, product.m, product.k, product.n) == (1, o * k * k, i, i)
     assert flops(w.plan, "forward") == 2 * o * i * i * k * k + 2 * o * 8 * i * k * k
@@ -104,10 +97,10 @@ def test_work_of_a_block_counted_by_hand() -> None:
 
 
 def test_work_of_groups_and_of_nested_blocks() -> None:
-    (grouped,) = products(work(Shape(6, 4, 3, 2)).plan)
+    (grouped,) = products(problem_of(Shape(6, 4, 3, 2)).plan)
     assert (grouped.batch, grouped.m, grouped.k, grouped.n) == (2, 3 * 9, 2, 2)
     # Two compositions of the stem, and one inside each of its three stages.
-    assert len(products(work(Shape(4, 3, 7)).plan)) == 5
+    assert len(products(problem_of(Shape(4, 3, 7)).plan)) == 5
 
 
 # --- providers are right --------------------------------------------------------------------------------------------------
@@ -129,30 +122,30 @@ CASES = [
 @pytest.mark.parametrize(("shape", "topology"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_baseline_and_backends_pass_their_check(shape: Shape, topology: str, dtype: str) -> None:
-    w = work(shape, topology, dtype)
+    w = problem_of(shape, topology, dtype)
     truth = Truth(w)
     assert truth.eager.weight < {"fp32": 5e-6, "bf16": 4e-3, "fp16": 5e-4}[dtype]
     assert truth.eager.gradient < 5e-6
     for provider in (Eager(), Kernels("reference")):
-        assert truth.verdict(truth.errors(provider.build(w))) == ""
+        assert truth.mistake(truth.errors(provider.build(w))) == ""
 
 
 def test_every_parameter_matters_to_the_check() -> None:
     """No branch is at a zero or an identity, where a mistake in it would not show."""
-    w = work()
+    w = problem_of()
     truth = Truth(w)
     for parameter in w.parameters:
         kept = parameter.detach().clone()
         parameter.data.mul_(1.01)
-        assert "the kernel" in truth.verdict(truth.errors(Eager().build(w)))
+        assert "the kernel" in truth.mistake(truth.errors(Eager().build(w)))
         parameter.data.copy_(kept)
 
 
 def test_backends_that_cannot_run_say_why() -> None:
-    assert Kernels("reference").why_not(work()) == ""
+    assert Kernels("reference").why_not(problem_of()) == ""
     absent = [name for name, verdict in orepa_backends().items() if not verdict]
     for name in absent:
-        assert Kernels(name).why_not(work())
+        assert Kernels(name).why_not(problem_of())
 
 
 def orepa_backends() -> dict[str, object]:
@@ -162,13 +155,13 @@ def orepa_backends() -> dict[str, object]:
 
 
 def test_floors_do_their_products() -> None:
-    gemms = everything()["gemms"]
-    w = work(Shape(6, 4, 3, 2))
+    gemms = all_providers()["gemms"]
+    w = problem_of(Shape(6, 4, 3, 2))
     built = gemms.build(w)
     assert built.squeeze is None and gemms.floor
     for mode in ("forward", "backward", "both"):
         built.tasks[mode].run(built.tasks[mode].prepare())
-    assert gemms.why_not(work(SMALL, "plain"))
+    assert gemms.why_not(problem_of(SMALL, "plain"))
     assert gemms.amount(w, "both")["flops"] == 3 * sum(p.flops for p in products(w.plan))
 
 
@@ -180,8 +173,8 @@ class Planted(Squeezer):
     def __init__(self, mistake: Callable[[Tensor], Tensor]) -> None:
         self._mistake = mistake
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        right = Eager().squeezer(work)
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        right = Eager().squeezer(problem)
         return lambda: self._mistake(right())
 
 
@@ -203,8 +196,8 @@ class Slower(Squeezer):
     def __init__(self, clock: Clock, seconds: float) -> None:
         self._clock, self._seconds = clock, seconds
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        right = Eager().squeezer(work)
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        right = Eager().squeezer(problem)
 
         def squeeze() -> Tensor:
             self._clock.now += self._seconds
@@ -233,7 +226,7 @@ def test_planted_mistake_is_reported_and_not_timed(
     mistake: Callable[[Tensor], Tensor], status: str, reason: str
 ) -> None:
     watch = FakeWatch()
-    results = bench.run(request(), {"eager": Eager(), "planted": Planted(mistake)}, stopwatch=watch)
+    results = bench.run(config(), {"eager": Eager(), "planted": Planted(mistake)}, stopwatch=watch)
     planted = [row for row in results.rows if row.provider == "planted"]
     assert len(planted) == 3
     for row in planted:
@@ -321,7 +314,7 @@ def test_compilation_is_never_timed() -> None:
     counts: list[int] = []
     shapes = [SMALL, Shape(4, 4, 3), Shape(6, 4, 3, 2)]
     providers: dict[str, Provider] = {"compile": Compiled("compile", "default", compiler)}
-    results = bench.run(request(shapes=shapes), providers, stopwatch=Watch())
+    results = bench.run(config(shapes=shapes), providers, stopwatch=Watch())
     assert [row.status for row in results.rows] == ["ok"] * 9, results.rows
     per_case = len(counts) // len(shapes)
     for index in range(len(shapes)):
@@ -341,7 +334,7 @@ def test_a_lazy_compiler_is_never_timed() -> None:
 
         return first_call_is_slow
 
-    results = bench.run(request(rounds=5), {"compile": Compiled("compile", "default", compiler)})
+    results = bench.run(config(rounds=5), {"compile": Compiled("compile", "default", compiler)})
     assert len(results.timed) == 3
     assert max(s for row in results.timed for s in row.seconds) < 0.25
 
@@ -360,50 +353,5 @@ def test_saved_bytes_counts_storages_once_and_no_operand() -> None:
     assert (
         saved_bytes(lambda: (a + b).view(2, 5).exp().view(10).square(), [a, b]) == 40
     )  # exp and square save one tensor
-    w = work(Shape(16, 16, 3))
+    w = problem_of(Shape(16, 16, 3))
     assert saved_bytes(Eager().squeezer(w), list(w.operands.values())) > 4 * 16 * 16 * 9
-
-
-# --- the authors' code ------------------------------------------------------------------------------------------------------
-
-THEIRS = """
-import torch
-from helper import scaled
-
-class OREPA_1x1(torch.nn.Module):
-    def __init__(self, i, o, k, padding=0, groups=1):
-        super().__init__()
-        first, second = ((i, i), (o, i)) if o > i else ((o, i), (o, o))
-        self.weight_or1x1_origin = torch.nn.Parameter(torch.zeros(o, i, 1, 1))
-        self.weight_or1x1_l2i_conv1 = torch.nn.Parameter(torch.zeros(*first, 1, 1))
-        self.weight_or1x1_l2i_conv2 = torch.nn.Parameter(torch.zeros(*second, 1, 1))
-        self.vector = torch.nn.Parameter(torch.zeros(2, o))
-
-    def weight_gen(self):
-        sequence = torch.einsum("tihw,othw->oihw", self.weight_or1x1_l2i_conv1, self.weight_or1x1_l2i_conv2)
-        return scaled(self.weight_or1x1_origin, self.vector[0]) + scaled(sequence, self.vector[1])
-
-class OREPA(torch.nn.Module):
-    pass
-"""
-
-
-def test_code_of_a_checkout_is_imported_and_held_against_the_reference(tmp_path) -> None:
-    import sys
-
-    (tmp_path / "blocks.py").write_text(THEIRS)
-    (tmp_path / "helper.py").write_text("def scaled(k, s):\n    return k * s.view(-1, 1, 1, 1)\n")
-    paths = list(sys.path)
-    authors = Authors(tmp_path)
-    assert sys.path == paths and not {"blocks", "helper"} & sys.modules.keys()
-    shapes = [Shape(6, 4, 1), Shape(4, 6, 1), Shape(4, 6, 1, 2), Shape(4, 3, 7), Shape(4, 4, 5)]
-    results = bench.run(request(shapes=shapes, modes=["both"]), {"authors": authors}, stopwatch=FakeWatch())
-    assert [row.status for row in results.rows] == ["ok", "ok", "skipped", "skipped", "skipped"], results.rows
-
-
-@pytest.mark.parametrize("blocks", [None, "import nowhere_to_be_found", "x = 1"])
-def test_a_folder_without_their_code(tmp_path, blocks: str | None) -> None:
-    if blocks is not None:
-        (tmp_path / "blocks.py").write_text(blocks)
-    with pytest.raises(UserError, match="--against"):
-        Authors(tmp_path)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compare import compare
 
 from orepa.bench import processes
-from orepa.bench.compare import compare
-from orepa.bench.processes import Keep, merge
+from orepa.bench.processes import merge
 from orepa.bench.results import Results, Row, load
-from orepa.bench.squeeze import Listener, Silent
+from orepa.bench.runner import Save, Say
 from orepa.errors import UserError
 from orepa.timing import summary
 
@@ -31,49 +31,44 @@ def row(*samples: list[float], provider: str = "eager", **changes: Any) -> Row:
     return Row(**{"case": CASE, "provider": provider, "processes": list(samples), **changes})
 
 
-def results(*rows: Row, busy: float = 0.0, copy: float = 1.0) -> Results:
+def results(*rows: Row, busy: float = 0.0) -> Results:
     environment = {"threads": 1, "cores": 2, "busy_cores_of_others": busy}
-    return Results("squeeze", environment, {}, {"copy_bytes_per_second": copy}, list(rows))
+    return Results("squeeze", environment, {}, list(rows))
 
 
 # --- jobs: a worker process imports them from here ----------------------------------------------------------------------------
 
 
-def at(speed: float, listener: Listener, keep: Keep) -> None:
+def at(speed: float, say: Say, save: Save) -> None:
     """Five samples within 1% of ``1 / speed`` seconds, first partial, then complete."""
     found = results(row([(1 + 0.002 * i) / speed for i in range(5)]))
-    listener.step("timing")
-    keep(found)
+    say("timing")
+    save(found)
     found.rows.append(row([1.0], provider="copy"))
     found.complete = True
-    keep(found)
-    listener.done()
+    save(found)
 
 
-def dies(listener: Listener, keep: Keep) -> None:
-    keep(results(row([3.0])))
+def dies(say: Say, save: Save) -> None:
+    save(results(row([3.0])))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def exits(listener: Listener, keep: Keep) -> None:
+def exits(say: Say, save: Save) -> None:
     os._exit(7)
 
 
-def refuses(listener: Listener, keep: Keep) -> None:
+def refuses(say: Say, save: Save) -> None:
     raise UserError("no such thing")
 
 
-def sleeps(pid_file: Path, listener: Listener, keep: Keep) -> None:
+def sleeps(pid_file: Path, say: Say, save: Save) -> None:
     pid_file.write_text(str(os.getpid()))
     time.sleep(300)
 
 
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.steps: list[str] = []
-
-    def step(self, text: str) -> None:
-        self.steps.append(text)
+def silent(text: str) -> None:
+    pass
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------------
@@ -81,14 +76,15 @@ class Heard(Silent):
 
 def test_what_differs_between_processes_is_in_the_spread(tmp_path: Path) -> None:
     """Planted: processes within 1% of themselves, 10% apart from each other."""
-    listener, kept = Heard(), []
+    heard: list[str] = []
+    kept = []
 
     def keep(found: Results) -> None:
         kept.append((found.complete, [len(r.processes) for r in found.rows]))
         found.save(tmp_path / "a.json")
 
-    found = processes.run([partial(at, speed) for speed in (1.0, 1.1)], listener, keep)
-    assert listener.steps == ["process 1 of 2: timing", "process 2 of 2: timing"]
+    found = processes.run([partial(at, speed) for speed in (1.0, 1.1)], heard.append, keep)
+    assert heard == ["process 1 of 2: timing", "process 2 of 2: timing"]
     assert kept == [(False, [1]), (False, [1, 1]), (False, [2, 1]), (False, [2, 2]), (True, [2, 2])]
     eager, copy = found.rows
     assert [s[0] for s in eager.processes] == [1.0, 1 / 1.1] and copy.processes == [[1.0], [1.0]]
@@ -102,28 +98,26 @@ def test_what_differs_between_processes_is_in_the_spread(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_processes_that_die_are_reported_and_the_others_count() -> None:
-    rich = pytest.importorskip("rich.console")
+def test_processes_that_die_are_reported_and_the_others_count(capsys: pytest.CaptureFixture[str]) -> None:
     from orepa.bench.tables import problems, show
 
-    found = processes.run([dies, exits, partial(at, 1.0)], Silent(), lambda _: None)
+    found = processes.run([dies, exits, partial(at, 1.0)], silent, lambda _: None)
     lost = ["process 1 of 3 was killed by SIGKILL", "process 2 of 3 ended early with exit code 7"]
     assert found.lost == lost and not found.complete
     assert [r.processes[0][0] for r in found.rows] == [3.0, 1.0] and len(found.rows[0].processes) == 2
     assert problems(found)[:2] == [f"lost: {line}" for line in lost]
-    console = rich.Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    show(found, console)
-    assert lost[0] in console.export_text()
+    show(found)
+    assert lost[0] in capsys.readouterr().out
     assert [note for note in compare(found, found).notes if lost[1] in note] == [
         f"{n} is partial: {lost[1]}" for n in "AB"
     ]
     with pytest.raises(UserError, match="nothing was measured: process 1 of 1 ended early with exit code 7"):
-        processes.run([exits], Silent(), lambda _: None)
+        processes.run([exits], silent, lambda _: None)
 
 
 def test_what_the_user_can_put_right_is_passed_on() -> None:
     with pytest.raises(UserError, match="^no such thing$"):
-        processes.run([refuses, partial(at, 1.0)], Silent(), lambda _: None)
+        processes.run([refuses, partial(at, 1.0)], silent, lambda _: None)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -132,7 +126,7 @@ def test_a_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
         "from functools import partial; from pathlib import Path; import test_bench_processes as t\n"
         "from orepa.bench import processes\n"
         "if __name__ == '__main__':\n"
-        f"    processes.run([partial(t.sleeps, Path({str(tmp_path / 'pid')!r}))], t.Silent(), print)\n"
+        f"    processes.run([partial(t.sleeps, Path({str(tmp_path / 'pid')!r}))], t.silent, print)\n"
     )
     (tmp_path / "parent.py").write_text(code)
     path = os.pathsep.join(filter(None, [*sys.path, str(Path(__file__).parent)]))
@@ -167,14 +161,13 @@ def _alive(pid: int) -> bool:
 
 def test_merging_keeps_raw_samples_by_process() -> None:
     parts = [
-        results(row([1.0, 2.0]), busy=0.1, copy=3.0),
-        results(row([4.0]), row([5.0], mode="both"), busy=0.3, copy=5.0),
+        results(row([1.0, 2.0]), busy=0.1),
+        results(row([4.0]), row([5.0], mode="both"), busy=0.3),
     ]
     merged = merge(parts)
     assert [r.processes for r in merged.rows] == [[[1.0, 2.0], [4.0]], [[5.0]]]
     assert parts[0].rows[0].processes == [[1.0, 2.0]] and merged.complete
     assert merged.environment["busy_cores_of_others"] == pytest.approx(0.2)
-    assert merged.ceilings == {"copy_bytes_per_second": 4.0}
     assert merged.processes == 2 and merged.rows[0].median_us == pytest.approx(2.75e6)
 
 
@@ -193,12 +186,12 @@ def test_summary_of_several_processes() -> None:
     # Medians 1, 1.1, 1.21: their logarithms have the standard deviation log(1.1). Percentiles reach from 1 to 1.21.
     three = summary([[1.0, 1.0], [1.1], [1.21, 1.21, 1.21]])
     assert three["median_us"] == pytest.approx(1.1e6)
-    half = 4.303 * math.log(1.1) / math.sqrt(3)
+    half = 4.302652730 * math.log(1.1) / math.sqrt(3)
     assert three["low_us"] == pytest.approx(1.1e6 * math.exp(-half))
     assert three["high_us"] == pytest.approx(1.1e6 * math.exp(half))
     # Processes that agree leave the spread of their samples.
     assert summary([[1.0, 2.0, 3.0]] * 4)["low_us"] == summary([[1.0, 2.0, 3.0] * 4])["p20_us"]
-    # Beyond the table of Student's t.
+    # Nineteen degrees of freedom.
     assert 1 < summary([[1.0], [1.1]] * 10)["high_us"] / 1e6 <= 1.1
 
 

@@ -1,9 +1,9 @@
-"""The memory split of ``orepa bench step``: it adds up to what the allocator says, and its parts are what they are called."""
+"""Training budgets: the memory split adds up to what the allocator says, components come one by one, the paper is quoted."""
 
 from __future__ import annotations
 
-import functools
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,34 +11,38 @@ from torch import nn
 
 pytest.importorskip("timm")
 
-from orepa.bench import memory, step
-from orepa.bench.contestants import OREPA, PLAIN, everyone
-from orepa.bench.memory import CpuRecorder, Event, Split, measure, split_peak
-from orepa.bench.training_step import TrainingStep
-from orepa.train.model import create_plain, model_arguments
+import compare as compare_script
+from test_bench_step import CASE, _one_thread, plain_model  # noqa: F401
+from training_budget import memory, run
+from training_budget.components import BRANCHES, STEM, sweep
+from training_budget.memory import CpuRecorder, Event, Split, measure, split_peak
+from training_budget.paper import TABLE_4
+from training_budget.plots import plot
+
+from orepa.bench import step
+from orepa.bench.step import TrainingStep
+from orepa.bench.tables import show
+from orepa.bench.variants import OREPA, PLAIN, all_variants
+from orepa.cli import main
+from orepa.topology import ConvSpec
+from orepa.topology.catalogue import orepa as orepa_block
 
 TOY = "test_resnet"
 
 
-@functools.cache
-def plain_model(name: str = TOY) -> nn.Module:
-    torch.manual_seed(0)
-    return create_plain(name, model_arguments(name, 1000, 3, 32), 32)
-
-
-def make_step(contestant: str = OREPA, model: str = TOY, batch: int = 2, device: str = "cpu") -> TrainingStep:
-    built = everyone()[contestant].build(plain_model(model)).train().to(device)
+def make_step(variant: str = OREPA, model: str = TOY, batch: int = 2, device: str = "cpu") -> TrainingStep:
+    built = all_variants()[variant].build(plain_model(model)).train().to(device)
     return TrainingStep(built, torch.randn(batch, 3, 32, 32, device=device), torch.arange(batch, device=device))
 
 
-@pytest.mark.parametrize(("model", "contestant"), [("resnet18", PLAIN), ("resnet18", OREPA), (TOY, "dbb-offline")])
-def test_the_split_adds_up_to_the_allocators_peak(model: str, contestant: str) -> None:
+@pytest.mark.parametrize(("model", "variant"), [("resnet18", PLAIN), ("resnet18", OREPA), (TOY, "dbb-offline")])
+def test_the_split_adds_up_to_the_allocators_peak(model: str, variant: str) -> None:
     # The truth knows nothing of tensors: all blocks that the allocator handed out from before the model was built.
     plain_model(model)
     kept: list[TrainingStep] = []
 
     def life() -> None:
-        kept.append(make_step(contestant, model, batch=4))
+        kept.append(make_step(variant, model, batch=4))
         kept[0]()
 
     _, before = CpuRecorder().record(life)
@@ -59,13 +63,13 @@ def test_the_split_adds_up_to_the_allocators_peak(model: str, contestant: str) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("contestant", [PLAIN, OREPA, "dbb-offline"])
-def test_the_split_adds_up_to_the_peak_on_cuda(contestant: str) -> None:
-    step._warm_up("cuda")
-    make_step(contestant, "resnet18", batch=32, device="cuda")()
+@pytest.mark.parametrize("variant", [PLAIN, OREPA, "dbb-offline"])
+def test_the_split_adds_up_to_the_peak_on_cuda(variant: str) -> None:
+    memory.warm_up("cuda")
+    make_step(variant, "resnet18", batch=32, device="cuda")()
     gc.collect()
     before = memory.occupied("cuda")
-    made = make_step(contestant, "resnet18", batch=32, device="cuda")
+    made = make_step(variant, "resnet18", batch=32, device="cuda")
     made()
     found = measure(made, memory.recorder("cuda"), before)
     made()
@@ -116,3 +120,76 @@ def test_an_address_that_is_used_again_keeps_its_parts_apart() -> None:
     # At the peak, address 1 is no longer what the squeeze saved, and not yet the gradient.
     assert split == Split(7, gradients=200, optimizer=5, activations=10, squeeze=0, buffers=0, temporary=30)
     assert split.total == 252
+
+
+# --- the sweep ----------------------------------------------------------------------------------------------------------
+
+
+def test_components_come_one_by_one_online_and_offline() -> None:
+    planned = sweep(CASE)
+    assert len(planned) == len(BRANCHES) + 1 and STEM in planned[-1][0].components
+    sizes: dict[str, list[int]] = {}
+    for _, variants in planned:
+        for variant in variants:
+            count = sum(p.numel() for p in variant.build(plain_model("resnet18")).parameters())
+            sizes.setdefault(variant.name, []).append(count)
+    assert len(set(sizes["plain"])) == 1
+    for name in ("online", "offline"):
+        assert sizes[name] == sorted(set(sizes[name]))
+    assert set(orepa_block(ConvSpec(8, 8, (3, 3))).branches) == set(BRANCHES)
+
+
+# --- what the user sees -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_papers_table_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TABLE_4, CASE.model, TABLE_4["resnet18"])
+    out, png = tmp_path / "a.json", tmp_path / "a.png"
+    arguments = [
+        "--batch-sizes",
+        "2",
+        "--img-size",
+        "32",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+        "--models",
+        CASE.model,
+    ]
+    chosen = ["--variants", "plain,orepa-reference", "--out", str(out), "--plot", str(png)]
+    assert run.main([*arguments, *chosen]) == 0
+    printed = capsys.readouterr().out
+    for text in ("orepa-reference", "images/s", "temporary", "Table 4", "0.086", "1.40", "not measured"):
+        assert text in printed
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert main(["bench", "show", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
+    assert compare_script.main([str(out), str(out)]) == 0
+    assert "no difference in any of 2" in capsys.readouterr().out
+
+
+def test_a_sweep_has_its_own_variants(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--sweep", "components", "--variants", "plain"]) == 2
+    assert "variants of its own" in capsys.readouterr().err
+
+
+def test_a_sweep_is_drawn_over_its_components(tmp_path: Path) -> None:
+    planned = [(case, variants[:2]) for case, variants in sweep(CASE)[:2]]
+    results = step.run(step.StepConfig(cases=planned, rounds=1, seconds=1e-3), {}, probe=memory.probe)
+    assert {row.case["components"] for row in results.timed} == {"1: origin", "2: +avg"}
+    plot(results, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    show(results)
+
+
+def test_the_papers_ratios() -> None:
+    ratios = {m: (b["OREPA"].seconds / next(iter(b.values())).seconds) for m, b in TABLE_4.items()}
+    assert {m: round(r, 2) for m, r in ratios.items()} == {
+        **{"resnet18": 1.40, "resnet34": 1.57, "resnet50": 1.24, "resnet101": 1.16},
+        **{"repvgg_a0": 1.36, "repvgg_a1": 1.21, "repvgg_a2": 1.24},
+    }

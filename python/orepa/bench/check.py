@@ -1,25 +1,30 @@
-"""Right before fast: every provider's kernel and gradients against the float64 reference.
+"""Check before timing: squeezes against float64, training steps against the variant with the same weights.
 
-The rule of the project's tests: an error is at most twice that of the plain formulation in the same dtype, plus rounding
-noise. Errors are relative, in the Frobenius norm.
+A squeeze follows the rule of the project's tests: an error is at most twice that of the plain formulation in the same dtype,
+plus rounding noise. Errors are relative, in the Frobenius norm.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orepa_kernels.reference import squeeze_block
 
+from .problem import Problem
 from .providers import Built, Eager
-from .workload import Workload
 
-#: what nobody is blamed for, by device: rounding in float32; and the precision of products on tensor cores, whose error is
-#: 5e-7 to 7e-7 however short a sum is, where plain float32 gives 5e-8 (what is promised is 5e-6)
+#: error that is always allowed, by device: rounding in float32; and the precision of products on tensor cores, whose error
+#: is 5e-7 to 7e-7 however short a sum is, where plain float32 gives 5e-8 (what is promised is 5e-6)
 NOISE = {"cpu": 4 * torch.finfo(torch.float32).eps, "cuda": 2.0**-20}
+#: relative differences that float32 may have between two ways to train, of the logits and of all gradients together.
+#: Roundings add up over the layers and flip an activation here and there; a wrong kernel is off by far more.
+ALLOWED = {"logits": 1e-3, "gradients": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,16 @@ class Errors:
 
 
 class Truth:
-    """The float64 result of one workload, and how far the plain formulation in its own dtype is from it."""
+    """The float64 result of one problem, and how far the plain formulation in its own dtype is from it."""
 
-    def __init__(self, work: Workload) -> None:
-        self._work = work
-        operands = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in work.operands.items()}
-        kernel = squeeze_block(work.plan, operands)
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        operands = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in problem.operands.items()}
+        kernel = squeeze_block(problem.plan, operands)
         self._names = [name for name, t in operands.items() if t.requires_grad]
-        self._gradients = torch.autograd.grad(kernel, [operands[n] for n in self._names], work.grad.double())
+        self._gradients = torch.autograd.grad(kernel, [operands[n] for n in self._names], problem.grad.double())
         self._weight = kernel.detach()
-        self.eager = self.errors(Eager().build(work))
+        self.eager = self.errors(Eager().build(problem))
 
     def errors(self, built: Built) -> Errors:
         """Run a provider, forward and backward, once.
@@ -56,22 +61,65 @@ class Truth:
         """
         assert built.squeeze is not None  # a floor computes no kernel
         kernel = built.squeeze()
-        _expect("the kernel", kernel, self._weight.shape, self._work.out_dtype)
-        found = built.restore(torch.autograd.grad(kernel, list(built.parameters), self._work.grad))
-        for name, gradient, parameter in zip(self._names, found, self._work.parameters, strict=True):
+        _expect("the kernel", kernel, self._weight.shape, self._problem.out_dtype)
+        gradients = built.restore(torch.autograd.grad(kernel, list(built.parameters), self._problem.grad))
+        for name, gradient, parameter in zip(self._names, gradients, self._problem.parameters, strict=True):
             _expect(f"the gradient of {name}", gradient, parameter.shape, parameter.dtype)
-        pairs = zip(self._names, found, self._gradients, strict=True)
-        return Errors(_relative(kernel.detach(), self._weight), {n: _relative(g, truth) for n, g, truth in pairs})
+        pairs = zip(self._names, gradients, self._gradients, strict=True)
+        return Errors(_distance([kernel], [self._weight]), {n: _distance([g], [truth]) for n, g, truth in pairs})
 
-    def verdict(self, errors: Errors) -> str:
-        """What is wrong, in a sentence, or an empty string."""
+    def mistake(self, errors: Errors) -> str:
+        """Return what is wrong, in a sentence, or an empty string."""
         named = [("the kernel", errors.weight, self.eager.weight)]
         named += [(f"the gradient of {n}", e, self.eager.gradients[n]) for n, e in errors.gradients.items()]
-        noise = NOISE[self._weight.device.type]
         for what, error, eager in named:
-            allowed = 2 * eager + noise
+            allowed = 2 * eager + NOISE[self._weight.device.type]
             if not error <= allowed:  # NaN is not
                 return f"{what} is off by {error:.1e} relative to float64, where {allowed:.1e} is allowed"
+        return ""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The loss, logits ``[N, classes]`` and gradients by parameter of one forward and backward pass, on the CPU."""
+
+    loss: float
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+    def differences(self, other: StepOutput) -> dict[str, float]:
+        """Return the relative distances of the logits and of all gradients together."""
+        ours, theirs = ([o.gradients[name] for name in other.gradients] for o in (self, other))
+        return {"logits": _distance([self.logits], [other.logits]), "gradients": _distance(ours, theirs)}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What variants with the same weights must agree with.
+
+    Args:
+        output: at the precision that is measured.
+        exact: the same in float32, where that is more. Its distance is what the lower precision costs: others may be twice
+            as far from the twin.
+    """
+
+    output: StepOutput
+    exact: StepOutput | None = None
+
+    def mistake(self, output: StepOutput, facts: dict[str, Any]) -> str:
+        """Return what is wrong, in a sentence, or an empty string; add ``logits_error`` and ``gradients_error`` to facts."""
+        unmatched = sorted(output.gradients.keys() ^ self.output.gradients.keys())
+        if unmatched:
+            return f"only one of the two has gradients of {', '.join(unmatched[:3])}"
+        costs = self.output.differences(self.exact) if self.exact else dict.fromkeys(ALLOWED, 0.0)
+        errors = output.differences(self.output)
+        facts |= {f"{what}_error": error for what, error in errors.items()}
+        for what, error in errors.items():
+            allowed = ALLOWED[what] + 2 * costs[what]
+            if not error <= allowed:  # NaN is not
+                return (
+                    f"its {what} differ by {error:.1e} from those of the same weights, where {allowed:.0e} is allowed"
+                )
         return ""
 
 
@@ -80,5 +128,8 @@ def _expect(what: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) ->
         raise ValueError(f"{what} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
 
 
-def _relative(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+def _distance(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Return the relative distance of some tensors together, in the Frobenius norm."""
+    squares = [(v.detach().double() - t.double()).square().sum() for v, t in zip(values, truth, strict=True)]
+    size = sum(float(t.double().square().sum()) for t in truth)
+    return math.sqrt(sum(map(float, squares)) / max(size, 1e-300))

@@ -1,81 +1,74 @@
-"""The options of ``orepa bench``. Imports nothing heavy: the commands do, when they run."""
+"""Define the commands and options of ``orepa bench``. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .options import check_folders, count, names, require, seconds
-from .step_cli import add_command as add_step
 
 if TYPE_CHECKING:
     from .providers import Provider
     from .results import Results
-    from .squeeze import Listener, Request
+    from .runner import Save, Say
+    from .squeeze import SqueezeConfig
+    from .step import StepConfig
+
+#: returns all providers to choose from; picklable
+Providers = Callable[[], Mapping[str, "Provider"]]
 
 
 def add_commands(commands: Any) -> None:
     """Add ``bench`` and its own commands to a parser's sub-commands."""
-    bench = commands.add_parser("bench", help="measure the squeeze", description="Benchmarks, and what became of them.")
+    bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks, and their results.")
     inner = bench.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
     squeeze = inner.add_parser(
         "squeeze",
         help="forward and backward of one squeeze, against everything a user could pick instead",
         description="Time the squeeze of single blocks: the plain einsum formulation, torch.compile of it, every backend "
-        "that runs here, and two floors (the bare matrix products; a copy of the bytes that must move). Each is first held "
-        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed. All of it is "
-        "done in several fresh processes, one after the other, so that the reported spread knows how far processes differ.",
+        "that runs here, and two floors (the bare matrix products; a copy of the bytes that must move). Each is first checked "
+        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed. Measured in "
+        "several fresh processes, one after the other, so that the reported spread includes how far processes differ.",
     )
-    squeeze.set_defaults(run=_squeeze)
-    _add_squeeze_options(squeeze)
-
-    add_step(inner)
-
-    compare = inner.add_parser(
-        "compare",
-        help="two result files: ratios, and whether they are more than noise",
-        description="Compare two result files of the same benchmark.",
+    add_squeeze_options(squeeze)
+    squeeze.set_defaults(run=run_squeeze)
+    step = inner.add_parser(
+        "step",
+        help="a whole training step",
+        description="Time forward, loss, backward and SGD of whole models: plain, with OREPA on every backend that runs here, "
+        "compiled, and with DBB and RepVGG blocks trained offline. Variants with the same weights must give the same logits "
+        "and gradients; one that does not is reported and not timed. Compilation is never timed.",
     )
-    compare.set_defaults(run=_compare)
-    compare.add_argument("before", type=Path, metavar="A.json")
-    compare.add_argument("after", type=Path, metavar="B.json")
-
+    add_step_options(step)
+    step.set_defaults(run=_step)
     show = inner.add_parser(
-        "show",
-        help="the tables of a result file, whole or partial",
-        description="Print a result file as tables, or plot it.",
+        "show", help="the tables of a result file", description="Print a result file as tables, or plot it."
     )
     show.set_defaults(run=_show)
     show.add_argument("results", type=Path, metavar="FILE.json")
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it as well")
 
 
-def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
+def add_squeeze_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `squeeze_config` reads."""
     what = parser.add_argument_group("what")
     blocks = what.add_mutually_exclusive_group()
     blocks.add_argument("--shapes", metavar="O,I,k[,g];...", help="blocks (default: 3x3, 64 to 512 channels)")
-    blocks.add_argument(
-        "--models", metavar="NAMES", help="the blocks of: resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
-    )
+    models = "resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
+    blocks.add_argument("--models", metavar="NAMES", help=f"the blocks of: {models}")
     what.add_argument("--topology", metavar="NAME", help="of all blocks (default: what `prepare` chooses by size)")
     what.add_argument("--dtypes", default="fp32", metavar="LIST", help="of the kernels: fp32,bf16,fp16 (default: fp32)")
     what.add_argument("--mode", choices=("forward", "backward", "both", "all"), default="all", help="default: all")
     what.add_argument("--providers", metavar="LIST", help="such as eager,compile,gemms,copy (default: all)")
-    what.add_argument("--against", type=Path, metavar="DIR", help="add the authors' code, from your checkout of it")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
-    how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    how = _add_measuring_options(parser, rounds=50, seconds=45)
     how.add_argument(
-        "--precision",
-        choices=("highest", "high", "medium"),
-        default="highest",
-        help="of float32 products (default: highest)",
+        "--precision", choices=("highest", "high", "medium"), default="highest", help="of float32 products"
     )
     how.add_argument(
         "--processes",
@@ -84,116 +77,251 @@ def _add_squeeze_options(parser: argparse.ArgumentParser) -> None:
         help="to measure in, one after the other (default: 3 on the CPU, 1 on CUDA): the more, the narrower the spread; one "
         "cannot tell how far processes differ",
     )
-    how.add_argument(
-        "--rounds", type=count, default=50, metavar="N", help="samples of each at most, in each process (default: 50)"
-    )
-    how.add_argument(
-        "--seconds",
-        type=seconds,
-        default=45.0,
-        metavar="X",
-        help="of measuring, split over the processes; starting, compiling and checking come on top (default: 45)",
-    )
 
+
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `step_config` reads."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--models", default="resnet18", metavar="NAMES", help="timm's names (default: resnet18)")
+    what.add_argument("--batch-sizes", metavar="LIST", help="default: 8 on the CPU, 64,256 on CUDA")
+    what.add_argument("--img-size", type=count, metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
+    what.add_argument("--inputs", metavar="LIST", help="instead of these two, pairs of them: 8x64,32x224")
+    what.add_argument("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
+    how = _add_measuring_options(parser, rounds=20, seconds=60)
+    how.add_argument("--autocast", choices=("none", "bf16", "fp16"), default="none", help="default: none")
+    how.add_argument("--channels-last", action="store_true", help="memory format of model and images")
+    graph = "the step as a CUDA graph (default: both, on CUDA)"
+    how.add_argument("--cuda-graph", choices=("off", "on", "both"), help=graph)
+
+
+def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds: int) -> Any:
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, metavar="FILE.json", help="results with raw samples, written as they come")
-    files.add_argument("--plot", type=Path, metavar="FILE.png", help="times over block size, with the floors drawn in")
+    files.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times")
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
+    how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    text = "samples of each at most, in each process (default: %(default)s)"
+    how.add_argument("--rounds", type=count, default=rounds, metavar="N", help=text)
+    text = "of timing, over all (default: %(default)s); building, compiling and checking come on top. 5 samples are the least"
+    how.add_argument("--seconds", type=seconds_above_0, default=float(seconds), metavar="X", help=text)
+    return how
 
 
-def _squeeze(args: argparse.Namespace) -> int:
-    require("rich", *(("matplotlib",) if args.plot else ()))
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
+def run_squeeze(args: argparse.Namespace, providers: Providers | None = None) -> int:
+    """Run ``orepa bench squeeze``, by default with all providers of this package; return the exit code."""
+    require("scipy", *(("matplotlib",) if args.plot else ()))
     from . import processes, squeeze, tables
 
-    request, providers = _asked(args)
+    config, chosen = squeeze_config(args, providers)
     check_folders(args.out, args.plot)
-    with tables.progress(len(request.cases) * request.processes) as bar:
-        if request.processes == 1:
-            results = squeeze.run(request, providers, bar)
-        else:
-            results = processes.run([partial(_job, args)] * request.processes, bar, request.save)
+    if config.processes == 1:
+        results = squeeze.run(config, chosen, _say)
+    else:
+        results = processes.run([partial(_job, args, providers)] * config.processes, _say, config.save)
+    _say("")
     tables.show(results)
-    _plot(results, args.plot)
-    if args.out:
-        print(f"written to {args.out}")
-    return 1 if results.lost or any(row.status == "wrong" for row in results.rows) else 0
+    return finish(results, args)
 
 
-def _job(args: argparse.Namespace, listener: Listener, keep: Callable[[Results], None]) -> Results:
-    """What each of several processes does."""
+def _job(args: argparse.Namespace, providers: Providers | None, say: Say, save: Save) -> Results:
+    """Measure in one of several processes."""
     from . import squeeze
 
-    request, providers = _asked(args)
-    return squeeze.run(request, providers, listener, keep=keep)
+    return squeeze.run(*squeeze_config(args, providers), say, save=save)
 
 
-def _asked(args: argparse.Namespace) -> tuple[Request, dict[str, Provider]]:
-    """What to measure and who; sets up torch in this process for it.
+def squeeze_config(
+    args: argparse.Namespace, providers: Providers | None = None
+) -> tuple[SqueezeConfig, Mapping[str, Provider]]:
+    """Return what to measure and the providers, and set up torch in this process for it.
 
     Raises:
         UserError: an option that cannot be met.
     """
     import torch
 
-    from . import squeeze
-    from .providers import everything
-    from .shapes import DEFAULT, model_shapes, parse_shapes
-    from .work import MODES
+    from .problem import DEFAULT, model_shapes, parse_shapes
+    from .providers import all_providers
+    from .roofline import MODES
+    from .squeeze import SqueezeConfig
 
-    providers = everything()
-    if args.against:
-        from .authors import Authors
-
-        providers = {"eager": providers.pop("eager"), "authors": Authors(args.against), **providers}
+    chosen = (providers or all_providers)()
     if args.providers is not None:
-        asked = names(args.providers)
-        if not asked or any(name not in providers for name in asked):
-            raise UserError(f"--providers must be among {', '.join(providers)}, got {args.providers!r}")
-        providers = {name: provider for name, provider in providers.items() if name in asked}
-    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        chosen = {name: chosen[name] for name in _pick("--providers", args.providers, chosen)}
     torch.set_float32_matmul_precision(args.precision)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    request = squeeze.Request(
+    device = _set_up(args)
+    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
+    config = SqueezeConfig(
         shapes=shapes,
         topology=args.topology,
         dtypes=names(args.dtypes),
         device=device,
         modes=MODES if args.mode == "all" else (args.mode,),
+        launches={"cpu": ("plain",), "cuda": ("graph", "plain")}[device],
         rounds=args.rounds,
         seconds=args.seconds,
-        # What differs between processes has been measured on CPUs only, and starting on CUDA takes longer.
+        # How far processes differ was measured on CPUs only, and starting on CUDA takes longer.
         processes=args.processes or {"cpu": 3, "cuda": 1}[device],
         out=args.out,
     )
-    return request, providers
+    return config, chosen
 
 
-def _compare(args: argparse.Namespace) -> int:
-    require("rich")
-    from .compare import compare
-    from .results import load
-    from .tables import show_comparison
+def _step(args: argparse.Namespace) -> int:
+    from . import tables
 
-    show_comparison(compare(load(args.before), load(args.after)))
-    return 0
+    results = run_step(args, step_config(args))
+    tables.show(results)
+    return finish(results, args)
+
+
+def run_step(args: argparse.Namespace, config: StepConfig, **options: Any) -> Results:
+    """Measure training steps; ``options`` go to `orepa.bench.step.run`."""
+    from . import step
+
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float, bool)) and k != "command"}
+    results = step.run(config, settings, _say, **options)
+    _say("")
+    return results
+
+
+def step_config(args: argparse.Namespace) -> StepConfig:
+    """Return what to measure, and set up torch in this process for it.
+
+    Raises:
+        UserError: an option that cannot be met, or a package that is missing.
+    """
+    require("timm", *(("matplotlib",) if args.plot else ()), extras="bench,models")
+    from . import step
+    from .variants import all_variants, choose
+
+    check_folders(args.out, args.plot)
+    variants = all_variants()
+    asked = list(variants) if args.variants is None else _pick("--variants", args.variants, variants)
+    device = _set_up(args)
+    if args.inputs and (args.batch_sizes or args.img_size):
+        raise UserError("--inputs stands for --batch-sizes and --img-size together: leave these out")
+    sizes = names(args.batch_sizes or {"cpu": "8", "cuda": "64,256"}[device])
+    inputs = (
+        names(args.inputs) if args.inputs else [f"{n}x{args.img_size or (64, 224)[device == 'cuda']}" for n in sizes]
+    )
+    pairs = [tuple(int(n) if n.isdecimal() else 0 for n in pair.split("x")) for pair in inputs]
+    models = names(args.models)
+    if not models or not pairs or any(len(pair) != 2 or pair[0] < 2 or pair[1] < 1 for pair in pairs):
+        option = "--inputs must be pairs such as 8x64" if args.inputs else "--batch-sizes must be whole numbers"
+        raise UserError(
+            f"{option}, batches from 2 on, got {args.inputs or args.batch_sizes!r}, and --models name a model"
+        )
+    layout = "channels_last" if args.channels_last else "contiguous"
+    cases = [step.StepCase(m, n, px, args.autocast, layout, device) for m in models for n, px in pairs]
+    graphs = args.cuda_graph or {"cpu": "off", "cuda": "both"}[device]
+    return step.StepConfig(
+        cases=[(case, choose(asked, variants)) for case in cases],
+        timed=asked,
+        device=device,
+        launches={"on": ("graph",), "off": ("plain",), "both": ("graph", "plain")}[graphs],
+        rounds=args.rounds,
+        seconds=args.seconds,
+        out=args.out,
+    )
 
 
 def _show(args: argparse.Namespace) -> int:
-    require("rich", *(("matplotlib",) if args.plot else ()))
-    from . import step_tables, tables
+    require(*(("matplotlib",) if args.plot else ()))
+    from . import tables
     from .results import load
 
     check_folders(args.plot)
     results = load(args.results)
-    (step_tables if results.benchmark == "step" else tables).show(results)
-    _plot(results, args.plot)
+    tables.show(results)
+    args.out = None
+    finish(results, args)
     return 0
 
 
-def _plot(results: Results, path: Path | None) -> None:
-    if path:
-        from . import plots, step_plots
+def finish(results: Results, args: argparse.Namespace, draw: Callable[[Results, Path], None] | None = None) -> int:
+    """Plot results if asked to, say which files were written, and return 1 where something is wrong or lost."""
+    from .plots import plot
 
-        (step_plots if results.benchmark == "step" else plots).plot(results, path)
+    if args.plot:
+        (draw or plot)(results, args.plot)
+    for path in filter(None, (args.out, args.plot)):
         print(f"written to {path}")
+    return 1 if results.lost or any(row.status == "wrong" for row in results.rows) else 0
+
+
+# --- options --------------------------------------------------------------------------------------------------------------
+
+
+def require(*packages: str, extras: str = "bench") -> None:
+    """Refuse politely where a package is missing.
+
+    Raises:
+        UserError: naming the packages and the extras that bring them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        install = f'pip install "orepa-kernels[{extras}]"'
+        raise UserError(f"this command needs {', '.join(missing)}, not installed here: {install}")
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse files that could not be written after minutes of measuring.
+
+    Raises:
+        UserError: a folder does not exist.
+    """
+    for path in paths:
+        if path and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def names(text: str) -> list[str]:
+    """Return ``"a, b,a"`` as ``["a", "b"]``."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _pick(option: str, text: str, among: Mapping[str, Any]) -> list[str]:
+    """Return the names in a list, in the order of ``among``."""
+    asked = names(text)
+    if not asked or any(name not in among for name in asked):
+        raise UserError(f"{option} must be among {', '.join(among)}, got {text!r}")
+    return [name for name in among if name in asked]
+
+
+def count(text: str) -> int:
+    """Parse a whole number from 1 on."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return value
+
+
+def seconds_above_0(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _set_up(args: argparse.Namespace) -> str:
+    """Set the number of threads; return the device."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+
+
+def _say(text: str) -> None:
+    """Rewrite one line of progress, where stderr is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}"[:100], end="", file=sys.stderr, flush=True)

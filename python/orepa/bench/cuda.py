@@ -1,8 +1,7 @@
-"""Timing on CUDA: cold caches, events, plain launches and graph replays; launches counted by the profiler; the host alone."""
+"""Time on CUDA: cold caches, events, plain launches and graph replays; count launches; time the host alone."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +15,11 @@ class CudaStopwatch:
     """CUDA events around single calls, with the L2 cache flushed before each.
 
     In training, a squeeze runs between convolutions that have filled the cache with feature maps; a loop over one kernel
-    alone would measure a cache that never occurs.
+    alone would measure a cache state that never occurs.
 
     Args:
         graphed: whether tasks are graph replays. Then the flush still runs on the device while the replay is queued, so that
-            the events enclose device time only. Plain launches start on an idle device: they include what the host takes.
+            the events enclose device time only. Plain launches start on an idle device: they include the host's time.
         device: that holds the memory written to flush the cache.
     """
 
@@ -51,14 +50,14 @@ class CudaStopwatch:
 
 
 def capture(task: Task) -> Task:
-    """The same task as replays of CUDA graphs: one graph for what is prepared, one for what is timed.
+    """Capture a task in CUDA graphs: one for its preparation, one for what is timed.
 
     Every timed replay follows one of the preparation, so a backward pass finds what its forward saved.
 
     Raises:
         RuntimeError: the task does something that cannot be captured.
     """
-    # A side stream of its own: the autograd engine runs a backward pass on the stream of its forward.
+    # On a side stream: the autograd engine runs a backward pass on the stream of its forward.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -70,18 +69,26 @@ def capture(task: Task) -> Task:
     pool = torch.cuda.graph_pool_handle()
     state, prepare = (None, nothing) if task.prepare is nothing else _record(task.prepare, stream, pool)
     result, run = _record(lambda: task.run(state), stream, pool)
-    # Held by the task: memory of the pool whose tensor is gone could be handed to the next graph.
-    kept = (state, result)
+    # Referenced by the task: memory of the pool without a tensor could be handed to the next graph.
+    referenced = (state, result)
 
     def replay(_: object) -> Any:
         run()
-        return kept[1]
+        return referenced[1]
 
     return Task(prepare, replay)
 
 
+def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
+    """Return the value of a call while it was captured, and the replay of its graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        value = call()
+    return value, graph.replay
+
+
 def count_launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills that one call puts on the device."""
+    """Count the kernels, copies and fills that one call puts on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -94,29 +101,21 @@ def count_launches(call: Callable[[], object]) -> int:
 
 
 def host_us(task: Task, calls: int = 10, rounds: int = 10, clock: Callable[[], float] = time.perf_counter) -> float:
-    """What the host takes for one call, in microseconds: the least of some rounds, none of which times the device.
+    """Return the host's time for one call in microseconds: the least of some rounds, none of which waits for the device.
 
     Args:
         task: what to call; ``task.prepare`` does not count.
-        calls: enqueued one after another. So few that the device's queue does not fill, which would make the host wait.
-        rounds: how often.
+        calls: enqueued one after another, too few to fill the device's queue, which would make the host wait.
+        rounds: number of rounds.
         clock: in seconds.
     """
-    least = math.inf
+    totals = []
     for _ in range(rounds):
         states = [task.prepare() for _ in range(calls)]
         torch.cuda.synchronize()
         begin = clock()
         for state in states:
             task.run(state)
-        least = min(least, (clock() - begin) / calls)
+        totals.append(clock() - begin)
     torch.cuda.synchronize()
-    return least * 1e6
-
-
-def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
-    """The value of a call while it was captured, and the replay of its graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        value = call()
-    return value, graph.replay
+    return min(totals) / calls * 1e6

@@ -1,4 +1,4 @@
-"""Times over block size on logarithmic axes, with the floors drawn in."""
+"""Draw results: squeezes over block size with the floors, training steps as bars."""
 
 from __future__ import annotations
 
@@ -11,49 +11,57 @@ from .results import Results, Row
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw one panel per mode and (launch, topology, dtype), as PNG.
-
-    Args:
-        results: of ``orepa bench squeeze``.
-        path: to write, atomically.
+    """Draw a result file as PNG, written atomically.
 
     Raises:
         UserError: the file system refuses.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = results.timed
+    figure = Figure(layout="constrained")
+    (_steps if results.benchmark == "step" else _squeezes)(figure, results.timed)
+    finish(figure, results, path)
+
+
+def finish(figure: Any, results: Results, path: Path) -> None:
+    """Title a figure with where it was measured, and write it.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    e = results.environment
+    where = e.get("gpu") or f"{e.get('processor')}, {e.get('threads')} thread(s)"
+    figure.suptitle(f"{results.benchmark} · {where} · torch {e.get('torch')} · {e.get('commit')}", fontsize="medium")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_atomically(path, lambda file: file.write(png.getvalue()))
+
+
+def _squeezes(figure: Any, rows: list[Row]) -> None:
+    """One panel per mode and (launch, topology, dtype), on logarithmic axes."""
     modes = list(dict.fromkeys(row.mode for row in rows)) or ["forward"]
     kinds = list(dict.fromkeys(_kind(row) for row in rows)) or [("plain", "", "")]
     names = list(dict.fromkeys(row.provider for row in rows))
-    figure = Figure(figsize=(4.5 * len(modes) + 1.5, 3.6 * len(kinds) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(4.5 * len(modes) + 1.5, 3.6 * len(kinds) + 0.6)
     panels = figure.subplots(len(kinds), len(modes), squeeze=False, sharex="row", sharey="row")
     for line, kind in zip(panels, kinds, strict=True):
         for axes, mode in zip(line, modes, strict=True):
-            for number, name in enumerate(names):
+            for index, name in enumerate(names):
                 chosen = [r for r in rows if (r.provider, r.mode, _kind(r)) == (name, mode, kind)]
                 if chosen:
-                    _line(axes, sorted(chosen, key=_size), number)
+                    _curve(axes, sorted(chosen, key=_size), index)
             axes.set(xscale="log", yscale="log", title=", ".join(part for part in (mode, *kind) if part != "plain"))
             axes.grid(True, which="both", alpha=0.2)
         line[0].set_ylabel("µs per call, spread shaded")
     for axes in panels[-1]:
         axes.set_xlabel("elements of the kernel")
     panels[0][0].legend(fontsize="small", title="grey: floors")
-    e = results.environment
-    where = e.get("gpu") or f"{e.get('processor')}, {e.get('threads')} thread(s)"
-    figure.suptitle(f"{results.benchmark} · {where} · torch {e.get('torch')} · {e.get('commit')}", fontsize="medium")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(drawn.getvalue()))
 
 
-def _line(axes: Any, rows: list[Row], number: int) -> None:
+def _curve(axes: Any, rows: list[Row], index: int) -> None:
     x, summaries = [_size(row) for row in rows], [row.summary for row in rows]
     median, low, high = ([s[key] for s in summaries] for key in ("median_us", "low_us", "high_us"))
-    style = {"linestyle": ["--", ":"][number % 2], "color": "0.4"} if rows[0].floor else {"color": f"C{number % 10}"}
+    style = {"linestyle": ["--", ":"][index % 2], "color": "0.4"} if rows[0].floor else {"color": f"C{index % 10}"}
     axes.plot(x, median, label=rows[0].provider, marker="o", markersize=3, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
@@ -65,3 +73,28 @@ def _kind(row: Row) -> tuple[str, str, str]:
 def _size(row: Row) -> int:
     c = row.case
     return int(c["out"] * c["in"] // c.get("groups", 1) * c["k"] ** 2)
+
+
+def _steps(figure: Any, rows: list[Row]) -> None:
+    """One panel per case, a bar per variant."""
+    cases: dict[Any, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.where, []).append(row)
+    count = max(1, len(cases))
+    figure.set_size_inches(7, 0.6 + sum(0.9 + 0.3 * len(of_case) for of_case in cases.values()))
+    panels = figure.subplots(count, 1, squeeze=False, height_ratios=[len(r) for r in cases.values()] or [1])
+    for (axes,), of_case in zip(panels, cases.values(), strict=False):
+        bars(axes, of_case)
+        c = of_case[0].case
+        graph = ", CUDA graph" if of_case[0].launch == "graph" else ""
+        axes.set_title(f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}{graph}")
+
+
+def bars(axes: Any, rows: list[Row]) -> None:
+    """Draw a bar per row: its time and spread."""
+    summaries = [row.summary for row in rows]
+    median, low, high = ([s[key] / 1e3 for s in summaries] for key in ("median_us", "low_us", "high_us"))
+    reach = [[m - v for m, v in zip(median, low, strict=True)], [v - m for m, v in zip(median, high, strict=True)]]
+    axes.barh([row.provider for row in rows], median, xerr=reach, color="C0")
+    axes.set_xlabel("ms per step and its spread")
+    axes.invert_yaxis()

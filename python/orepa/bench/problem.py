@@ -1,7 +1,8 @@
-"""One block to squeeze, with its tensors: what every provider is given."""
+"""Define what `orepa bench squeeze` measures: convolution shapes, and the tensors of one block to squeeze."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,100 @@ from orepa_kernels import Block
 
 from ..errors import UserError
 from ..modules.linear_block import LinearBlock
+from ..modules.orepa_conv import default_topology
 from ..topology.language import ConvSpec, declaration
 from ..topology.lowering import lower
-from . import work
-from .shapes import Shape
+from . import roofline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The convolution that a block stands for: ``[O, I/g, k, k]``."""
+
+    out_channels: int
+    in_channels: int
+    kernel_size: int
+    groups: int = 1
+
+    @property
+    def topology(self) -> str:
+        """The block that `orepa.prepare` puts there by default."""
+        return default_topology((self.kernel_size, self.kernel_size))
+
+    @property
+    def spec(self) -> ConvSpec:
+        return ConvSpec(self.in_channels, self.out_channels, (self.kernel_size, self.kernel_size), self.groups)
+
+    def __str__(self) -> str:
+        text = f"{self.in_channels}->{self.out_channels} {self.kernel_size}x{self.kernel_size}"
+        return text if self.groups == 1 else f"{text} g{self.groups}"
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Parse blocks such as ``"64,64,3;128,64,3,2"``: each ``O,I,k`` or ``O,I,k,g``.
+
+    Raises:
+        UserError: naming the part that is no block.
+    """
+    shapes = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        try:
+            numbers = [int(n) for n in part.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (3, 4) or min(numbers) < 1:
+            raise UserError(f"--shapes takes O,I,k or O,I,k,g, several separated by ';', got {part!r}")
+        shape = Shape(*numbers)
+        if shape.out_channels % shape.groups or shape.in_channels % shape.groups:
+            raise UserError(f"--shapes {part!r}: {shape.groups} groups must divide the channels")
+        shapes.append(shape)
+    if not shapes:
+        raise UserError("--shapes names no shape")
+    return tuple(shapes)
+
+
+#: The distinct convolutions of timm's models that a norm follows, in the model's order.
+MODELS = {
+    "resnet18": parse_shapes(
+        "64,3,7; 64,64,3; 128,64,3; 128,128,3; 128,64,1; 256,128,3; 256,256,3; 256,128,1; 512,256,3; 512,512,3; 512,256,1"
+    ),
+    "resnet50": parse_shapes(
+        "64,3,7; 64,64,1; 64,64,3; 256,64,1; 64,256,1; 128,256,1; 128,128,3; 512,128,1; 512,256,1; 128,512,1; 256,512,1;"
+        "256,256,3; 1024,256,1; 1024,512,1; 256,1024,1; 512,1024,1; 512,512,3; 2048,512,1; 2048,1024,1; 512,2048,1"
+    ),
+    "resnext50_32x4d": parse_shapes(
+        "64,3,7; 128,64,1; 128,128,3,32; 256,128,1; 256,64,1; 128,256,1; 256,256,1; 256,256,3,32; 512,256,1; 256,512,1;"
+        "512,512,1; 512,512,3,32; 1024,512,1; 512,1024,1; 1024,1024,1; 1024,1024,3,32; 2048,1024,1; 1024,2048,1"
+    ),
+    "repvgg_a0": parse_shapes(
+        "48,3,3; 48,3,1; 48,48,3; 48,48,1; 96,48,3; 96,48,1; 96,96,3; 96,96,1; 192,96,3; 192,96,1; 192,192,3; 192,192,1;"
+        "1280,192,3; 1280,192,1"
+    ),
+}
+#: the default: the 3x3 block over the widths of a ResNet
+DEFAULT = tuple(Shape(c, c, 3) for c in (64, 128, 256, 512))
+
+
+def model_shapes(names: Iterable[str]) -> tuple[Shape, ...]:
+    """Return the distinct blocks of some of `MODELS` together, or with ``"all"`` of all.
+
+    Raises:
+        UserError: a name that is not in `MODELS`.
+    """
+    chosen: dict[Shape, None] = {}
+    for name in names:
+        if name != "all" and name not in MODELS:
+            raise UserError(f"--models must be all or among {', '.join(MODELS)}, got {name!r}")
+        for model in MODELS if name == "all" else (name,):
+            chosen.update(dict.fromkeys(MODELS[model]))
+    return tuple(chosen)
+
+
 @dataclass(frozen=True)
-class Case:
-    """What is measured.
+class SqueezeCase:
+    """What identifies one measurement of the squeeze.
 
     Args:
         shape: of the convolution.
@@ -36,37 +120,27 @@ class Case:
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data, for JSON: it identifies the case."""
         s = self.shape
-        return {
-            "out": s.out_channels,
-            "in": s.in_channels,
-            "k": s.kernel_size,
-            "groups": s.groups,
-            "topology": self.topology,
-            "dtype": self.dtype,
-            "device": self.device,
-        }
+        geometry = {"out": s.out_channels, "in": s.in_channels, "k": s.kernel_size, "groups": s.groups}
+        return {**geometry, "topology": self.topology, "dtype": self.dtype, "device": self.device}
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.topology} {self.dtype}"
+
+    def plan(self) -> Block:
+        """Lower the block; no tensor is made.
+
+        Raises:
+            UserError: the topology does not fit the shape.
+        """
+        spec = self.shape.spec
+        try:
+            return lower(declaration(self.topology)(spec).linearize(), spec).plan
+        except ValueError as misfit:
+            raise UserError(f"topology {self.topology} does not fit {self.shape}: {misfit}") from misfit
 
 
-def plan(case: Case) -> Block:
-    """The block of a case, as `orepa_kernels` sees it; no tensor is made.
-
-    Raises:
-        UserError: the topology does not fit the shape.
-    """
-    spec = _spec(case.shape)
-    try:
-        return lower(declaration(case.topology)(spec).linearize(), spec).plan
-    except ValueError as misfit:
-        raise UserError(f"topology {case.topology} does not fit {case.shape}: {misfit}") from misfit
-
-
-def _spec(shape: Shape) -> ConvSpec:
-    return ConvSpec(shape.in_channels, shape.out_channels, (shape.kernel_size, shape.kernel_size), shape.groups)
-
-
-class Workload:
+class Problem:
     """The tensors of one case: the same for every provider.
 
     Parameters are random all over: a block at its initial values, with its zeros and identities, could hide a mistake.
@@ -85,17 +159,16 @@ class Workload:
         grad: the gradient fed to the kernel, in ``out_dtype``.
     """
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        spec = _spec(case.shape)
-        self.case, self.plan, self.out_dtype = case, plan(case), DTYPES[case.dtype]
-        block = LinearBlock(spec, declaration(case.topology)(spec).linearize())
+    def __init__(self, case: SqueezeCase, seed: int = 0) -> None:
+        self.case, self.plan, self.out_dtype = case, case.plan(), DTYPES[case.dtype]
+        block = LinearBlock(case.shape.spec, declaration(case.topology)(case.shape.spec).linearize())
         generator = torch.Generator().manual_seed(seed)
         trainable = {name for name, _ in block.named_parameters()}
         self.operands: dict[str, Tensor] = {}
         for operand, value in zip(self.plan.operands, block.operands(), strict=True):
             value = value.detach()
             if operand.name in trainable:
-                value = _random(value.shape, generator, one=operand.name.endswith("scales"))
+                value = _random(value.shape, generator, around_one=operand.name.endswith("scales"))
             self.operands[operand.name] = value.to(case.device).requires_grad_(operand.name in trainable)
         self.grad = _random(self.plan.shape, generator).to(case.device, self.out_dtype)
 
@@ -110,18 +183,16 @@ class Workload:
         return frozenset(name for name, t in self.operands.items() if not t.requires_grad)
 
     def flops(self, mode: str) -> int:
-        """See `orepa.bench.work.flops`."""
-        return work.flops(self.plan, mode)
+        return roofline.flops(self.plan, mode)
 
     def bytes(self, mode: str) -> int:
-        """See `orepa.bench.work.minimum_bytes`."""
-        return work.minimum_bytes(self.plan, self.constants, mode, torch.float32, self.out_dtype)
+        return roofline.minimum_bytes(self.plan, self.constants, mode, torch.float32, self.out_dtype)
 
 
-def _random(shape: torch.Size | tuple[int, ...], generator: torch.Generator, one: bool = False) -> Tensor:
-    """Normal values of the variance that keeps activations alive, so that kernels of half precision stay in range."""
+def _random(shape: torch.Size | tuple[int, ...], generator: torch.Generator, around_one: bool = False) -> Tensor:
+    """Draw normal values of a variance that keeps kernels of half precision in range."""
     value = torch.randn(tuple(shape), generator=generator)
-    if one:
+    if around_one:
         return 1 + 0.25 * value
     fan_in = value[0].numel() if value.dim() > 1 else 1
     return value / fan_in**0.5

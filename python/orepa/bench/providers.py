@@ -1,7 +1,6 @@
-"""What is measured: everything that a user could pick to compute a squeeze, behind one interface.
+"""Provide every way to squeeze that a user could pick, and two lower bounds, behind one interface.
 
-A provider turns a workload into tasks. Those that squeeze are `Squeezer`; the floors are in `orepa.bench.floors`, the
-authors' own code in `orepa.bench.authors`.
+A `Provider` turns a `Problem` into tasks. `Squeezer`s compute kernels; the floors `Gemms` and `Copy` only move as much.
 """
 
 from __future__ import annotations
@@ -10,28 +9,33 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import orepa_kernels
 from orepa_kernels.backends.base import Request
 from orepa_kernels.dispatch import NAMES, select
+from orepa_kernels.reference import identity, squeeze_block
 
-from ..timing import Task, nothing
-from .formulation import Operands, formulation
-from .workload import Workload
+from ..timing import Task, function, nothing
+from .problem import Problem
+from .roofline import MODES, PASSES, products
+
+Operands = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Built:
-    """A provider ready for one workload, built once: a compiled function must not be compiled again for the next use.
+    """A provider ready for one problem; built once, so that nothing is compiled twice.
 
     Args:
         tasks: what to time, by mode: ``"forward"``, ``"backward"``, ``"both"``.
-        squeeze: a function from nothing to the kernel ``[O, I/g, k, k]``, with its graph; None for a floor.
-        parameters: the tensors to differentiate the kernel by.
-        restore: gradients by ``parameters`` to those by ``work.parameters``.
+        squeeze: returns the kernel ``[O, I/g, k, k]`` with its graph; None for a floor.
+        parameters: the tensors to differentiate the kernel by, one per entry of ``problem.parameters``.
+        restore: turns gradients by ``parameters`` into those by ``problem.parameters``.
     """
 
     tasks: Mapping[str, Task]
@@ -41,56 +45,101 @@ class Built:
 
 
 class Provider(ABC):
-    """One way to do the work of a squeeze.
+    """One way to do the work of a squeeze."""
 
-    Attributes:
-        name: unique, as the user types it.
-        floor: a lower bound that computes no kernel: it is drawn in, and not checked.
-    """
+    name: str  # unique, as the user types it
+    floor: bool = False  # a lower bound, which computes no kernel and is not checked
 
-    name: str
-    floor: bool = False
-
-    def why_not(self, work: Workload) -> str:
-        """The reason why this provider does not cover a workload, or an empty string."""
+    def why_not(self, problem: Problem) -> str:
+        """Return why this provider does not support a problem, or an empty string."""
         return ""
 
-    def amount(self, work: Workload, mode: str) -> dict[str, int]:
-        """The ``flops`` and ``bytes`` that its rates are computed from: by default, those that a squeeze takes at least."""
-        return {"flops": work.flops(mode), "bytes": work.bytes(mode)}
+    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
+        """Return the ``flops`` and ``bytes`` that rates refer to: by default, the least that a squeeze takes."""
+        return {"flops": problem.flops(mode), "bytes": problem.bytes(mode)}
 
     @abstractmethod
-    def build(self, work: Workload) -> Built:
-        """Make ready for a workload."""
+    def build(self, problem: Problem) -> Built:
+        """Get ready for a problem."""
 
 
 class Squeezer(Provider):
     """A provider that computes kernels, differentiably."""
 
     @abstractmethod
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        """A function from nothing to the kernel ``[O, I/g, k, k]`` in ``work.out_dtype``, with its graph."""
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        """Return a function that computes the kernel ``[O, I/g, k, k]`` in ``problem.out_dtype``, with its graph."""
 
-    def parameters(self, work: Workload) -> Sequence[Tensor]:
-        """The tensors to differentiate by, one per entry of ``work.parameters``, in that order."""
-        return work.parameters
+    def build(self, problem: Problem) -> Built:
+        return built(self.squeezer(problem), problem.parameters, problem.grad)
 
-    def restore(self, work: Workload, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gradients by `parameters` in the layout of ``work.parameters``."""
-        return gradients
 
-    def build(self, work: Workload) -> Built:
-        squeeze, parameters = self.squeezer(work), list(self.parameters(work))
+def built(squeeze: Callable[[], Tensor], parameters: Sequence[Tensor], grad: Tensor, **more: Any) -> Built:
+    """Return the tasks of a differentiable squeeze; ``more`` goes to `Built`."""
 
-        def backward(kernel: Tensor) -> Sequence[Tensor]:
-            return torch.autograd.grad(kernel, parameters, work.grad)
+    def backward(kernel: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(kernel, parameters, grad)
 
-        tasks = {
-            "forward": Task(nothing, lambda _: squeeze()),
-            "backward": Task(squeeze, backward),
-            "both": Task(nothing, lambda _: backward(squeeze())),
-        }
-        return Built(tasks, squeeze, parameters, lambda gradients: self.restore(work, gradients))
+    tasks = {
+        "forward": function(squeeze),
+        "backward": Task(squeeze, backward),
+        "both": function(lambda: backward(squeeze())),
+    }
+    return Built(tasks, squeeze, parameters, **more)
+
+
+# --- squeezers ------------------------------------------------------------------------------------------------------------
+
+
+def kxk(p: Operands, groups: int) -> Tensor:
+    """Compose `orepa`, and `repvgg_dense` without the 1x1 branch (paper Eq. 4), one einsum per branch."""
+    scales = p["scales"]
+    o, per_group, kh, kw = p["origin_weight"].shape
+    mean = p["origin_weight"].new_full((kh, kw), 1 / (kh * kw))
+
+    origin = torch.einsum("oihw,o->oihw", p["origin_weight"], scales[0])
+    avg = torch.einsum("oi,hw,o->oihw", p["avg_weight"].flatten(1), mean, scales[1])
+    prior = torch.einsum("oi,ohw,o->oihw", p["prior_weight"].flatten(1), p["prior_filter"], scales[2])
+
+    first, second = p["conv1x1_kxk_conv1"], p["conv1x1_kxk_conv2"]
+    first = (first + identity(first.shape[0], per_group, first)).reshape(groups, -1, per_group)
+    second = second.reshape(groups, o // groups, -1, kh, kw)
+    sequence = torch.einsum("gti,gothw->goihw", first, second).reshape(o, per_group, kh, kw)
+    sequence = torch.einsum("oihw,o->oihw", sequence, scales[3])
+
+    dw = p["dws_depthwise"].reshape(groups, per_group, -1, kh, kw)
+    pw = p["dws_pointwise"].reshape(groups, o // groups, per_group, -1)
+    separable = torch.einsum("giehw,goie->goihw", dw, pw).reshape(o, per_group, kh, kw)
+    separable = torch.einsum("oihw,o->oihw", separable, scales[-1])
+
+    kernel = origin + avg + prior + sequence + separable
+    if "conv1x1_weight" in p:
+        point = torch.einsum("oihw,o->oihw", p["conv1x1_weight"], scales[4])
+        kernel = kernel + F.pad(point, (kw // 2, kw // 2, kh // 2, kh // 2))
+    return kernel
+
+
+def rep1x1(p: Operands, groups: int) -> Tensor:
+    """Compose the `rep1x1` block: a 1x1 and two in sequence."""
+    scales = p["scales"]
+    o, per_group = p["origin_weight"].shape[:2]
+    first = p["conv1x1_1x1_conv1"].reshape(groups, -1, per_group)
+    second = p["conv1x1_1x1_conv2"].reshape(groups, o // groups, -1)
+    sequence = torch.einsum("gti,got->goi", first, second).reshape(o, per_group, 1, 1)
+    origin = torch.einsum("oihw,o->oihw", p["origin_weight"], scales[0])
+    return origin + torch.einsum("oihw,o->oihw", sequence, scales[1])
+
+
+def formulation(problem: Problem) -> Callable[[Operands], Tensor]:
+    """Return the block as a user would write it, untuned; topologies not written out above take the reference's einsums."""
+    written = {"orepa": kxk, "repvgg_dense": kxk, "rep1x1": rep1x1}.get(problem.case.topology)
+    plan, out_dtype = problem.plan, problem.out_dtype
+
+    def squeeze(operands: Operands) -> Tensor:
+        kernel = squeeze_block(plan, operands) if written is None else written(operands, plan.groups)
+        return kernel.to(out_dtype)
+
+    return squeeze
 
 
 class Eager(Squeezer):
@@ -98,9 +147,9 @@ class Eager(Squeezer):
 
     name = "eager"
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        squeeze = formulation(work.case.topology, work.plan, work.out_dtype)
-        return lambda: squeeze(work.operands)
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        squeeze = formulation(problem)
+        return lambda: squeeze(problem.operands)
 
 
 class Compiled(Squeezer):
@@ -115,26 +164,25 @@ class Compiled(Squeezer):
     def __init__(self, name: str, mode: str, compiler: Callable[..., Callable[..., Tensor]] = torch.compile) -> None:
         self.name, self._mode, self._compiler = name, mode, compiler
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        squeeze: Callable[[Operands], Tensor] = formulation(work.case.topology, work.plan, work.out_dtype)
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        squeeze = formulation(problem)
         # A dictionary of tensors would be guarded key by key at each call; a list costs the caller less.
-        names = list(work.operands)
-        tensors = list(work.operands.values())
+        names, tensors = list(problem.operands), list(problem.operands.values())
 
-        def function(values: list[Tensor]) -> Tensor:
+        def from_list(values: list[Tensor]) -> Tensor:
             return squeeze(dict(zip(names, values, strict=True)))
 
         configure_inductor()
-        compiled = self._compiler(function, mode=self._mode, fullgraph=True, dynamic=False)
+        compiled = self._compiler(from_list, mode=self._mode, fullgraph=True, dynamic=False)
         return lambda: compiled(tensors)
 
 
 def configure_inductor() -> None:
     """Make ``torch.compile`` fit to be measured; call it after ``torch.set_num_threads``.
 
-    Its cache on disk does not know for how many threads CPU code was generated, unless that number is configured: code for
-    two threads would be taken up, and timed, by a run with one. And autotuning prints over the progress bar. Neither has a
-    public switch, so a missing one is passed over.
+    Its cache on disk does not know for how many threads CPU code was generated unless that number is configured: a run with
+    one thread would load, and time, code for two. And autotuning prints over the progress. Neither has a public switch, so a
+    missing one is ignored.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch._inductor import config, select_algorithm
@@ -150,27 +198,96 @@ class Kernels(Squeezer):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def why_not(self, work: Workload) -> str:
-        first = next(iter(work.operands.values()))
-        try:
-            select(self.name, Request(work.plan, first.device, first.dtype, work.out_dtype))
-        except orepa_kernels.BackendError as error:
-            return str(error).rpartition("cannot run: ")[2]
-        return ""
+    def why_not(self, problem: Problem) -> str:
+        first = next(iter(problem.operands.values()))
+        return backend_refusal(self.name, Request(problem.plan, first.device, first.dtype, problem.out_dtype))
 
-    def squeezer(self, work: Workload) -> Callable[[], Tensor]:
-        blocks, tensors = [work.plan], [list(work.operands.values())]
-        return lambda: orepa_kernels.squeeze(blocks, tensors, dtype=work.out_dtype, backend=self.name)[0]
+    def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
+        blocks, tensors = [problem.plan], [list(problem.operands.values())]
+        return lambda: orepa_kernels.squeeze(blocks, tensors, dtype=problem.out_dtype, backend=self.name)[0]
 
 
-def everything() -> dict[str, Provider]:
-    """Every provider of this package, by name, in the order in which tables show them."""
-    from .floors import Copy, Gemms
+def backend_refusal(name: str, request: Request) -> str:
+    """Return why a backend of `orepa_kernels` cannot run a request, or an empty string."""
+    try:
+        select(name, request)
+    except orepa_kernels.BackendError as error:
+        return str(error).rpartition("cannot run: ")[2]
+    return ""
 
+
+# --- floors ---------------------------------------------------------------------------------------------------------------
+
+
+class Gemms(Provider):
+    """The matrix products alone, by the vendor's library, into allocated memory.
+
+    Forward: one product per pair of composed layers. Backward: the two products of its gradients. float32, at the precision
+    that ``torch.set_float32_matmul_precision`` allows.
+    """
+
+    name, floor = "gemms", True
+
+    def why_not(self, problem: Problem) -> str:
+        return "" if products(problem.plan) else "the block composes no layers, so it has no matrix product"
+
+    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
+        return {"flops": PASSES[mode] * sum(product.flops for product in products(problem.plan))}
+
+    def build(self, problem: Problem) -> Built:
+        calls: dict[str, list[Callable[[], Any]]] = {"forward": [], "backward": []}
+        for p in products(problem.plan):
+            shapes = ((p.batch, p.m, p.k), (p.batch, p.k, p.n), (p.batch, p.m, p.n))
+            a, b, c = (torch.randn(shape, device=problem.case.device) for shape in shapes)
+            if p.batch == 1:  # the plain product has less overhead than a batch of one
+                a, b, c = a[0], b[0], c[0]
+            calls["forward"].append(_product(a, b, c))
+            calls["backward"] += [_product(c, b.mT, torch.zeros_like(a)), _product(a.mT, c, torch.zeros_like(b))]
+        return _all_calls(calls)
+
+
+class Copy(Provider):
+    """A copy that moves as many bytes as the squeeze has to: half of them read, half of them written."""
+
+    name, floor = "copy", True
+
+    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
+        return {"bytes": problem.bytes(mode)}
+
+    def build(self, problem: Problem) -> Built:
+        return _all_calls({m: [_copy(problem.bytes(m) // 2, problem.case.device)] for m in ("forward", "backward")})
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Any]:
+    product = torch.mm if a.dim() == 2 else torch.bmm
+    return lambda: product(a, b, out=out)
+
+
+def _copy(size: int, device: str) -> Callable[[], Any]:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def _all_calls(calls: Mapping[str, list[Callable[[], Any]]]) -> Built:
+    def task(mode: str) -> Task:
+        todo = calls["forward"] + calls["backward"] if mode == "both" else calls[mode]
+
+        def run(_: object) -> None:
+            for call in todo:
+                call()
+
+        return Task(nothing, run)
+
+    return Built({mode: task(mode) for mode in MODES})
+
+
+def all_providers() -> dict[str, Provider]:
+    """Return every provider of this package by name, in the order in which tables show them."""
     providers: list[Provider] = [
         Eager(),
         Compiled("compile", "default"),
-        # Without its own CUDA graphs, because the harness captures every provider in one.
+        # Without CUDA graphs of its own: every provider is captured in one.
         Compiled("compile-max-autotune", "max-autotune-no-cudagraphs"),
         *(Kernels(name) for name in reversed(NAMES)),
         Gemms(),

@@ -1,9 +1,10 @@
-"""Result files: one JSON schema for every benchmark, read strictly, written atomically."""
+"""Store results: one JSON schema for every benchmark, read strictly, written atomically."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,13 @@ from ..timing import summary
 from ..train.files import write_atomically
 
 SCHEMA, VERSION = "orepa.bench", 2
-STATUSES = ("ok", "wrong", "failed", "skipped")
+#: from the best to the worst
+STATUSES = ("ok", "skipped", "failed", "wrong")
 
 
 @dataclass
 class Row:
-    """One provider on one case.
+    """One provider or variant on one case.
 
     Args:
         case: what identifies the work, as plain data.
@@ -82,23 +84,21 @@ class Results:
         benchmark: its name, such as ``"squeeze"``.
         environment: see `orepa.bench.machine.environment`.
         settings: what the user asked for.
-        ceilings: see `orepa.bench.machine.ceilings`.
         rows: the measurements.
         complete: False in a file written while the benchmark still ran, or where a process was lost.
-        lost: which processes died before their end, and how; what they had measured counts.
+        lost: which processes died before their end, and how; their measurements count.
     """
 
     benchmark: str
     environment: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    ceilings: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     complete: bool = False
     lost: list[str] = field(default_factory=list)
 
     @property
     def processes(self) -> int:
-        """In how many a measurement was made, at most."""
+        """The number of processes that measured, at most."""
         return max((len(row.processes) for row in self.rows), default=0)
 
     @property
@@ -107,7 +107,7 @@ class Results:
         return [row for row in self.rows if row.status == "ok"]
 
     def save(self, path: Path) -> None:
-        """Write the file; it is either the old one or whole.
+        """Write the file; whatever happens, it is either the old or the new one.
 
         Raises:
             UserError: the file system refuses.
@@ -115,7 +115,9 @@ class Results:
         rows = [{**asdict(row), **({"summary": row.summary} if row.processes else {})} for row in self.rows]
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self), "rows": rows}
         text = json.dumps(_plain(content), indent=1, allow_nan=False)
-        write_atomically(path, lambda file: file.write(_compact(text).encode()))
+        # Samples on one line, so that a diff can be read.
+        text = re.sub(r"\[\n([^][{}\"]*)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+        write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def load(path: Path) -> Results:
@@ -135,8 +137,9 @@ def load(path: Path) -> Results:
     if content.get("version") not in (1, VERSION):
         raise UserError(f"{path} has result version {content.get('version')}, this orepa reads 1 and {VERSION}")
     try:
-        if content["version"] == 1:
-            content = _upgrade(content)
+        if content["version"] == 1:  # which knew one process only
+            old = [{**entry, "processes": [entry["seconds"]] if entry["seconds"] else []} for entry in content["rows"]]
+            content = {**content, "rows": old, "lost": []}
         rows = [_row(entry) for entry in content["rows"]]
         names = {f.name for f in fields(Results)} - {"rows"}
         results = Results(rows=rows, **{name: content[name] for name in names})
@@ -149,30 +152,16 @@ def load(path: Path) -> Results:
     return results
 
 
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew but one process."""
-    rows = [{**entry, "processes": [entry["seconds"]] if entry["seconds"] else []} for entry in content["rows"]]
-    return {**content, "rows": rows, "lost": []}
-
-
 def _row(entry: Mapping[str, Any]) -> Row:
     row = Row(**{f.name: entry[f.name] for f in fields(Row)})
     _expect(row.status in STATUSES, f"status {row.status!r} is none of {', '.join(STATUSES)}")
     _expect(isinstance(row.case, dict), "case is no object")
-    _expect(
-        isinstance(row.processes, list) and all(_numbers(p) for p in row.processes), "samples must be positive numbers"
-    )
-    _expect(
-        bool(row.processes) == (row.status == "ok"),
-        f"a row with status {row.status!r} has samples of {len(row.processes)} processes",
-    )
+    lists = isinstance(row.processes, list) and all(isinstance(s, list) and s for s in row.processes)
+    numbers = lists and all(isinstance(s, (int, float)) and 0 < s < math.inf for s in row.seconds)
+    _expect(numbers, "samples must be positive numbers")
+    count = len(row.processes)
+    _expect(bool(count) == (row.status == "ok"), f"a row with status {row.status!r} has samples of {count} processes")
     return row
-
-
-def _numbers(samples: Any) -> bool:
-    if not isinstance(samples, list) or not samples:
-        return False
-    return all(isinstance(s, (int, float)) and math.isfinite(s) and s > 0 for s in samples)
 
 
 def _expect(condition: bool, otherwise: str) -> None:
@@ -181,7 +170,7 @@ def _expect(condition: bool, otherwise: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers short enough to read, and none that JSON does not know."""
+    """Shorten numbers to read, and replace those that JSON does not know."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -189,18 +178,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value
-
-
-def _compact(text: str) -> str:
-    """Samples on one line: a file that a diff can be read of."""
-    lines: list[str] = []
-    gathering = False
-    for line in text.splitlines():
-        if gathering:
-            lines[-1] += line.strip() if line.strip().startswith("]") else f"{line.strip()} "
-            gathering = not line.strip().startswith("]")
-            lines[-1] = lines[-1] if gathering else lines[-1].replace(" ]", "]")
-        else:
-            lines.append(line)
-            gathering = line.strip() == "["  # a list in a list: the samples of a process
-    return "\n".join(lines) + "\n"

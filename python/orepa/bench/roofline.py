@@ -1,4 +1,4 @@
-"""How much work a block is at least: its matrix products, its arithmetic, and the bytes that must move."""
+"""Count the least work that a block takes: its matrix products, its arithmetic, and the bytes that must move."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from orepa_kernels import Block, Composed, Dense, Operand, Separable
+from orepa_kernels import Block, Composed, Dense, Separable
 
-#: arithmetic of each mode in forward passes: two products give the gradients of one
+#: arithmetic of each mode in forward passes: the gradients of one product are two products
 PASSES = {"forward": 1, "backward": 2, "both": 3}
 MODES = tuple(PASSES)
 
@@ -30,34 +30,33 @@ class Product:
 
 
 def products(block: Block) -> list[Product]:
-    """One product per pair of composed layers, nested blocks included.
+    """Return one product per pair of composed layers, nested blocks included.
 
     Rows are (output channel, tap of the second layer), columns (input channel, tap of the first): the layout in which the
     composition is one product, for a 1x1 first layer exactly the kernel itself.
     """
     found = []
-    for term in block.terms:
-        if isinstance(term, Composed):
-            first, second, g = term.first.shape, term.second.shape, block.groups
-            rows, columns = second[0] // g * math.prod(second[2:]), math.prod(first[1:])
-            found.append(Product(g, rows, first[0] // g, columns))
-    return found + [product for nested in _nested(block) for product in products(nested)]
+    for term in (term for nested in _blocks(block) for term in nested.terms if isinstance(term, Composed)):
+        first, second, groups = term.first.shape, term.second.shape, block.groups
+        rows, columns = second[0] // groups * math.prod(second[2:]), math.prod(first[1:])
+        found.append(Product(groups, rows, first[0] // groups, columns))
+    return found
 
 
 def flops(block: Block, mode: str) -> int:
-    """Arithmetic of the matrix products and of the depthwise separable branches; a backward pass costs twice the forward.
-
-    Args:
-        block: the plan.
-        mode: one of `MODES`.
-    """
-    return PASSES[mode] * _forward_flops(block)
+    """Return the arithmetic of the matrix products and the depthwise separable branches in one of `MODES`."""
+    total = sum(product.flops for product in products(block))
+    for term in (term for nested in _blocks(block) for term in nested.terms):
+        if isinstance(term, Separable) and term.pointwise is not None:
+            # Every element of the pointwise kernel meets every tap once.
+            total += 2 * math.prod(term.pointwise.shape) * math.prod(term.depthwise.shape[2:])
+    return PASSES[mode] * total
 
 
 def minimum_bytes(
     block: Block, constants: frozenset[str], mode: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> int:
-    """What any implementation has to read and write once.
+    """Return the bytes that any implementation has to read and write once.
 
     Forward reads the operands and writes the kernel; backward reads its gradient and the operands, and writes one gradient
     per parameter.
@@ -77,25 +76,16 @@ def minimum_bytes(
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
-def _forward_flops(block: Block) -> int:
-    total = sum(product.flops for product in products(block))
-    for inner in (block, *_descend(block)):
-        for term in inner.terms:
-            if isinstance(term, Separable) and term.pointwise is not None:
-                # Every element of the pointwise kernel meets every tap once.
-                total += 2 * math.prod(term.pointwise.shape) * math.prod(term.depthwise.shape[2:])
-    return total
-
-
-def _nested(block: Block) -> Iterator[Block]:
+def _blocks(block: Block) -> Iterator[Block]:
+    """The block and all blocks nested in it."""
+    yield block
     for term in block.terms:
         if isinstance(term, Composed):
-            yield from (s for s in (term.first, term.second) if isinstance(s, Block))
-        elif isinstance(term, Dense) and not isinstance(term.weight, Operand):
-            yield term.weight
-
-
-def _descend(block: Block) -> Iterator[Block]:
-    for nested in _nested(block):
-        yield nested
-        yield from _descend(nested)
+            parts = [term.first, term.second]
+        elif isinstance(term, Dense):
+            parts = [term.weight]
+        else:
+            continue
+        for part in parts:
+            if isinstance(part, Block):
+                yield from _blocks(part)

@@ -1,224 +1,55 @@
-"""Results on a terminal."""
+"""Turn results into tables, for a terminal and for Markdown."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from .compare import Comparison
 from .results import Results, Row
+from .variants import PLAIN
 
-#: the baseline of ratios, where it was measured
+Style = Literal["terminal", "markdown"]
+#: columns and rows of a table
+Table = tuple[list[str], list[list[str]]]
+#: the baseline of the squeeze's ratios
 BASELINE = "eager"
 
 
-class ProgressBar:
-    """A listener of `orepa.bench.squeeze.run`: a bar over the cases, on stderr, with what happens now."""
-
-    def __init__(self, progress: Progress, cases: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=cases)
-
-    def step(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-    def done(self) -> None:
-        self._progress.advance(self._task)
-
-
-@contextlib.contextmanager
-def progress(cases: int) -> Iterator[ProgressBar]:
-    """Show progress while the block runs; it disappears afterwards."""
-    columns = (
-        BarColumn(20),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield ProgressBar(bar, cases)
-
-
-def terminal() -> Console:
-    """stdout; as wide as a table needs where it is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
-
-
-def show(results: Results, console: Console | None = None) -> None:
-    """Print one table of medians per kind of launch, one of the details, and why something is missing."""
-    console = console or terminal()
-    for launch in _distinct(row.launch for row in results.rows):
-        console.print(_medians(results, launch))
-    console.print(_details(results))
-    busy = results.environment.get("busy_cores_of_others")
-    if busy and busy + results.environment["threads"] > results.environment["cores"] + 0.1:
-        note = f"note: other programs kept {busy} of {results.environment['cores']} cores busy: times on the CPU are too long"
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
-    for line in problems(results):
-        loud = line.startswith("lost: ") or ": wrong: " in line
-        console.print(line, style="bold red" if loud else "yellow", markup=False, soft_wrap=True)
-
-
-def _medians(results: Results, launch: str) -> Table:
-    rows = [row for row in results.rows if row.launch == launch]
-    common = _common(rows)
-    timed = {row.provider for row in rows if row.status == "ok"}
-    wrong = {row.provider for row in rows if row.status in ("wrong", "failed")}
-    order = results.settings.get("providers") or _distinct(row.provider for row in rows)
-    providers = [p for p in order if p in timed | wrong]
-    kind = {"plain": "", "graph": ", replayed from a CUDA graph"}[launch]
-    table = Table(
-        title=f"{results.benchmark}{_words(common)}: median µs per call{kind}",
-        caption=f"±: {spread_of(results)}; ×: times {BASELINE}'s speed. {_machine(results)}",
-    )
-    table.add_column("block", no_wrap=True)
-    table.add_column("mode", no_wrap=True)
-    floors = {row.provider for row in rows if row.floor}
-    for provider in providers:
-        table.add_column(f"{provider} (floor)" if provider in floors else provider, justify="right")
-    by_where: dict[Any, dict[str, Row]] = {}
-    for row in rows:
-        by_where.setdefault(row.where, {})[row.provider] = row
-    before = None
-    for entries in by_where.values():
-        first = next(iter(entries.values()))
-        base = entries.get(BASELINE)
-        if before not in (None, first.case):
-            table.add_section()
-        name = "" if before == first.case else describe(first.case, common)
-        table.add_row(name, first.mode, *(_cell(entries.get(p), base) for p in providers))
-        before = first.case
-    return table
-
-
-def _cell(row: Row | None, base: Row | None) -> str:
-    if row is None:
-        return ""
-    if row.status != "ok":
-        return {"wrong": "[bold red]WRONG[/]", "failed": "[yellow]failed[/]", "skipped": "-"}[row.status]
-    text = f"{row.median_us:,.{0 if row.median_us >= 100 else 1}f} ±{100 * row.spread:.0f}%"
-    if base not in (None, row) and base.status == "ok" and not row.floor:
-        text += f" [dim]{base.median_us / row.median_us:.2f}×[/]"
-    return text
-
-
-def _details(results: Results) -> Table:
-    """Rates, memory and errors, of the longest mode that was measured."""
-    modes = _distinct(row.mode for row in results.timed)
-    mode = "both" if "both" in modes else (modes[-1] if modes else "")
-    top = results.ceilings
-    on_gpu = any("launches" in row.facts for row in results.timed)
-    table = Table(
-        title=f"{mode}: rates (% of what this machine does on large data), memory, errors against float64",
-        caption="saved: kept for the backward pass, parameters themselves not counted"
-        + ("; host: of one call enqueued after another, nothing waited for" if on_gpu else ""),
-    )
-    common = _common(results.rows)
-    for name in ("block", *(["launch"] if on_gpu else []), "provider"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "GB/s",
-        "GFLOP/s",
-        *(["launches", "host µs"] if on_gpu else []),
-        "saved MB",
-        "error of W",
-        "of gradients",
-    ):
-        table.add_column(name, justify="right")
-    before = None
-    for row in results.timed:
-        if row.mode != mode:
-            continue
-        if before not in (None, row.case):
-            table.add_section()
-        f, seconds = row.facts, row.median_us * 1e-6
-        cells = [
-            _rate(f.get("bytes"), seconds, top.get("copy_bytes_per_second")),
-            _rate(f.get("flops"), seconds, top.get("gemm_flops_per_second")),
-            *([str(f.get("launches", "")), f"{f['host_us']:.1f}" if "host_us" in f else ""] if on_gpu else []),
-            f"{f['saved_bytes'] / 1e6:.2f}" if "saved_bytes" in f else "",
-            f"{f['weight_error']:.1e}" if "weight_error" in f else "",
-            f"{f['gradient_error']:.1e}" if "gradient_error" in f else "",
-        ]
-        name = "" if before == row.case else describe(row.case, common)
-        table.add_row(name, *([row.launch] if on_gpu else []), row.provider, *cells)
-        before = row.case
-    return table
-
-
-def _rate(amount: float | None, seconds: float, ceiling: float | None) -> str:
-    if amount is None:
-        return ""
-    rate = amount / seconds
-    return f"{rate / 1e9:,.1f}" + (f" ({100 * rate / ceiling:.0f}%)" if ceiling else "")
-
-
-def spread_of(results: Results) -> str:
-    """What stands after ± in a table of these results."""
-    if results.processes < 2:
-        return "half of p20 to p80, within one process"
-    return f"half of what p20 to p80 and a 95% interval from the medians of {results.processes} processes span"
-
-
-def problems(results: Results) -> list[str]:
-    """One line per process that was lost, and per provider and reason that kept it from being timed."""
-    everywhere = len({describe(row.case) for row in results.rows})
-    found: dict[str, set[str]] = {}
-    for row in results.rows:
-        if row.status != "ok":
-            found.setdefault(f"{row.provider}: {row.status}: {row.reason}", set()).add(describe(row.case))
-    return [f"lost: {line}" for line in results.lost] + [
-        what if len(cases) == everywhere else f"{what} [{', '.join(sorted(cases))}]" for what, cases in found.items()
-    ]
-
-
-def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the ratios of two runs."""
-    console = console or terminal()
-    for note in comparison.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    table = Table(
-        title="B against A: ratio of median times",
-        caption="spread: the least and the largest ratio within the spreads of both runs",
-    )
-    for name in ("block", "mode", "launch", "provider"):
-        table.add_column(name)
-    for name in ("A µs", "B µs", "B/A", "spread"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    styles = {"slower": "red", "faster": "green", "no difference": "dim"}
-    for pair in comparison.pairs:
-        a, b = pair.before, pair.after
-        table.add_row(
-            describe(a.case),
-            a.mode,
-            a.launch,
-            a.provider,
-            f"{a.median_us:,.1f}",
-            f"{b.median_us:,.1f}",
-            f"{pair.ratio:.3f}",
-            "{:.3f} to {:.3f}".format(*pair.bounds),
-            f"[{styles[pair.verdict]}]{pair.verdict}[/]",
-        )
-    console.print(table)
-    console.print(comparison.conclusion, markup=False, soft_wrap=True)
-
-
-def describe(case: dict[str, Any], common: dict[str, Any] | None = None) -> str:
-    """A case in few characters.
+def render(columns: Sequence[str], rows: Iterable[Sequence[str]], style: Style = "terminal", text: int = 1) -> str:
+    """Return a table as text.
 
     Args:
-        case: of a row.
-        common: what need not be said.
+        columns: their heads.
+        rows: cells.
+        style: ``"terminal"`` pads all cells, ``"markdown"`` does not.
+        text: number of leading columns that hold text, left-aligned on a terminal; all others hold numbers.
     """
-    case = {k: v for k, v in case.items() if k not in (common or {})}
+    lines = [list(columns), *map(list, rows)]
+    if style == "markdown":
+        lines.insert(1, ["---", *["---:"] * (len(columns) - 1)])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(f"{c:<{w}}" if i < text else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        for cells in lines
+    )
+
+
+def number(value: float) -> str:
+    """Return three digits or more."""
+    return f"{value:,.{0 if value >= 100 else 1}f}"
+
+
+def median(row: Row, unit: float = 1.0) -> str:
+    """Return the median and spread of a row, in ``unit`` microseconds."""
+    value = row.median_us / unit
+    return f"{number(value) if unit == 1 else f'{value:,.1f}'} ±{100 * row.spread:.0f}%"
+
+
+def describe(case: dict[str, Any]) -> str:
+    """Return a case in few characters, without its device."""
+    case = {k: v for k, v in case.items() if k != "device"}
     words = []
     if {"out", "in", "k"} <= case.keys():
         words.append(f"{case.pop('in')}->{case.pop('out')} {case['k']}x{case.pop('k')}")
@@ -229,22 +60,187 @@ def describe(case: dict[str, Any], common: dict[str, Any] | None = None) -> str:
     return " ".join([*words, *map(str, case.values())])
 
 
-def _common(rows: Sequence[Row]) -> dict[str, Any]:
-    """What all cases share, geometry apart."""
-    first = rows[0].case if rows else {}
-    geometry = ("out", "in", "k", "groups", "stride", "size")
-    return {k: v for k, v in first.items() if k not in geometry and all(r.case.get(k) == v for r in rows)}
+# --- the squeeze ----------------------------------------------------------------------------------------------------------
 
 
-def _words(common: dict[str, Any]) -> str:
-    return "".join(f", {value}" for value in common.values())
+def squeeze_table(results: Results, launch: str, modes: Sequence[str], style: Style = "terminal") -> Table:
+    """Return the medians of every block, a column per provider, with ratios to `BASELINE`."""
+    rows = [row for row in results.rows if row.launch == launch and row.mode in modes]
+    shown = {row.provider: row.floor for row in rows if row.status != "skipped"}
+    names = [name for name in results.settings.get("providers", shown) if name in shown]
+    quoted = "`{}`" if style == "markdown" else "{}"
+    several = len(modes) > 1
+    what = "" if several else ", forward + backward" if modes[0] == "both" else f", {modes[0]}"
+    columns = [f"µs{what}", *["mode"] * several]
+    columns += [f"{name} (floor)" if shown[name] else quoted.format(name) for name in names]
+    lines: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault(row.where, {})[row.provider] = row
+    table = []
+    for line in lines.values():
+        first, base = next(iter(line.values())), line.get(BASELINE)
+        cells = [describe(first.case), *[first.mode] * several]
+        table.append(cells + [_cell(line[name], base) if name in line else "" for name in names])
+    return columns, table
 
 
-def _machine(results: Results) -> str:
+def _cell(row: Row, base: Row | None) -> str:
+    if row.status != "ok":
+        return {"wrong": "WRONG", "failed": "failed", "skipped": "-"}[row.status]
+    if base is None or base is row or base.status != "ok" or row.floor:
+        return median(row)
+    return f"{median(row)} ({base.median_us / row.median_us:.2f}×)"
+
+
+def details_table(results: Results) -> Table:
+    """Return rates, memory saved for the backward pass, and errors against float64."""
+    modes = distinct(row.mode for row in results.timed)
+    rows = [row for row in results.timed if row.mode == ("both" if "both" in modes else modes[-1])]
+    on_gpu = any("launches" in row.facts for row in rows)
+    columns = [*("block", "provider"), *(("launch", "launches", "host µs") if on_gpu else ())]
+    columns += ["GB/s", "GFLOP/s", "saved MB", "error of W", "of gradients"]
+    table = []
+    for row in rows:
+        f, seconds = row.facts, row.median_us * 1e-6
+        host = [row.launch, str(f.get("launches", "")), f"{f['host_us']:.1f}" if "host_us" in f else ""]
+        cells = [describe(row.case), row.provider, *(host if on_gpu else [])]
+        cells += [f"{f[what] / seconds / 1e9:,.1f}" if what in f else "" for what in ("bytes", "flops")]
+        cells += [f"{f['saved_bytes'] / 1e6:.2f}" if "saved_bytes" in f else ""]
+        cells += [f"{f[what]:.1e}" if what in f else "" for what in ("weight_error", "gradient_error")]
+        table.append(cells)
+    return columns, table
+
+
+# --- the training step ----------------------------------------------------------------------------------------------------
+
+
+def step_table(rows: Sequence[Row], style: Style = "terminal") -> Table:
+    """Return a line per case and variant, with ratios to the plain model; peak memory where it was measured."""
+    terminal, memory = style == "terminal", any("peak_bytes" in row.facts for row in rows)
+    columns = ["step", "variant" if terminal else "", "ms", "× plain", *(("peak MB", "× plain") if memory else ())]
+    columns += ["parameters", *(("images/s", "difference") if terminal else ())]
+    table = []
+    for row in rows:
+        if row.status == "skipped":
+            continue
+        name = row.provider if terminal else f"`{row.provider}`"
+        cells = [_step_name(row.case), name]
+        if row.status == "ok":
+            base, f = base_of(rows, row), row.facts
+            cells += [median(row, 1e3), ratio(row, base)]
+            if memory:
+                peak, plain = f.get("peak_bytes"), base.facts.get("peak_bytes") if base else None
+                cells += [f"{peak / 1e6:,.0f}" if peak else "", f"{peak / plain:.2f}" if peak and plain else ""]
+            cells.append(f"{f['parameter_count'] / 1e6:.2f} M")
+            if terminal:
+                cells.append(f"{row.case['batch'] / row.median_us * 1e6:,.0f}")
+                cells.append(f"{f['logits_error']:.0e}" if "logits_error" in f else "")
+        else:
+            cells.append(row.status.upper())
+        table.append(cells + [""] * (len(columns) - len(cells)))
+    return columns, table
+
+
+def step_overview(results: Results, style: Style = "terminal") -> Table:
+    """Return a line per case, a column per variant: the plain model's time, all others as its multiple."""
+    launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
+    rows = [row for row in results.rows if row.launch == launch and row.status != "skipped"]
+    names = [name for name in distinct(row.provider for row in rows) if name != PLAIN]
+    columns = ["model", "batch × px", "plain, ms", *(f"{_variant_name(name)}, ×" for name in names), "spread"]
+    lines: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault(row.where, {})[row.provider] = row
+    table = []
+    for line in lines.values():
+        timed = {name: row for name, row in line.items() if row.status == "ok"}
+        case, base = next(iter(line.values())).case, timed.get(PLAIN)
+        model = " ".join(filter(None, (case["model"], case.get("components"))))
+        cells = [model, f"{case['batch']} × {case['size']}", f"{base.median_us / 1e3:,.1f}" if base else ""]
+        cells += [ratio(timed[n], base) if n in timed else line[n].status if n in line else "" for n in names]
+        spreads = [100 * row.spread for row in timed.values()]
+        table.append([*cells, f"±{max(spreads):.0f}%" if spreads else ""])
+    return columns, table
+
+
+def base_of(rows: Sequence[Row], row: Row) -> Row | None:
+    """Return the plain model on the same work."""
+    return next((r for r in rows if r.where == row.where and r.provider == PLAIN and r.status == "ok"), None)
+
+
+def ratio(row: Row, base: Row | None) -> str:
+    """Return how many times the base's time a row takes."""
+    return f"{row.median_us / base.median_us:.2f}" if base else ""
+
+
+def _step_name(case: dict[str, Any]) -> str:
+    words = [case["model"], f"batch {case['batch']}", f"{case['size']} px", case.get("components", "")]
+    words += [f"autocast {case['autocast']}" if case["autocast"] != "none" else ""]
+    words += ["channels last" if case["layout"] == "channels_last" else ""]
+    return ", ".join(filter(None, words))
+
+
+def _variant_name(name: str) -> str:
+    kind, _, rest = name.partition("-")
+    kind = {"orepa": "OREPA", "dbb": "DBB", "repvgg": "RepVGG"}.get(kind, kind)
+    return f"{kind} ({rest})" if kind == "OREPA" else f"{kind} {rest}".strip()
+
+
+# --- all of a file --------------------------------------------------------------------------------------------------------
+
+
+def show(results: Results) -> None:
+    """Print the tables of a result file, how it was measured, and why something is missing."""
+    for launch in distinct(row.launch for row in results.rows):
+        rows = [row for row in results.rows if row.launch == launch]
+        graph = ", replayed from a CUDA graph" if launch == "graph" else ""
+        print(f"{results.benchmark}{graph}: medians ± spread\n")
+        if results.benchmark == "step":
+            print(render(*step_table(rows), text=2), end="\n\n")
+        else:
+            modes = distinct(row.mode for row in rows)
+            print(render(*squeeze_table(results, launch, modes), text=1 + (len(modes) > 1)), end="\n\n")
+    if results.benchmark == "step" and len({row.where for row in results.timed}) > 1:
+        print(render(*step_overview(results)), end="\n\n")
+    elif results.benchmark != "step" and results.timed:
+        print("rates, memory saved for the backward pass, errors against float64\n")
+        print(render(*details_table(results), text=2), end="\n\n")
+    print(conditions(results))
     e = results.environment
-    where = e.get("gpu") if e.get("device") == "cuda" else f"{e.get('processor')}, {e.get('threads')} thread(s)"
-    return f"{where}, torch {e.get('torch')}, commit {e.get('commit')}"
+    busy = e.get("busy_cores_of_others")
+    if busy and busy + e["threads"] > e["cores"] + 0.1:
+        print(f"note: other programs kept {busy} of {e['cores']} cores busy: times on the CPU are too long")
+    for line in problems(results):
+        print(line)
 
 
-def _distinct(values: Any) -> list[str]:
+def conditions(results: Results) -> str:
+    """Return how and where results were measured, in a line."""
+    e = results.environment
+    device = e.get("gpu") or f"{e.get('processor')}, {e.get('threads')} thread(s)"
+    words = [device, f"torch {e.get('torch')}", f"commit {e.get('commit')}", str(e.get("date"))[:10]]
+    if e.get("busy_cores_of_others"):
+        words.append(f"{e['busy_cores_of_others']} cores busy with other programs")
+    spread = "half the distance from the 20th to the 80th percentile"
+    if results.processes > 1:
+        spread = (
+            "half of what the 20th to 80th percentile and a 95% confidence interval from the medians of "
+            f"{results.processes} processes span"
+        )
+    return f"{', '.join(words)}. Medians, ± {spread}."
+
+
+def problems(results: Results) -> list[str]:
+    """Return a line per process that was lost, and per provider and reason that kept it from being timed."""
+    count = len({describe(row.case) for row in results.rows})
+    cases: dict[str, set[str]] = {}
+    for row in results.rows:
+        if row.status != "ok":
+            cases.setdefault(f"{row.provider}: {row.status}: {row.reason}", set()).add(describe(row.case))
+    return [f"lost: {line}" for line in results.lost] + [
+        what if len(where) == count else f"{what} [{', '.join(sorted(where))}]" for what, where in cases.items()
+    ]
+
+
+def distinct(values: Iterable[str]) -> list[str]:
+    """Return each value once, in the order of the first."""
     return list(dict.fromkeys(values))

@@ -1,27 +1,21 @@
-"""Training budgets as pictures: per contestant, or per number of components."""
+"""Training budgets as pictures: per variant, or per number of components."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from ..train.files import write_atomically
-from .results import Results, Row
-from .step_tables import PARTS
+from orepa.bench.plots import bars, finish
+from orepa.bench.results import Results, Row
+from training_budget.tables import PARTS
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw times and memory, as PNG: lines over the components of a sweep, else bars per contestant.
-
-    Args:
-        results: of ``orepa bench step``.
-        path: to write, atomically.
+    """Draw times and memory, as PNG: lines over the components of a sweep, else bars per variant.
 
     Raises:
         UserError: the file system refuses.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sweep = any("components" in row.case for row in results.timed)
@@ -31,28 +25,26 @@ def plot(results: Results, path: Path) -> None:
         panels.setdefault((*same.values(), row.launch), []).append(row)
     lines = max(1, len(panels))
     figure = Figure(figsize=(11, 3.8 * lines + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(lines, 2, squeeze=False)
     for pair, rows in zip(axes, panels.values(), strict=False):
-        (_lines if sweep else _bars)(pair, rows)
+        if sweep:
+            _lines(pair, rows)
+        else:
+            bars(pair[0], rows)
+            _memory(pair[1], rows)
         c = rows[0].case
         graph = ", CUDA graph" if rows[0].launch == "graph" else ""
         pair[0].set_title(f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}{graph}")
-    e = results.environment
-    where = e.get("gpu") or f"{e.get('processor')}, {e.get('threads')} thread(s)"
-    figure.suptitle(f"training step · {where} · torch {e.get('torch')} · {e.get('commit')}", fontsize="medium")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(drawn.getvalue()))
+    finish(figure, results, path)
 
 
 def _lines(axes: Any, rows: list[Row]) -> None:
-    """Time and memory over the components, the plain model in grey."""
+    """Draw time and memory over the components, the plain model in grey."""
     ticks = list(dict.fromkeys(row.case["components"] for row in rows))
-    for number, name in enumerate(dict.fromkeys(row.provider for row in rows)):
+    for index, name in enumerate(dict.fromkeys(row.provider for row in rows)):
         chosen = [row for row in rows if row.provider == name]
         x = [ticks.index(row.case["components"]) for row in chosen]
-        style: dict[str, Any] = {"color": f"C{number}", "marker": "o"}
+        style: dict[str, Any] = {"color": f"C{index}", "marker": "o"}
         if name == "plain":
             style = {"color": "0.5", "linestyle": "--"}
         axes[0].plot(x, [row.median_us / 1e3 for row in chosen], label=name, **style)
@@ -64,24 +56,14 @@ def _lines(axes: Any, rows: list[Row]) -> None:
         panel.legend(fontsize="small")
 
 
-def _bars(axes: Any, rows: list[Row]) -> None:
-    """A bar per contestant: its time, and its memory by part."""
-    names = [row.provider for row in rows]
-    summaries = [row.summary for row in rows]
-    median = [s["median_us"] / 1e3 for s in summaries]
-    spread = [
-        [(s["median_us"] - s["low_us"]) / 1e3 for s in summaries],
-        [(s["high_us"] - s["median_us"]) / 1e3 for s in summaries],
-    ]
-    axes[0].barh(names, median, xerr=spread, color="C0")
-    axes[0].set_xlabel("ms per step and its spread")
+def _memory(axes: Any, rows: list[Row]) -> None:
+    """Draw a bar per variant, by part."""
     left = [0.0] * len(rows)
-    for number, part in enumerate(PARTS):
+    for index, part in enumerate(PARTS):
         widths = [row.facts["split"][part] / 1e6 for row in rows]
         if any(widths):
-            axes[1].barh(names, widths, left=left, label=part, color=f"C{number}")
+            axes.barh([row.provider for row in rows], widths, left=left, label=part, color=f"C{index}")
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes[1].set_xlabel("MB at the peak")
-    axes[1].legend(fontsize="x-small")
-    for panel in axes:
-        panel.invert_yaxis()
+    axes.set_xlabel("MB at the peak")
+    axes.legend(fontsize="x-small")
+    axes.invert_yaxis()

@@ -1,0 +1,157 @@
+"""Run a benchmark: build and check all candidates of a case, then time them interleaved, within a time budget."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..timing import CpuStopwatch, Stopwatch, Task, interleaved
+from . import cuda
+from .machine import OtherWork
+from .results import Results, Row
+
+Say = Callable[[str], object]  # hears of the progress
+Save = Callable[[Results], object]  # gets all results whenever there are more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to measure: ``seconds`` of timing over all cases and processes; everything else comes on top.
+
+    A candidate gets ``rounds`` samples in each process where the time suffices, and at least `orepa.timing.LEAST_ROUNDS`.
+
+    Raises:
+        UserError: no CUDA device, or graphs on the CPU.
+    """
+
+    device: str = "cpu"  # or "cuda"
+    modes: Sequence[str]  # the tasks of each candidate
+    launches: Sequence[str] = ("plain",)  # on CUDA "graph" as well
+    rounds: int = 50
+    seconds: float = 60.0
+    processes: int = 1  # of which `run` is one
+    out: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no CUDA device here")
+        if self.device == "cpu" and "graph" in self.launches:
+            raise UserError("--cuda-graph: there are no CUDA graphs on the CPU")
+
+    def save(self, results: Results) -> None:
+        """Write results to ``out``, if there is one."""
+        if self.out:
+            results.save(self.out)
+
+
+@dataclass
+class Candidate:
+    """A provider or variant, built and checked for one case; see `orepa.bench.results.Row`."""
+
+    name: str
+    tasks: Mapping[str, Task] = field(default_factory=dict)  # by mode; none where the status is not "ok"
+    status: str = "ok"
+    reason: str = ""
+    floor: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    facts_of_mode: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build_safely(name: str, build: Callable[[], Candidate], floor: bool = False) -> Candidate:
+    """Build a candidate; one that breaks is a result like any other, and the rest goes on."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except Exception as error:
+        return Candidate(name, status="failed", reason=_first_line(error), floor=floor)
+
+
+def run(
+    config: Config,
+    results: Results,
+    cases: Sequence[Any],
+    build: Callable[[Any], Sequence[Candidate]],
+    say: Say,
+    stopwatch: Stopwatch | None = None,
+    save: Save | None = None,
+    count_launches: bool = False,
+) -> Results:
+    """Fill in the rows of a benchmark.
+
+    Args:
+        config: how to measure.
+        results: to complete.
+        cases: what to measure; each has a method ``as_dict``.
+        build: makes the candidates of a case. Whatever compiles does so here, before any clock runs.
+        say: hears of the progress.
+        stopwatch: for plain launches; by default that of the device.
+        save: by default writes ``config.out``.
+        count_launches: whether to count launches, and time the host, on CUDA.
+    """
+    save = save or config.save
+    watches: dict[str, Stopwatch] = {}
+    for launch in config.launches:
+        default = CpuStopwatch() if config.device == "cpu" else cuda.CudaStopwatch(graphed=launch == "graph")
+        watches[launch] = stopwatch if stopwatch and launch == "plain" else default
+    left, others = config.seconds / config.processes, OtherWork()
+    for index, case in enumerate(cases):
+        torch._dynamo.reset()  # one case after the other would hit the limit of recompilations, and run uncompiled
+        candidates = build(case)
+        for number, mode in enumerate(config.modes):
+            say(f"{case}: timing {mode}")
+            share = left / (len(cases) - index) / (len(config.modes) - number) / len(watches)
+            began = time.perf_counter()
+            for launch, watch in watches.items():
+                with others:
+                    rows, tasks = _rows(case, candidates, mode, launch, count_launches and config.device == "cuda")
+                    for name, samples in interleaved(tasks, config.rounds, share, watch).items() if tasks else ():
+                        rows[name].processes = [samples]
+                results.rows += rows.values()
+                results.environment["busy_cores_of_others"] = others.cores
+                save(results)
+            left = max(0.0, left - (time.perf_counter() - began))
+        del candidates
+        gc.collect()
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+    results.complete = True
+    save(results)
+    return results
+
+
+def _rows(
+    case: Any, candidates: Sequence[Candidate], mode: str, launch: str, count_launches: bool
+) -> tuple[dict[str, Row], dict[str, Task]]:
+    """Return a row for each candidate, and the tasks of those to time."""
+    rows: dict[str, Row] = {}
+    tasks: dict[str, Task] = {}
+    for c in candidates:
+        facts = {**c.facts, **c.facts_of_mode.get(mode, {})}
+        row = rows[c.name] = Row(case.as_dict(), c.name, mode, launch, c.status, c.reason, floor=c.floor, facts=facts)
+        if c.status == "ok":
+            try:
+                if count_launches and launch == "plain":
+                    facts["launches"] = _launches(c.tasks[mode])
+                    facts["host_us"] = cuda.host_us(c.tasks[mode])
+                tasks[c.name] = cuda.capture(c.tasks[mode]) if launch == "graph" else c.tasks[mode]
+            except Exception as error:  # one that cannot be captured still has its plain launches
+                row.status, row.reason = "failed", _first_line(error)
+    return rows, tasks
+
+
+def _launches(task: Task) -> int:
+    states = [task.prepare() for _ in range(2)]  # counting warms up once; a graph runs backward only once
+    return cuda.count_launches(lambda: task.run(states.pop()))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
