@@ -26,6 +26,7 @@ from ablation.rows import BENCHMARK as ABLATION
 from orepa.bench import tables
 from orepa.bench.results import SCHEMA, Results, Row, load
 from orepa.bench.tables import describe, number, render
+from orepa.bench.variants import PLAIN
 from orepa.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,15 +86,48 @@ def _squeeze(results: Results) -> str:
     """Return forward plus backward of every block, a column per provider; graph replays where there are any."""
     launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
     modes = sorted({row.mode for row in results.timed})
-    columns, rows = tables.squeeze_table(results, launch, ["both" if "both" in modes else modes[0]], "markdown")
+    columns, rows = tables.squeeze_table(results, launch, ["both" if "both" in modes else modes[0]])
+    columns[1:] = [name if name.endswith("(floor)") else f"`{name}`" for name in columns[1:]]
     return render(columns, rows, "markdown")
 
 
 def _step(results: Results) -> str:
-    """Return all variants of one case, or of several cases a line each."""
+    """Return time and peak memory of one case, and their ratios to the plain model; of several cases, `step_overview`."""
     if len({(row.case["model"], row.case["batch"], row.case["size"]) for row in results.timed}) > 1:
-        return render(*tables.step_overview(results), "markdown")
-    return render(*tables.step_table(results.timed, "markdown"), "markdown")
+        return render(*step_overview(results), "markdown")
+    lines = []
+    for row in results.timed:
+        case, base = row.case, tables.base_of(results.timed, row)
+        peak, plain = (r.facts.get("peak_bytes") if r else None for r in (row, base))
+        line = [f"{case['model']}, batch {case['batch']}, {case['size']} px", f"`{row.provider}`"]
+        line += [tables.median(row, 1e3), tables.ratio(row, base), f"{peak / 1e6:,.0f}" if peak else ""]
+        line += [f"{peak / plain:.2f}" if peak and plain else "", f"{row.facts['parameter_count'] / 1e6:.2f} M"]
+        lines.append(line)
+    return render(["step", "", "ms", "× plain", "peak MB", "× plain", "parameters"], lines, "markdown")
+
+
+def step_overview(results: Results) -> tables.Table:
+    """Return a line per case, a column per variant: the plain model's time, all others as its multiple."""
+    launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
+    rows = [row for row in results.rows if row.launch == launch and row.status != "skipped"]
+    names = [name for name in tables.distinct(row.provider for row in rows) if name != PLAIN]
+    columns = ["model", "batch × px", "plain, ms", *(f"{_variant_name(name)}, ×" for name in names), "spread"]
+    table = []
+    for line in tables.by_case(rows):
+        timed = {name: row for name, row in line.items() if row.status == "ok"}
+        case, base = next(iter(line.values())).case, timed.get(PLAIN)
+        model = " ".join(filter(None, (case["model"], case.get("components"))))
+        cells = [model, f"{case['batch']} × {case['size']}", f"{base.median_us / 1e3:,.1f}" if base else ""]
+        cells += [tables.ratio(timed[n], base) if n in timed else line[n].status if n in line else "" for n in names]
+        spreads = [100 * row.spread for row in timed.values()]
+        table.append([*cells, f"±{max(spreads):.0f}%" if spreads else ""])
+    return columns, table
+
+
+def _variant_name(name: str) -> str:
+    kind, _, rest = name.partition("-")
+    kind = {"orepa": "OREPA", "dbb": "DBB", "repvgg": "RepVGG"}.get(kind, kind)
+    return f"{kind} ({rest})" if kind == "OREPA" else f"{kind} {rest}".strip()
 
 
 def _eval_cache(results: Results) -> str:

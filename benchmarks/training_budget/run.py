@@ -45,14 +45,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.sweep:
         config = replace(config, cases=[pair for case, _ in config.cases for pair in sweep(case)], timed=None)
     results = run_step(args, config, probe=memory.probe)
-    tables.show(results)
+    code = finish(results, args, plots.plot)
     if results.timed:
         print(f"\nmemory at the peak, MB\n\n{tables.render(*memory_table(results), text=2)}")
     paper = paper_table(results)
     if paper is not None:
         print("\nthe paper's Table 4 (4 x V100, batch 256) and this run, at its largest batch; × of the first row\n")
         print(tables.render(*paper, text=2))
-    return finish(results, args, plots.plot)
+    return code
 
 
 if __name__ == "__main__":

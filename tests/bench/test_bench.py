@@ -20,14 +20,12 @@ from orepa.bench.providers import (
     Kernels,
     Provider,
     Squeezer,
-    Task,
     all_providers,
     configure_inductor,
-    nothing,
 )
 from orepa.bench.roofline import flops, minimum_bytes, products
 from orepa.errors import UserError
-from orepa.timing import LEAST_ROUNDS, CpuStopwatch, function, interleaved, saved_bytes, summary
+from orepa.timing import LEAST_ROUNDS, CpuStopwatch, Task, function, interleaved, nothing, saved_bytes, summary
 
 SMALL = Shape(6, 4, 3)
 

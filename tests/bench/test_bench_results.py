@@ -385,3 +385,38 @@ def test_committed_results_can_be_read() -> None:
     files = [p for p in (ROOT / "benchmarks" / "results").rglob("*.json") if "orepa.bench" in p.read_text()[:200]]
     for path in files:
         assert load(path).complete, path
+
+
+def test_render_shows_steps_of_several_sizes_a_line_each(render: ModuleType, tmp_path: Path) -> None:
+    rows = []
+    for size, plain in ((64, 0.1), (224, 1.25)):
+        case = {
+            "model": "resnet18",
+            "batch": 8,
+            "size": size,
+            "autocast": "none",
+            "layout": "contiguous",
+            "device": "cpu",
+        }
+        for name, factor in (("plain", 1.0), ("orepa-cpu", 4.0), ("dbb-offline", 3.4)):
+            facts = {"parameter_count": 1}
+            rows.append(Row(case, name, "step", processes=[[0.9 * plain * factor, plain * factor]], facts=facts))
+        rows.append(Row(case, "orepa-cuda", "step", status="skipped", reason="no device"))
+    rows[-2].status, rows[-2].reason, rows[-2].processes = "failed", "no memory", []
+    Results("step", machine.environment(), rows=rows, complete=True).save(tmp_path / "steps.json")
+    arguments = document(tmp_path, "<!-- results:steps -->\n<!-- /results:steps -->")
+    assert render.main(arguments) == 0 and render.main([*arguments, "--check"]) == 0
+    header, _, *lines = (tmp_path / "README.md").read_text().splitlines()[2:6]
+    assert header == "| model | batch × px | plain, ms | OREPA (cpu), × | DBB offline, × | spread |"
+    assert lines[0] == "| resnet18 | 8 × 64 | 95.0 | 4.00 | 3.40 | ±3% |"
+    assert lines[1] == "| resnet18 | 8 × 224 | 1,187.5 | 4.00 | failed | ±3% |"
+
+
+@pytest.mark.parametrize("style", ["terminal", "markdown"])
+def test_tables_for_the_terminal_and_for_markdown(style: str) -> None:
+    text = tables.render(["block", "µs"], [["3x3", "1,234"], ["7x7 stem", "5"]], style)  # type: ignore[arg-type]
+    expected = {
+        "terminal": "block        µs\n--------  -----\n3x3       1,234\n7x7 stem      5",
+        "markdown": "| block | µs |\n| --- | ---: |\n| 3x3 | 1,234 |\n| 7x7 stem | 5 |",
+    }
+    assert text == expected[style]

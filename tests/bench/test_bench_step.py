@@ -150,7 +150,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     options += ["--variants", "plain,orepa-cpu,dbb-offline", "--out", str(out), "--plot", str(png)]
     assert main(["bench", "step", *options]) == 0
     printed = capsys.readouterr().out
-    for text in ("orepa-cpu", "images/s", "DBB offline, ×", "2 × 32", "3 × 64"):
+    for text in ("orepa-cpu", "images/s", "batch 2, 32 px", "batch 3, 64 px"):
         assert text in printed
     results = load(out)
     # The reference, which the weights come from, is checked against and not timed.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,29 +27,30 @@ def add_commands(commands: Any) -> None:
     """Add ``bench`` and its own commands to a parser's sub-commands."""
     bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks, and their results.")
     inner = bench.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    squeeze = inner.add_parser(
-        "squeeze",
-        help="forward and backward of one squeeze, against everything a user could pick instead",
-        description="Time the squeeze of single blocks: the plain einsum formulation, torch.compile of it, every backend "
-        "that runs here, and two floors (the bare matrix products; a copy of the bytes that must move). Each is first checked "
-        "against the float64 reference; one that is wrong is reported and not timed. Compilation is never timed. Measured in "
-        "several fresh processes, one after the other, so that the reported spread includes how far processes differ.",
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        parser = inner.add_parser(name, help=text.partition(".")[0], description=text)
+        parser.set_defaults(run=run)
+        return parser
+
+    text = "One squeeze, forward and backward, against everything a user could pick instead. "
+    text += "Providers are the plain einsum formulation, torch.compile of it, every backend that runs here, and two floors: "
+    text += (
+        "the bare matrix products, and a copy of the bytes that must move. Each is first checked against float64; one "
     )
-    add_squeeze_options(squeeze)
-    squeeze.set_defaults(run=run_squeeze)
-    step = inner.add_parser(
-        "step",
-        help="a whole training step",
-        description="Time forward, loss, backward and SGD of whole models: plain, with OREPA on every backend that runs here, "
-        "compiled, and with DBB and RepVGG blocks trained offline. Variants with the same weights must give the same logits "
-        "and gradients; one that does not is reported and not timed. Compilation is never timed.",
+    text += "that is wrong is reported and not timed. Compilation is never timed. Several fresh processes measure, one after "
+    text += "the other, so that the spread includes how far processes differ."
+    add_squeeze_options(add("squeeze", run_squeeze, text))
+    text = "A whole training step: forward, loss, backward and SGD. "
+    text += (
+        "Variants are the plain model, OREPA on every backend that runs here, both compiled, and DBB and RepVGG blocks "
     )
-    add_step_options(step)
-    step.set_defaults(run=_step)
-    show = inner.add_parser(
-        "show", help="the tables of a result file", description="Print a result file as tables, or plot it."
+    text += (
+        "trained offline. Those with the same weights must give the same logits and gradients; one that does not is "
     )
-    show.set_defaults(run=_show)
+    text += "reported and not timed. Compilation is never timed."
+    add_step_options(add("step", _step, text))
+    show = add("show", _show, "The tables of a result file, or a plot.")
     show.add_argument("results", type=Path, metavar="FILE.json")
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it as well")
 
@@ -60,23 +60,18 @@ def add_squeeze_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
     blocks = what.add_mutually_exclusive_group()
     blocks.add_argument("--shapes", metavar="O,I,k[,g];...", help="blocks (default: 3x3, 64 to 512 channels)")
-    models = "resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
-    blocks.add_argument("--models", metavar="NAMES", help=f"the blocks of: {models}")
+    text = "the blocks of: resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
+    blocks.add_argument("--models", metavar="NAMES", help=text)
     what.add_argument("--topology", metavar="NAME", help="of all blocks (default: what `prepare` chooses by size)")
     what.add_argument("--dtypes", default="fp32", metavar="LIST", help="of the kernels: fp32,bf16,fp16 (default: fp32)")
     what.add_argument("--mode", choices=("forward", "backward", "both", "all"), default="all", help="default: all")
     what.add_argument("--providers", metavar="LIST", help="such as eager,compile,gemms,copy (default: all)")
-    how = _add_measuring_options(parser, rounds=50, seconds=45)
+    how = _add_measuring_options(parser, rounds=50, seconds=45.0)
     how.add_argument(
         "--precision", choices=("highest", "high", "medium"), default="highest", help="of float32 products"
     )
-    how.add_argument(
-        "--processes",
-        type=count,
-        metavar="N",
-        help="to measure in, one after the other (default: 3 on the CPU, 1 on CUDA): the more, the narrower the spread; one "
-        "cannot tell how far processes differ",
-    )
+    text = "(default: 3 on the CPU, 1 on CUDA): the more, the narrower the spread; one cannot tell how far processes differ"
+    how.add_argument("--processes", type=count, metavar="N", help=f"one after the other {text}")
 
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +82,14 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--img-size", type=count, metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
     what.add_argument("--inputs", metavar="LIST", help="instead of these two, pairs of them: 8x64,32x224")
     what.add_argument("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
-    how = _add_measuring_options(parser, rounds=20, seconds=60)
+    how = _add_measuring_options(parser, rounds=20, seconds=60.0)
     how.add_argument("--autocast", choices=("none", "bf16", "fp16"), default="none", help="default: none")
     how.add_argument("--channels-last", action="store_true", help="memory format of model and images")
-    graph = "the step as a CUDA graph (default: both, on CUDA)"
-    how.add_argument("--cuda-graph", choices=("off", "on", "both"), help=graph)
+    text = "the step as a CUDA graph (default: both, on CUDA)"
+    how.add_argument("--cuda-graph", choices=("off", "on", "both"), help=text)
 
 
-def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds: int) -> Any:
+def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> Any:
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, metavar="FILE.json", help="results with raw samples, written as they come")
     files.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times")
@@ -103,8 +98,10 @@ def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds
     how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
     text = "samples of each at most, in each process (default: %(default)s)"
     how.add_argument("--rounds", type=count, default=rounds, metavar="N", help=text)
-    text = "of timing, over all (default: %(default)s); building, compiling and checking come on top. 5 samples are the least"
-    how.add_argument("--seconds", type=seconds_above_0, default=float(seconds), metavar="X", help=text)
+    text = (
+        "of timing, over all (default: %(default)s); all else comes on top, and each gets at least 5 rounds of --rounds"
+    )
+    how.add_argument("--seconds", type=above_0, default=seconds, metavar="X", help=text)
     return how
 
 
@@ -114,7 +111,7 @@ def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds
 def run_squeeze(args: argparse.Namespace, providers: Providers | None = None) -> int:
     """Run ``orepa bench squeeze``, by default with all providers of this package; return the exit code."""
     require("scipy", *(("matplotlib",) if args.plot else ()))
-    from . import processes, squeeze, tables
+    from . import processes, squeeze
 
     config, chosen = squeeze_config(args, providers)
     check_folders(args.out, args.plot)
@@ -122,8 +119,6 @@ def run_squeeze(args: argparse.Namespace, providers: Providers | None = None) ->
         results = squeeze.run(config, chosen, _say)
     else:
         results = processes.run([partial(_job, args, providers)] * config.processes, _say, config.save)
-    _say("")
-    tables.show(results)
     return finish(results, args)
 
 
@@ -137,7 +132,7 @@ def _job(args: argparse.Namespace, providers: Providers | None, say: Say, save: 
 def squeeze_config(
     args: argparse.Namespace, providers: Providers | None = None
 ) -> tuple[SqueezeConfig, Mapping[str, Provider]]:
-    """Return what to measure and the providers, and set up torch in this process for it.
+    """Return what to measure and the providers, and set up torch in this process.
 
     Raises:
         UserError: an option that cannot be met.
@@ -154,9 +149,12 @@ def squeeze_config(
         chosen = {name: chosen[name] for name in _pick("--providers", args.providers, chosen)}
     torch.set_float32_matmul_precision(args.precision)
     device = _set_up(args)
-    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
     config = SqueezeConfig(
-        shapes=shapes,
+        shapes=parse_shapes(args.shapes)
+        if args.shapes
+        else model_shapes(names(args.models))
+        if args.models
+        else DEFAULT,
         topology=args.topology,
         dtypes=names(args.dtypes),
         device=device,
@@ -172,11 +170,7 @@ def squeeze_config(
 
 
 def _step(args: argparse.Namespace) -> int:
-    from . import tables
-
-    results = run_step(args, step_config(args))
-    tables.show(results)
-    return finish(results, args)
+    return finish(run_step(args, step_config(args)), args)
 
 
 def run_step(args: argparse.Namespace, config: StepConfig, **options: Any) -> Results:
@@ -184,19 +178,17 @@ def run_step(args: argparse.Namespace, config: StepConfig, **options: Any) -> Re
     from . import step
 
     settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float, bool)) and k != "command"}
-    results = step.run(config, settings, _say, **options)
-    _say("")
-    return results
+    return step.run(config, settings, _say, **options)
 
 
 def step_config(args: argparse.Namespace) -> StepConfig:
-    """Return what to measure, and set up torch in this process for it.
+    """Return what to measure, and set up torch in this process.
 
     Raises:
         UserError: an option that cannot be met, or a package that is missing.
     """
     require("timm", *(("matplotlib",) if args.plot else ()), extras="bench,models")
-    from . import step
+    from .step import StepCase, StepConfig
     from .variants import all_variants, choose
 
     check_folders(args.out, args.plot)
@@ -205,21 +197,16 @@ def step_config(args: argparse.Namespace) -> StepConfig:
     device = _set_up(args)
     if args.inputs and (args.batch_sizes or args.img_size):
         raise UserError("--inputs stands for --batch-sizes and --img-size together: leave these out")
-    sizes = names(args.batch_sizes or {"cpu": "8", "cuda": "64,256"}[device])
-    inputs = (
-        names(args.inputs) if args.inputs else [f"{n}x{args.img_size or (64, 224)[device == 'cuda']}" for n in sizes]
-    )
-    pairs = [tuple(int(n) if n.isdecimal() else 0 for n in pair.split("x")) for pair in inputs]
-    models = names(args.models)
-    if not models or not pairs or any(len(pair) != 2 or pair[0] < 2 or pair[1] < 1 for pair in pairs):
+    sizes, px = {"cpu": ("8", 64), "cuda": ("64,256", 224)}[device]
+    inputs = args.inputs or ",".join(f"{n}x{args.img_size or px}" for n in names(args.batch_sizes or sizes))
+    pairs = [tuple(int(n) if n.isdecimal() else 0 for n in pair.split("x")) for pair in names(inputs)]
+    if not pairs or any(len(pair) != 2 or pair[0] < 2 or pair[1] < 1 for pair in pairs):
         option = "--inputs must be pairs such as 8x64" if args.inputs else "--batch-sizes must be whole numbers"
-        raise UserError(
-            f"{option}, batches from 2 on, got {args.inputs or args.batch_sizes!r}, and --models name a model"
-        )
+        raise UserError(f"{option}, batches from 2 on, got {args.inputs or args.batch_sizes!r}")
     layout = "channels_last" if args.channels_last else "contiguous"
-    cases = [step.StepCase(m, n, px, args.autocast, layout, device) for m in models for n, px in pairs]
+    cases = [StepCase(m, n, px, args.autocast, layout, device) for m in names(args.models) for n, px in pairs]
     graphs = args.cuda_graph or {"cpu": "off", "cuda": "both"}[device]
-    return step.StepConfig(
+    return StepConfig(
         cases=[(case, choose(asked, variants)) for case in cases],
         timed=asked,
         device=device,
@@ -232,25 +219,25 @@ def step_config(args: argparse.Namespace) -> StepConfig:
 
 def _show(args: argparse.Namespace) -> int:
     require(*(("matplotlib",) if args.plot else ()))
-    from . import tables
     from .results import load
 
     check_folders(args.plot)
-    results = load(args.results)
-    tables.show(results)
-    args.out = None
-    finish(results, args)
+    finish(load(args.results), args)
     return 0
 
 
 def finish(results: Results, args: argparse.Namespace, draw: Callable[[Results, Path], None] | None = None) -> int:
-    """Plot results if asked to, say which files were written, and return 1 where something is wrong or lost."""
+    """Print tables, plot if asked to, say which files were written, and return 1 where something is wrong or lost."""
     from .plots import plot
+    from .tables import show
 
+    _say("")
+    show(results)
     if args.plot:
         (draw or plot)(results, args.plot)
-    for path in filter(None, (args.out, args.plot)):
-        print(f"written to {path}")
+    for path in (getattr(args, "out", None), args.plot):
+        if path:
+            print(f"written to {path}")
     return 1 if results.lost or any(row.status == "wrong" for row in results.rows) else 0
 
 
@@ -295,21 +282,16 @@ def _pick(option: str, text: str, among: Mapping[str, Any]) -> list[str]:
 
 def count(text: str) -> int:
     """Parse a whole number from 1 on."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return value
+    return int(text)
 
 
-def seconds_above_0(text: str) -> float:
+def above_0(text: str) -> float:
     """Parse a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    return float(text)
 
 
 def _set_up(args: argparse.Namespace) -> str:

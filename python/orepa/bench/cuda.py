@@ -15,12 +15,9 @@ class CudaStopwatch:
     """CUDA events around single calls, with the L2 cache flushed before each.
 
     In training, a squeeze runs between convolutions that have filled the cache with feature maps; a loop over one kernel
-    alone would measure a cache state that never occurs.
-
-    Args:
-        graphed: whether tasks are graph replays. Then the flush still runs on the device while the replay is queued, so that
-            the events enclose device time only. Plain launches start on an idle device: they include the host's time.
-        device: that holds the memory written to flush the cache.
+    alone would measure a cache state that never occurs. Where tasks are graph replays (``graphed``), the flush still runs on
+    the device while the replay is queued, so that the events enclose device time only. Plain launches start on an idle
+    device: they include the host's time.
     """
 
     def __init__(self, graphed: bool, device: str = "cuda") -> None:
@@ -50,12 +47,9 @@ class CudaStopwatch:
 
 
 def capture(task: Task) -> Task:
-    """Capture a task in CUDA graphs: one for its preparation, one for what is timed.
+    """Capture a task in CUDA graphs, one for its preparation and one for what is timed; a RuntimeError where that fails.
 
     Every timed replay follows one of the preparation, so a backward pass finds what its forward saved.
-
-    Raises:
-        RuntimeError: the task does something that cannot be captured.
     """
     # On a side stream: the autograd engine runs a backward pass on the stream of its forward.
     stream = torch.cuda.Stream()
@@ -101,13 +95,9 @@ def count_launches(call: Callable[[], object]) -> int:
 
 
 def host_us(task: Task, calls: int = 10, rounds: int = 10, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the host's time for one call in microseconds: the least of some rounds, none of which waits for the device.
+    """Return the host's time for one run of a task in microseconds: the least of some rounds that do not wait for the device.
 
-    Args:
-        task: what to call; ``task.prepare`` does not count.
-        calls: enqueued one after another, too few to fill the device's queue, which would make the host wait.
-        rounds: number of rounds.
-        clock: in seconds.
+    Each round enqueues ``calls`` runs, too few to fill the device's queue, which would make the host wait.
     """
     totals = []
     for _ in range(rounds):

@@ -40,10 +40,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 class OtherWork:
-    """Measure how much other processes, or a hypervisor's other guests, use the processor: ``with other: …``.
+    """Measure how many cores other processes, or a hypervisor's other guests, keep busy: ``with other: …``, ``other.cores``.
 
-    Attributes:
-        cores: how many were busy with something else, on average; None where the system does not tell.
+    That is None where the system does not tell.
     """
 
     def __init__(self) -> None:

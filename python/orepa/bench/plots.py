@@ -8,6 +8,7 @@ from typing import Any
 
 from ..train.files import write_atomically
 from .results import Results, Row
+from .tables import by_case, distinct
 
 
 def plot(results: Results, path: Path) -> None:
@@ -39,9 +40,9 @@ def finish(figure: Any, results: Results, path: Path) -> None:
 
 def _squeezes(figure: Any, rows: list[Row]) -> None:
     """One panel per mode and (launch, topology, dtype), on logarithmic axes."""
-    modes = list(dict.fromkeys(row.mode for row in rows)) or ["forward"]
+    modes = distinct(row.mode for row in rows) or ["forward"]
     kinds = list(dict.fromkeys(_kind(row) for row in rows)) or [("plain", "", "")]
-    names = list(dict.fromkeys(row.provider for row in rows))
+    names = distinct(row.provider for row in rows)
     figure.set_size_inches(4.5 * len(modes) + 1.5, 3.6 * len(kinds) + 0.6)
     panels = figure.subplots(len(kinds), len(modes), squeeze=False, sharex="row", sharey="row")
     for line, kind in zip(panels, kinds, strict=True):
@@ -77,16 +78,12 @@ def _size(row: Row) -> int:
 
 def _steps(figure: Any, rows: list[Row]) -> None:
     """One panel per case, a bar per variant."""
-    cases: dict[Any, list[Row]] = {}
-    for row in rows:
-        cases.setdefault(row.where, []).append(row)
-    count = max(1, len(cases))
-    figure.set_size_inches(7, 0.6 + sum(0.9 + 0.3 * len(of_case) for of_case in cases.values()))
-    panels = figure.subplots(count, 1, squeeze=False, height_ratios=[len(r) for r in cases.values()] or [1])
-    for (axes,), of_case in zip(panels, cases.values(), strict=False):
-        bars(axes, of_case)
-        c = of_case[0].case
-        graph = ", CUDA graph" if of_case[0].launch == "graph" else ""
+    cases = [list(case.values()) for case in by_case(rows)]
+    figure.set_size_inches(7, 1 + 1.2 * len(cases) + 0.3 * len(rows))
+    panels = figure.subplots(max(1, len(cases)), 1, squeeze=False)
+    for (axes,), case in zip(panels, cases, strict=False):
+        bars(axes, case)
+        c, graph = case[0].case, ", CUDA graph" if case[0].launch == "graph" else ""
         axes.set_title(f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}{graph}")
 
 

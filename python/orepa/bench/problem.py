@@ -105,18 +105,11 @@ def model_shapes(names: Iterable[str]) -> tuple[Shape, ...]:
 
 @dataclass(frozen=True)
 class SqueezeCase:
-    """What identifies one measurement of the squeeze.
-
-    Args:
-        shape: of the convolution.
-        topology: of the block.
-        dtype: of the kernel, a key of `DTYPES`; parameters are float32, as under autocast.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
+    """What identifies one measurement of the squeeze."""
 
     shape: Shape
     topology: str
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # of the kernel; parameters are float32, as under autocast
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, object]:
@@ -144,13 +137,6 @@ class Problem:
     """The tensors of one case: the same for every provider.
 
     Parameters are random all over: a block at its initial values, with its zeros and identities, could hide a mistake.
-
-    Args:
-        case: what to build.
-        seed: of the values.
-
-    Raises:
-        UserError: the topology does not fit the shape.
 
     Attributes:
         plan: the block as `orepa_kernels` sees it.

@@ -1,7 +1,4 @@
-"""Provide every way to squeeze that a user could pick, and two lower bounds, behind one interface.
-
-A `Provider` turns a `Problem` into tasks. `Squeezer`s compute kernels; the floors `Gemms` and `Copy` only move as much.
-"""
+"""Provide every way to squeeze that a user could pick, and two lower bounds (floors), behind one interface."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +18,21 @@ from orepa_kernels.backends.base import Request
 from orepa_kernels.dispatch import NAMES, select
 from orepa_kernels.reference import identity, squeeze_block
 
-from ..timing import Task, function, nothing
+from ..timing import Task, function
 from .problem import Problem
-from .roofline import MODES, PASSES, products
+from .roofline import PASSES, products
 
 Operands = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Built:
-    """A provider ready for one problem; built once, so that nothing is compiled twice.
+    """A provider ready for one problem; built once, so that nothing is compiled twice."""
 
-    Args:
-        tasks: what to time, by mode: ``"forward"``, ``"backward"``, ``"both"``.
-        squeeze: returns the kernel ``[O, I/g, k, k]`` with its graph; None for a floor.
-        parameters: the tensors to differentiate the kernel by, one per entry of ``problem.parameters``.
-        restore: turns gradients by ``parameters`` into those by ``problem.parameters``.
-    """
-
-    tasks: Mapping[str, Task]
-    squeeze: Callable[[], Tensor] | None = None
-    parameters: Sequence[Tensor] = ()
-    restore: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    tasks: Mapping[str, Task]  # by mode
+    squeeze: Callable[[], Tensor] | None = None  # returns the kernel with its graph; None for a floor
+    parameters: Sequence[Tensor] = ()  # to differentiate by, one per entry of `problem.parameters`
+    restore: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list  # to gradients by `problem.parameters`
 
 
 class Provider(ABC):
@@ -153,13 +144,7 @@ class Eager(Squeezer):
 
 
 class Compiled(Squeezer):
-    """`torch.compile` of the eager formulation.
-
-    Args:
-        name: of the provider.
-        mode: of ``torch.compile``.
-        compiler: takes a function and ``mode``, ``fullgraph``, ``dynamic``; a stand-in in tests.
-    """
+    """`torch.compile` of the eager formulation, in a mode of it."""
 
     def __init__(self, name: str, mode: str, compiler: Callable[..., Callable[..., Tensor]] = torch.compile) -> None:
         self.name, self._mode, self._compiler = name, mode, compiler
@@ -180,9 +165,8 @@ class Compiled(Squeezer):
 def configure_inductor() -> None:
     """Make ``torch.compile`` fit to be measured; call it after ``torch.set_num_threads``.
 
-    Its cache on disk does not know for how many threads CPU code was generated unless that number is configured: a run with
-    one thread would load, and time, code for two. And autotuning prints over the progress. Neither has a public switch, so a
-    missing one is ignored.
+    Unless the number of threads is configured, its cache on disk does not know it: a run with one thread would load, and
+    time, code for two. And autotuning prints over the progress. Neither has a public switch, so a missing one is ignored.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch._inductor import config, select_algorithm
@@ -220,11 +204,7 @@ def backend_refusal(name: str, request: Request) -> str:
 
 
 class Gemms(Provider):
-    """The matrix products alone, by the vendor's library, into allocated memory.
-
-    Forward: one product per pair of composed layers. Backward: the two products of its gradients. float32, at the precision
-    that ``torch.set_float32_matmul_precision`` allows.
-    """
+    """The float32 matrix products alone, by the vendor's library, into allocated memory, and those of their gradients."""
 
     name, floor = "gemms", True
 
@@ -235,15 +215,18 @@ class Gemms(Provider):
         return {"flops": PASSES[mode] * sum(product.flops for product in products(problem.plan))}
 
     def build(self, problem: Problem) -> Built:
-        calls: dict[str, list[Callable[[], Any]]] = {"forward": [], "backward": []}
+        forward: list[Callable[[], Any]] = []
+        backward: list[Callable[[], Any]] = []
         for p in products(problem.plan):
             shapes = ((p.batch, p.m, p.k), (p.batch, p.k, p.n), (p.batch, p.m, p.n))
             a, b, c = (torch.randn(shape, device=problem.case.device) for shape in shapes)
+            product: Callable[..., Any] = torch.bmm
             if p.batch == 1:  # the plain product has less overhead than a batch of one
-                a, b, c = a[0], b[0], c[0]
-            calls["forward"].append(_product(a, b, c))
-            calls["backward"] += [_product(c, b.mT, torch.zeros_like(a)), _product(a.mT, c, torch.zeros_like(b))]
-        return _all_calls(calls)
+                a, b, c, product = a[0], b[0], c[0], torch.mm
+            forward.append(partial(product, a, b, out=c))
+            backward.append(partial(product, c, b.mT, out=torch.zeros_like(a)))
+            backward.append(partial(product, a.mT, c, out=torch.zeros_like(b)))
+        return _floor(forward, backward)
 
 
 class Copy(Provider):
@@ -255,42 +238,25 @@ class Copy(Provider):
         return {"bytes": problem.bytes(mode)}
 
     def build(self, problem: Problem) -> Built:
-        return _all_calls({m: [_copy(problem.bytes(m) // 2, problem.case.device)] for m in ("forward", "backward")})
+        def copy(size: int) -> Callable[[], Any]:
+            source = torch.ones(size, dtype=torch.uint8, device=problem.case.device)
+            target = torch.zeros_like(source)
+            return partial(target.copy_, source)
+
+        return _floor(*([copy(problem.bytes(mode) // 2)] for mode in ("forward", "backward")))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Any]:
-    product = torch.mm if a.dim() == 2 else torch.bmm
-    return lambda: product(a, b, out=out)
+def _floor(forward: list[Callable[[], Any]], backward: list[Callable[[], Any]]) -> Built:
+    def task(calls: list[Callable[[], Any]]) -> Task:
+        return function(lambda: [call() for call in calls])
 
-
-def _copy(size: int, device: str) -> Callable[[], Any]:
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
-
-
-def _all_calls(calls: Mapping[str, list[Callable[[], Any]]]) -> Built:
-    def task(mode: str) -> Task:
-        todo = calls["forward"] + calls["backward"] if mode == "both" else calls[mode]
-
-        def run(_: object) -> None:
-            for call in todo:
-                call()
-
-        return Task(nothing, run)
-
-    return Built({mode: task(mode) for mode in MODES})
+    return Built({"forward": task(forward), "backward": task(backward), "both": task(forward + backward)})
 
 
 def all_providers() -> dict[str, Provider]:
     """Return every provider of this package by name, in the order in which tables show them."""
-    providers: list[Provider] = [
-        Eager(),
-        Compiled("compile", "default"),
-        # Without CUDA graphs of its own: every provider is captured in one.
-        Compiled("compile-max-autotune", "max-autotune-no-cudagraphs"),
-        *(Kernels(name) for name in reversed(NAMES)),
-        Gemms(),
-        Copy(),
-    ]
+    # Without CUDA graphs of its own: every provider is captured in one.
+    tuned = Compiled("compile-max-autotune", "max-autotune-no-cudagraphs")
+    kernels = [Kernels(name) for name in reversed(NAMES)]
+    providers: list[Provider] = [Eager(), Compiled("compile", "default"), tuned, *kernels, Gemms(), Copy()]
     return {provider.name: provider for provider in providers}

@@ -21,29 +21,17 @@ STATUSES = ("ok", "skipped", "failed", "wrong")
 
 @dataclass
 class Row:
-    """One provider or variant on one case.
+    """One provider or variant on one case."""
 
-    Args:
-        case: what identifies the work, as plain data.
-        provider: who did it.
-        mode: what part, such as ``"forward"``.
-        launch: ``"plain"``, or ``"graph"`` for the replay of a CUDA graph.
-        status: one of `STATUSES`; only ``"ok"`` has samples.
-        reason: why it has none.
-        processes: raw samples of each process, seconds per call.
-        floor: whether it is a lower bound rather than a way to do the work.
-        facts: further measurements: ``flops``, ``bytes``, ``saved_bytes``, ``launches``, ``host_us``, errors.
-    """
-
-    case: dict[str, Any]
-    provider: str
-    mode: str = "forward"
-    launch: str = "plain"
-    status: str = "ok"
-    reason: str = ""
-    processes: list[list[float]] = field(default_factory=list)
-    floor: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
+    case: dict[str, Any]  # identifies the work
+    provider: str  # or variant
+    mode: str = "forward"  # which part of the work
+    launch: str = "plain"  # or "graph" for the replay of a CUDA graph
+    status: str = "ok"  # one of `STATUSES`; only "ok" has samples
+    reason: str = ""  # why it has none
+    processes: list[list[float]] = field(default_factory=list)  # raw samples of each process, seconds per call
+    floor: bool = False  # whether it is a lower bound rather than a way to do the work
+    facts: dict[str, Any] = field(default_factory=dict)  # flops, bytes, saved_bytes, launches, host_us, errors, ...
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -78,23 +66,14 @@ class Row:
 
 @dataclass
 class Results:
-    """One run of a benchmark.
+    """One run of a benchmark."""
 
-    Args:
-        benchmark: its name, such as ``"squeeze"``.
-        environment: see `orepa.bench.machine.environment`.
-        settings: what the user asked for.
-        rows: the measurements.
-        complete: False in a file written while the benchmark still ran, or where a process was lost.
-        lost: which processes died before their end, and how; their measurements count.
-    """
-
-    benchmark: str
-    environment: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
+    benchmark: str  # its name, such as "squeeze"
+    environment: dict[str, Any]  # see `orepa.bench.machine.environment`
+    settings: dict[str, Any] = field(default_factory=dict)  # the user's options
     rows: list[Row] = field(default_factory=list)
-    complete: bool = False
-    lost: list[str] = field(default_factory=list)
+    complete: bool = False  # not in a file written while the benchmark ran, or where a process was lost
+    lost: list[str] = field(default_factory=list)  # which processes died, and how; their measurements count
 
     @property
     def processes(self) -> int:

@@ -32,25 +32,15 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class StepCase:
-    """What is trained.
+    """What is trained."""
 
-    Args:
-        model: timm's name.
-        batch: images.
-        size: of the images, in pixels.
-        autocast: a key of `AUTOCAST`.
-        layout: ``"contiguous"`` or ``"channels_last"``.
-        device: ``"cpu"`` or ``"cuda"``.
-        components: of the blocks, where they are added one by one.
-    """
-
-    model: str
+    model: str  # timm's name
     batch: int
-    size: int
-    autocast: str = "none"
-    layout: str = "contiguous"
+    size: int  # of the images, in pixels
+    autocast: str = "none"  # a key of `AUTOCAST`
+    layout: str = "contiguous"  # or "channels_last"
     device: str = "cpu"
-    components: str = ""
+    components: str = ""  # of the blocks, where they are added one by one
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "components" or value}
@@ -61,28 +51,18 @@ class StepCase:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(runner.Config):
-    """What to measure, and how.
-
-    Args:
-        cases: each with its variants, twins before those that refer to them.
-        timed: names of the variants to time; others are only there to check these. By default all are timed.
-    """
+    """What to measure, and how."""
 
     modes: Sequence[str] = ("step",)
-    cases: Sequence[tuple[StepCase, Sequence[Variant]]]
-    timed: Sequence[str] | None = None
+    cases: Sequence[tuple[StepCase, Sequence[Variant]]]  # twins before the variants that refer to them
+    timed: Sequence[str] | None = None  # names of variants, where others only serve to check these
     rounds: int = 20
 
 
 class TrainingStep:
-    """Forward, loss, backward and SGD with momentum, on one fixed batch.
+    """Forward, loss, backward and SGD with momentum of a model in train mode, on one fixed batch.
 
-    Args:
-        model: in train mode, on its device.
-        images: ``[N, C, H, W]``.
-        labels: ``[N]``.
-        autocast: dtype of autocast, or None. Gradients of float16 are not scaled: that does not depend on the model.
-        compiler: turns the model into what is called, such as `torch.compile`.
+    Gradients of float16 are not scaled, as that does not depend on the model. ``compiler`` turns the model into what is called.
     """
 
     def __init__(
@@ -141,13 +121,13 @@ def run(
     compiler: Callable[[nn.Module], Any] | None = None,
     probe: Probe | None = None,
 ) -> Results:
-    """Check and time every variant of every case.
+    """Check and time every variant of every case: see `orepa.bench.runner.run`.
 
     Args:
         config: what to measure.
         settings: the user's options, for the file.
         say: hears of the progress.
-        stopwatch: see `orepa.bench.runner.run`.
+        stopwatch: for plain launches.
         compiler: of models; by default `torch.compile`.
         probe: of more facts.
 

@@ -63,21 +63,16 @@ def describe(case: dict[str, Any]) -> str:
 # --- the squeeze ----------------------------------------------------------------------------------------------------------
 
 
-def squeeze_table(results: Results, launch: str, modes: Sequence[str], style: Style = "terminal") -> Table:
+def squeeze_table(results: Results, launch: str, modes: Sequence[str]) -> Table:
     """Return the medians of every block, a column per provider, with ratios to `BASELINE`."""
     rows = [row for row in results.rows if row.launch == launch and row.mode in modes]
     shown = {row.provider: row.floor for row in rows if row.status != "skipped"}
     names = [name for name in results.settings.get("providers", shown) if name in shown]
-    quoted = "`{}`" if style == "markdown" else "{}"
     several = len(modes) > 1
-    what = "" if several else ", forward + backward" if modes[0] == "both" else f", {modes[0]}"
-    columns = [f"µs{what}", *["mode"] * several]
-    columns += [f"{name} (floor)" if shown[name] else quoted.format(name) for name in names]
-    lines: dict[Any, dict[str, Row]] = {}
-    for row in rows:
-        lines.setdefault(row.where, {})[row.provider] = row
+    columns = ["µs", "mode"] if several else [f"µs, {'forward + backward' if modes[0] == 'both' else modes[0]}"]
+    columns += [f"{name} (floor)" if shown[name] else name for name in names]
     table = []
-    for line in lines.values():
+    for line in by_case(rows):
         first, base = next(iter(line.values())), line.get(BASELINE)
         cells = [describe(first.case), *[first.mode] * several]
         table.append(cells + [_cell(line[name], base) if name in line else "" for name in names])
@@ -114,52 +109,28 @@ def details_table(results: Results) -> Table:
 # --- the training step ----------------------------------------------------------------------------------------------------
 
 
-def step_table(rows: Sequence[Row], style: Style = "terminal") -> Table:
-    """Return a line per case and variant, with ratios to the plain model; peak memory where it was measured."""
-    terminal, memory = style == "terminal", any("peak_bytes" in row.facts for row in rows)
-    columns = ["step", "variant" if terminal else "", "ms", "× plain", *(("peak MB", "× plain") if memory else ())]
-    columns += ["parameters", *(("images/s", "difference") if terminal else ())]
+def step_table(rows: Sequence[Row]) -> Table:
+    """Return a line per case and variant, with ratios to the plain model; "difference" is that of logits from the twin's."""
     table = []
     for row in rows:
-        if row.status == "skipped":
-            continue
-        name = row.provider if terminal else f"`{row.provider}`"
-        cells = [_step_name(row.case), name]
+        c, f, base = row.case, row.facts, base_of(rows, row)
+        words = [c["model"], f"batch {c['batch']}", f"{c['size']} px", c.get("components")]
+        words += [f"autocast {c['autocast']}" if c["autocast"] != "none" else "", c["layout"].replace("contiguous", "")]
+        cells = [", ".join(filter(None, words)), row.provider, row.status.upper(), *[""] * 4]
         if row.status == "ok":
-            base, f = base_of(rows, row), row.facts
-            cells += [median(row, 1e3), ratio(row, base)]
-            if memory:
-                peak, plain = f.get("peak_bytes"), base.facts.get("peak_bytes") if base else None
-                cells += [f"{peak / 1e6:,.0f}" if peak else "", f"{peak / plain:.2f}" if peak and plain else ""]
-            cells.append(f"{f['parameter_count'] / 1e6:.2f} M")
-            if terminal:
-                cells.append(f"{row.case['batch'] / row.median_us * 1e6:,.0f}")
-                cells.append(f"{f['logits_error']:.0e}" if "logits_error" in f else "")
-        else:
-            cells.append(row.status.upper())
-        table.append(cells + [""] * (len(columns) - len(cells)))
-    return columns, table
+            cells[2:] = [median(row, 1e3), ratio(row, base), f"{c['batch'] / row.median_us * 1e6:,.0f}"]
+            cells += [f"{f['parameter_count'] / 1e6:.2f} M", f"{f['logits_error']:.0e}" if "logits_error" in f else ""]
+        if row.status != "skipped":
+            table.append(cells)
+    return ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"], table
 
 
-def step_overview(results: Results, style: Style = "terminal") -> Table:
-    """Return a line per case, a column per variant: the plain model's time, all others as its multiple."""
-    launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
-    rows = [row for row in results.rows if row.launch == launch and row.status != "skipped"]
-    names = [name for name in distinct(row.provider for row in rows) if name != PLAIN]
-    columns = ["model", "batch × px", "plain, ms", *(f"{_variant_name(name)}, ×" for name in names), "spread"]
-    lines: dict[Any, dict[str, Row]] = {}
+def by_case(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """Group rows that may be compared, by provider."""
+    groups: dict[Any, dict[str, Row]] = {}
     for row in rows:
-        lines.setdefault(row.where, {})[row.provider] = row
-    table = []
-    for line in lines.values():
-        timed = {name: row for name, row in line.items() if row.status == "ok"}
-        case, base = next(iter(line.values())).case, timed.get(PLAIN)
-        model = " ".join(filter(None, (case["model"], case.get("components"))))
-        cells = [model, f"{case['batch']} × {case['size']}", f"{base.median_us / 1e3:,.1f}" if base else ""]
-        cells += [ratio(timed[n], base) if n in timed else line[n].status if n in line else "" for n in names]
-        spreads = [100 * row.spread for row in timed.values()]
-        table.append([*cells, f"±{max(spreads):.0f}%" if spreads else ""])
-    return columns, table
+        groups.setdefault(row.where, {})[row.provider] = row
+    return list(groups.values())
 
 
 def base_of(rows: Sequence[Row], row: Row) -> Row | None:
@@ -170,19 +141,6 @@ def base_of(rows: Sequence[Row], row: Row) -> Row | None:
 def ratio(row: Row, base: Row | None) -> str:
     """Return how many times the base's time a row takes."""
     return f"{row.median_us / base.median_us:.2f}" if base else ""
-
-
-def _step_name(case: dict[str, Any]) -> str:
-    words = [case["model"], f"batch {case['batch']}", f"{case['size']} px", case.get("components", "")]
-    words += [f"autocast {case['autocast']}" if case["autocast"] != "none" else ""]
-    words += ["channels last" if case["layout"] == "channels_last" else ""]
-    return ", ".join(filter(None, words))
-
-
-def _variant_name(name: str) -> str:
-    kind, _, rest = name.partition("-")
-    kind = {"orepa": "OREPA", "dbb": "DBB", "repvgg": "RepVGG"}.get(kind, kind)
-    return f"{kind} ({rest})" if kind == "OREPA" else f"{kind} {rest}".strip()
 
 
 # --- all of a file --------------------------------------------------------------------------------------------------------
@@ -199,9 +157,7 @@ def show(results: Results) -> None:
         else:
             modes = distinct(row.mode for row in rows)
             print(render(*squeeze_table(results, launch, modes), text=1 + (len(modes) > 1)), end="\n\n")
-    if results.benchmark == "step" and len({row.where for row in results.timed}) > 1:
-        print(render(*step_overview(results)), end="\n\n")
-    elif results.benchmark != "step" and results.timed:
+    if results.benchmark != "step" and results.timed:
         print("rates, memory saved for the backward pass, errors against float64\n")
         print(render(*details_table(results), text=2), end="\n\n")
     print(conditions(results))

@@ -26,28 +26,18 @@ PLAIN, OREPA = "plain", "orepa-reference"
 class Variant:
     """One way to train a model.
 
-    Args:
-        name: unique, as the user types it.
-        build: makes a new model from the plain one, which stays as it is.
-        twin: the variant whose weights this one gets, and whose outputs and gradients it therefore must have; its own
-            name where there is none.
-        compiled: whether `torch.compile` runs over the whole model.
-        backend: of the squeeze, where it has one.
+    Its twin is the variant whose weights it gets, and whose outputs and gradients it therefore must have; its own name where
+    there is none.
     """
 
-    name: str
-    build: Callable[[nn.Module], nn.Module]
+    name: str  # unique, as the user types it
+    build: Callable[[nn.Module], nn.Module]  # makes a new model from the plain one, which stays as it is
     twin: str
-    compiled: bool = False
-    backend: str = ""
+    compiled: bool = False  # whether `torch.compile` runs over the whole model
+    backend: str = ""  # of the squeeze, where it has one
 
     def why_not(self, model: nn.Module, dtype: torch.dtype | None) -> str:
-        """Return why it cannot train a model that it built, or an empty string.
-
-        Args:
-            model: on its device.
-            dtype: of autocast, or None.
-        """
+        """Return why it cannot train a model that it built, under autocast to ``dtype``, or an empty string."""
         if self.twin != PLAIN and not any(isinstance(m, LinearBlock) for m in model.modules()):
             return "nothing to swap: no convolution of its kind with a norm after it"
         for conv in squeezing(model) if self.backend else ():
