@@ -19,7 +19,6 @@ from orepa.bench.providers import (
     Eager,
     Kernels,
     Provider,
-    Squeezer,
     all_providers,
     configure_inductor,
 )
@@ -163,7 +162,7 @@ def test_floors_do_their_products() -> None:
     assert gemms.amount(w, "both")["flops"] == 3 * sum(p.flops for p in products(w.plan))
 
 
-class Planted(Squeezer):
+class Planted(Provider):
     """The plain formulation with a mistake."""
 
     name = "planted"
@@ -186,7 +185,7 @@ class Clock:
         return self.now
 
 
-class Slower(Squeezer):
+class Slower(Provider):
     """The plain formulation, by ``clock`` slower by ``seconds``."""
 
     name = "planted"

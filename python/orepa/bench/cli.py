@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from .squeeze import SqueezeConfig
     from .step import StepConfig
 
+_SQUEEZE = """One squeeze, forward and backward, against everything a user could pick instead. Providers are the plain
+einsum formulation, torch.compile of it, every backend that runs here, and two floors: the bare matrix products, and a copy of
+the bytes that must move. Each is first checked against float64; one that is wrong is reported and not timed. Compilation is
+never timed. Several fresh processes measure, one after the other, so that the spread includes how far processes differ."""
+_STEP = """A whole training step: forward, loss, backward and SGD. Variants are the plain model, OREPA on every backend that
+runs here, both compiled, and DBB and RepVGG blocks trained offline. Those with the same weights must give the same logits and
+gradients; one that does not is reported and not timed. Compilation is never timed."""
 #: returns all providers to choose from; picklable
 Providers = Callable[[], Mapping[str, "Provider"]]
 
@@ -33,23 +40,8 @@ def add_commands(commands: Any) -> None:
         parser.set_defaults(run=run)
         return parser
 
-    text = "One squeeze, forward and backward, against everything a user could pick instead. "
-    text += "Providers are the plain einsum formulation, torch.compile of it, every backend that runs here, and two floors: "
-    text += (
-        "the bare matrix products, and a copy of the bytes that must move. Each is first checked against float64; one "
-    )
-    text += "that is wrong is reported and not timed. Compilation is never timed. Several fresh processes measure, one after "
-    text += "the other, so that the spread includes how far processes differ."
-    add_squeeze_options(add("squeeze", run_squeeze, text))
-    text = "A whole training step: forward, loss, backward and SGD. "
-    text += (
-        "Variants are the plain model, OREPA on every backend that runs here, both compiled, and DBB and RepVGG blocks "
-    )
-    text += (
-        "trained offline. Those with the same weights must give the same logits and gradients; one that does not is "
-    )
-    text += "reported and not timed. Compilation is never timed."
-    add_step_options(add("step", _step, text))
+    add_squeeze_options(add("squeeze", run_squeeze, _SQUEEZE))
+    add_step_options(add("step", _step, _STEP))
     show = add("show", _show, "The tables of a result file, or a plot.")
     show.add_argument("results", type=Path, metavar="FILE.json")
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it as well")
@@ -98,9 +90,7 @@ def _add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds
     how.add_argument("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
     text = "samples of each at most, in each process (default: %(default)s)"
     how.add_argument("--rounds", type=count, default=rounds, metavar="N", help=text)
-    text = (
-        "of timing, over all (default: %(default)s); all else comes on top, and each gets at least 5 rounds of --rounds"
-    )
+    text = "of timing, over all (default: %(default)s); all else comes on top, and 5 rounds are the least"
     how.add_argument("--seconds", type=above_0, default=seconds, metavar="X", help=text)
     return how
 
@@ -148,7 +138,8 @@ def squeeze_config(
     if args.providers is not None:
         chosen = {name: chosen[name] for name in _pick("--providers", args.providers, chosen)}
     torch.set_float32_matmul_precision(args.precision)
-    device = _set_up(args)
+    common = _set_up(args)
+    device = common["device"]
     config = SqueezeConfig(
         shapes=parse_shapes(args.shapes)
         if args.shapes
@@ -157,14 +148,11 @@ def squeeze_config(
         else DEFAULT,
         topology=args.topology,
         dtypes=names(args.dtypes),
-        device=device,
         modes=MODES if args.mode == "all" else (args.mode,),
         launches={"cpu": ("plain",), "cuda": ("graph", "plain")}[device],
-        rounds=args.rounds,
-        seconds=args.seconds,
         # How far processes differ was measured on CPUs only, and starting on CUDA takes longer.
         processes=args.processes or {"cpu": 3, "cuda": 1}[device],
-        out=args.out,
+        **common,
     )
     return config, chosen
 
@@ -194,7 +182,8 @@ def step_config(args: argparse.Namespace) -> StepConfig:
     check_folders(args.out, args.plot)
     variants = all_variants()
     asked = list(variants) if args.variants is None else _pick("--variants", args.variants, variants)
-    device = _set_up(args)
+    common = _set_up(args)
+    device = common["device"]
     if args.inputs and (args.batch_sizes or args.img_size):
         raise UserError("--inputs stands for --batch-sizes and --img-size together: leave these out")
     sizes, px = {"cpu": ("8", 64), "cuda": ("64,256", 224)}[device]
@@ -209,11 +198,8 @@ def step_config(args: argparse.Namespace) -> StepConfig:
     return StepConfig(
         cases=[(case, choose(asked, variants)) for case in cases],
         timed=asked,
-        device=device,
         launches={"on": ("graph",), "off": ("plain",), "both": ("graph", "plain")}[graphs],
-        rounds=args.rounds,
-        seconds=args.seconds,
-        out=args.out,
+        **common,
     )
 
 
@@ -294,13 +280,14 @@ def above_0(text: str) -> float:
     return float(text)
 
 
-def _set_up(args: argparse.Namespace) -> str:
-    """Set the number of threads; return the device."""
+def _set_up(args: argparse.Namespace) -> dict[str, Any]:
+    """Set the number of threads; return the part of a config that all benchmarks share."""
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    return {"device": device, "rounds": args.rounds, "seconds": args.seconds, "out": args.out}
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +34,8 @@ class Built:
     restore: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list  # to gradients by `problem.parameters`
 
 
-class Provider(ABC):
-    """One way to do the work of a squeeze."""
+class Provider:
+    """One way to do the work of a squeeze: implements `squeezer`, or `build` where that is not enough."""
 
     name: str  # unique, as the user types it
     floor: bool = False  # a lower bound, which computes no kernel and is not checked
@@ -49,19 +48,12 @@ class Provider(ABC):
         """Return the ``flops`` and ``bytes`` that rates refer to: by default, the least that a squeeze takes."""
         return {"flops": problem.flops(mode), "bytes": problem.bytes(mode)}
 
-    @abstractmethod
-    def build(self, problem: Problem) -> Built:
-        """Get ready for a problem."""
-
-
-class Squeezer(Provider):
-    """A provider that computes kernels, differentiably."""
-
-    @abstractmethod
     def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
         """Return a function that computes the kernel ``[O, I/g, k, k]`` in ``problem.out_dtype``, with its graph."""
+        raise NotImplementedError
 
     def build(self, problem: Problem) -> Built:
+        """Get ready for a problem."""
         return built(self.squeezer(problem), problem.parameters, problem.grad)
 
 
@@ -133,7 +125,7 @@ def formulation(problem: Problem) -> Callable[[Operands], Tensor]:
     return squeeze
 
 
-class Eager(Squeezer):
+class Eager(Provider):
     """The plain einsum formulation, run eagerly: the baseline of every ratio."""
 
     name = "eager"
@@ -143,7 +135,7 @@ class Eager(Squeezer):
         return lambda: squeeze(problem.operands)
 
 
-class Compiled(Squeezer):
+class Compiled(Provider):
     """`torch.compile` of the eager formulation, in a mode of it."""
 
     def __init__(self, name: str, mode: str, compiler: Callable[..., Callable[..., Tensor]] = torch.compile) -> None:
@@ -176,7 +168,7 @@ def configure_inductor() -> None:
         select_algorithm.PRINT_AUTOTUNE = False
 
 
-class Kernels(Squeezer):
+class Kernels(Provider):
     """One backend of `orepa_kernels`, through the public function."""
 
     def __init__(self, name: str) -> None:

@@ -36,7 +36,7 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal keys are the same measurement."""
-        return (tuple(sorted(self.case.items())), self.provider, self.mode, self.launch)
+        return (*self.where, self.provider)
 
     @property
     def where(self) -> tuple[Any, ...]:
