@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from orepa.bench.cli import add_squeeze_options, run_squeeze
 from orepa.bench.problem import Problem
-from orepa.bench.providers import Built, Provider, all_providers, built
+from orepa.bench.providers import Built, Provider, all_providers, build_squeezer
 from orepa.errors import UserError
 
 #: what their classes call our operands
@@ -83,7 +83,7 @@ class Authors(Provider):
             return [_rows(g, shape.groups, back=True) if name == "dws_pointwise" else g for name, g in pairs]
 
         parameters = [getattr(module, names[name]) for name in trainable]
-        return built(squeeze, parameters, problem.grad, restore=restore)
+        return build_squeezer(squeeze, parameters, problem.grad, restore=restore)
 
     def _module(self, problem: Problem) -> nn.Module:
         shape = problem.case.shape

@@ -1,4 +1,4 @@
-"""The shortest table that still says something: one line per block and mode, from any number of result files.
+"""Print one line per block and mode of any number of result files.
 
 python benchmarks/digest.py FILE.json...
 """
@@ -8,20 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orepa.bench.results import Results, Row, load
-from orepa.bench.tables import describe
+from orepa.bench.results import Results, load
+from orepa.bench.tables import by_case, describe
 from orepa.errors import UserError
 
 
 def lines(results: Results) -> list[str]:
-    """Medians in microseconds, providers side by side."""
-    groups: dict[object, list[Row]] = {}
-    for row in results.rows:
-        groups.setdefault(row.where, []).append(row)
-    found = [
-        f"{results.benchmark}, commit {results.environment.get('commit')}{'' if results.complete else ', INCOMPLETE'}"
-    ]
-    for rows in groups.values():
+    """Return medians in microseconds, providers side by side."""
+    state = "" if results.complete else ", INCOMPLETE"
+    found = [f"{results.benchmark}, commit {results.environment.get('commit')}{state}"]
+    for rows in (list(group.values()) for group in by_case(results.rows)):
         first = rows[0]
         cells = [f"{r.provider} {r.median_us:.1f}" if r.status == "ok" else f"{r.provider} {r.status}" for r in rows]
         found.append(f"  {describe(first.case):28.28} {first.mode:8} {first.launch:5} {'  '.join(cells)}"[:200])

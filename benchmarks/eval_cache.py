@@ -1,8 +1,8 @@
-"""Eval forward of an `OREPAConv`, kernel kept, against the plain `nn.Conv2d` that it converts to.
+"""Time the eval forward of an `OREPAConv`, kernel cached, against the plain `nn.Conv2d` that it converts to.
 
     python benchmarks/eval_cache.py [--rounds N] [--threads N] [--out FILE.json]
 
-The mark is a ratio of at most 1.03 (after the first call). The convolutions are those of ResNet-18 at 224x224, one image,
+The goal is a ratio of at most 1.03 (after the first call). The convolutions are those of ResNet-18 at 224x224, one image,
 and one so small that nothing but overhead is left.
 """
 

@@ -1,8 +1,8 @@
-"""What the host takes for one eager `orepa_kernels.squeeze` of one block with ten operands, once it has been made before.
+"""Time the host during one eager, warm `orepa_kernels.squeeze` of one block with ten operands.
 
     python benchmarks/host_overhead.py [--rounds N] [--out FILE.json]
 
-The mark is at most 15 microseconds forward, with autograd, for the Triton backend. With a GPU, calls are enqueued one after
+The goal is at most 15 microseconds forward, with autograd, for the Triton backend. With a GPU, calls are enqueued one after
 another and nothing is waited for. Without one, everything is done but the calls of the driver itself: Triton compiles for a
 GPU that is not there, and something that does nothing is called in place of its compiled launcher
 (`tests/kernels/triton_stub.py`; the output says what was left out). `autograd.Function` is what torch takes for one that
@@ -69,7 +69,7 @@ def tasks_of(squeeze: Callable[[], Tensor], parameters: Sequence[Tensor], upstre
 
 
 def measure(names: Sequence[str], device: str, rounds: int) -> list[Row]:
-    """Time all backends in turns, after some calls that find what later ones are spared."""
+    """Time all backends in turns, after some calls that warm up the cache."""
     conv = OREPAConv(CHANNELS, CHANNELS, 3, bias=False).to(device)
     blocks, operands = [conv.plan], [conv.operands()]
     like = torch.empty(conv.plan.shape, device=device)

@@ -1,4 +1,4 @@
-"""Few images to learn from, all others to be tested on: the data of the ablation."""
+"""Draw the data of the ablation: few images to learn from, all others to test on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orepa.train.images import ImageData, Source
 
 
 class Picked:
-    """Images of other sources, in any order and any number of times."""
+    """Images of other sources, in any order, each any number of times."""
 
     def __init__(self, places: Sequence[tuple[Source, int]]) -> None:
         self.places = places
@@ -33,14 +33,14 @@ class Picked:
 
 
 def draw(data: ImageData, count: int, seed: int) -> ImageData:
-    """Leave ``count`` of the training images, drawn by the seed, as many of each class, and test on all the others.
+    """Draw ``count`` training images, balanced over the classes, and test on all others.
 
-    An epoch stays as long as it was: it passes the few images several times, each time augmented anew. So the recipe's
-    epochs, warm-up and steps mean the same whatever the count.
+    An epoch keeps its length: it repeats the few images, each time augmented anew. So the recipe's epochs, warm-up and steps
+    mean the same whatever the count.
 
     Args:
         data: as `orepa train` has it. Its validation images are never trained on.
-        count: of images to train on; all of them leave the data as they are.
+        count: images to train on; the full number leaves the data unchanged.
         seed: of the draw.
 
     Raises:
@@ -55,7 +55,7 @@ def draw(data: ImageData, count: int, seed: int) -> ImageData:
     by_class: dict[int, list[int]] = {}
     for index in order:
         by_class.setdefault(data.train.load(index)[1], []).append(index)
-    turns = zip_longest(*(by_class[label] for label in sorted(by_class)))  # one of each class, again and again
+    turns = zip_longest(*(by_class[label] for label in sorted(by_class)))
     drawn = [index for turn in turns for index in turn if index is not None][:count]
     rest = sorted(set(range(size)) - set(drawn))
     return replace(

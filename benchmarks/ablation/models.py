@@ -1,4 +1,4 @@
-"""The models of the ablation, each made from the same plain one."""
+"""Build the models of the ablation, each from the same plain one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DBB_BRANCHES = BRANCHES[:4]
 
 
 def variants() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """How each variant is made from the plain model, which stays as it is. In the order of the tables."""
+    """Return functions that build each variant from the plain model, which stays as it is; in the order of the tables."""
     added = {"prior": BRANCHES[:5], "dws": BRANCHES[:6]}
     return {
         PLAIN: copy_of,
@@ -41,7 +41,7 @@ def variants() -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 def without_norms(model: nn.Module) -> nn.Module:
-    """Take the norms after convolutions away, in place. Nothing comes instead of them, their bias included."""
+    """Remove the norms after convolutions in place, with their bias and without a replacement."""
     norms = {consumer.norm for consumer in consumers(model).values() if consumer.norm}
     return replace_modules(model, {model.get_submodule(name): nn.Identity() for name in norms})
 

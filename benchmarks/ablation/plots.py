@@ -1,4 +1,4 @@
-"""The ablation as a picture: every run a dot, and the differences that tables would let one guess."""
+"""Draw the ablation: every run as a dot, and the differences to the plain net."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orepa.bench.variants import PLAIN
 from orepa.train.files import write_atomically
 
 from .rows import TRAIN
-from .tables import Estimate, Variant, difference, estimate
+from .tables import Estimate, VariantRuns, difference, estimate
 
 
 def plot(results: Results, path: Path) -> None:
@@ -27,7 +27,7 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.provider for row in results.rows if row.mode == TRAIN))
-    variants = {name: Variant(results, name) for name in names}
+    variants = {name: VariantRuns(results, name) for name in names}
     figure = Figure(figsize=(11, 0.36 * len(names) + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for place, variant in enumerate(variants.values()):

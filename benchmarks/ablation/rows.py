@@ -1,4 +1,4 @@
-"""The rows of the ablation, and how they stand in the tables of the paper (Tables 1 to 3). Plain data."""
+"""List the rows of the ablation as in the paper's Tables 1 to 3: plain data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FULL = "rep1x1"
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """Rows as the paper shows them.
 
     Args:
         title: of the table.
         rows: name of a variant, and what the row says.
         base: the variant that differences refer to.
-        cumulative: whether each row adds something to the one before, so that this difference is of interest too.
+        cumulative: whether each row adds something to the one before, which it is compared with too.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Table:
     cumulative: bool = False
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """The comparisons that the table makes: a variant, and what it is compared with."""
+        """Yield the comparisons that the table makes: a variant, and what it is compared with."""
         names = [name for name, _ in self.rows]
         yield from ((name, self.base) for name in names if name != self.base)
         if self.cumulative:
@@ -38,7 +38,7 @@ class Table:
 
 
 TABLES = (
-    Table(
+    PaperTable(
         "Branch-wise norms (paper Table 1)",
         (
             (PLAIN, "plain"),
@@ -49,7 +49,7 @@ TABLES = (
         ),
         PLAIN,
     ),
-    Table(
+    PaperTable(
         "Components (paper Table 2)",
         (
             (PLAIN, "plain"),
@@ -63,7 +63,7 @@ TABLES = (
         PLAIN,
         cumulative=True,
     ),
-    Table(
+    PaperTable(
         "Linearization (paper Table 3)",
         (
             (FULL, "vector scaling: all of OREPA"),

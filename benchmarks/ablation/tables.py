@@ -1,4 +1,4 @@
-"""What the runs of an ablation say: means, standard deviations, differences in pairs, and Markdown of them."""
+"""Summarize an ablation: means, standard deviations, paired differences, and Markdown tables of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orepa.bench.tables import render
 from orepa.bench.variants import PLAIN
 from orepa.timing import half_width_95
 
-from .rows import STEP, TABLES, TRAIN, Table
+from .rows import STEP, TABLES, TRAIN, PaperTable
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Estimate:
 
     @property
     def is_a_difference(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Of any number of values; None of none."""
+    """Return the estimate of some values, or None of none."""
     if not values:
         return None
     mean = statistics.fmean(values)
@@ -48,14 +48,14 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def paired(ours: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
-    """The difference of two variants over the seeds with which both came to an end.
+    """Return the difference of two variants over the seeds with which both finished.
 
-    Equal seeds mean equal training images, test images, order and augmentation: what those do to both cancels.
+    Equal seeds mean equal training images, test images, order and augmentation, whose effect on both cancels.
     """
     return estimate([ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())])
 
 
-class Variant:
+class VariantRuns:
     """All runs of one variant in a file."""
 
     def __init__(self, results: Results, name: str) -> None:
@@ -70,56 +70,56 @@ class Variant:
         self.step_us = timed[0].median_us if timed else None
 
 
-def difference(ours: Variant, base: Variant) -> Estimate | None:
-    """See `paired`. None where a run diverged: those that did not are a selection, and their mean would flatter."""
+def difference(ours: VariantRuns, base: VariantRuns) -> Estimate | None:
+    """Return the `paired` difference, or None where a run diverged: the mean of the others would be biased."""
     return None if ours.diverged or base.diverged else paired(ours.accuracy, base.accuracy)
 
 
-def shown(results: Results) -> list[Table]:
-    """The tables that a file has rows for, reduced to them. One that says nothing new is left out."""
+def shown(results: Results) -> list[PaperTable]:
+    """Return the tables reduced to the rows of a file, without those that another one contains."""
     have = {row.provider for row in results.rows if row.mode == TRAIN}
     tables = []
     for table in TABLES:
         rows = tuple(row for row in table.rows if row[0] in have)
         if len(rows) > 1 and table.base in have:
-            tables.append(Table(table.title, rows, table.base, table.cumulative))
+            tables.append(PaperTable(table.title, rows, table.base, table.cumulative))
     names = [{name for name, _ in table.rows} for table in tables]
-    return [t for t, own in zip(tables, names, strict=True) if not any(own < other for other in names)]
+    return [t for t, rows in zip(tables, names, strict=True) if not any(rows < others for others in names)]
 
 
 def markdown(results: Results) -> str:
-    """The tables and how to read them."""
+    """Return the tables and how to read them."""
     tables = shown(results)
     have = dict.fromkeys(row.provider for row in results.rows if row.mode == TRAIN)
-    variants = {name: Variant(results, name) for name in have}
+    variants = {name: VariantRuns(results, name) for name in have}
     parts = [f"**{table.title}**\n\n{_table(table, variants)}" for table in tables]
     comparisons = dict.fromkeys(pair for table in tables for pair in table.pairs())
     found = [difference(variants[a], variants[b]) for a, b in comparisons]
     return "\n\n".join([*parts, _reading(results, [d for d in found if d is not None])])
 
 
-def _table(table: Table, variants: Mapping[str, Variant]) -> str:
+def _table(table: PaperTable, variants: Mapping[str, VariantRuns]) -> str:
     base, plain = variants[table.base], variants.get(PLAIN)
     before_too = table.cumulative
     against = "plain" if table.base == PLAIN else f"“{dict(table.rows)[table.base].partition(':')[0]}”"
     header = ["", "accuracy, %", f"minus {against}", *(["minus the row before"] if before_too else [])]
     header += ["training loss", "diverged", "parameters", "step, × plain"]
     lines: list[list[str]] = []
-    before: Variant | None = None
+    before: VariantRuns | None = None
     for name, label in table.rows:
-        own = variants[name]
-        cells = [_accuracy(estimate(list(own.accuracy.values())))]
-        cells.append("" if own is base else _difference(difference(own, base)))
+        variant = variants[name]
+        cells = [_accuracy(estimate(list(variant.accuracy.values())))]
+        cells.append("" if variant is base else _difference(difference(variant, base)))
         if before_too:
             told = before is None or before is base  # in the column before
-            cells.append("" if told or before is None else _difference(difference(own, before)))
-        loss = estimate(own.training_loss)
+            cells.append("" if told or before is None else _difference(difference(variant, before)))
+        loss = estimate(variant.training_loss)
         cells.append("" if loss is None else f"{loss.mean:.4f}")
-        cells += [f"{own.diverged} of {own.runs}", f"{own.parameters:,}"]
+        cells += [f"{variant.diverged} of {variant.runs}", f"{variant.parameters:,}"]
         unit = None if plain is None else plain.step_us
-        cells.append("" if own.step_us is None or unit is None else f"{own.step_us / unit:.2f}")
+        cells.append("" if variant.step_us is None or unit is None else f"{variant.step_us / unit:.2f}")
         lines.append([label, *cells])
-        before = own
+        before = variant
     return render(header, lines, "markdown")
 
 

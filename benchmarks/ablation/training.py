@@ -1,7 +1,7 @@
-"""The structure of the paper's Tables 1 to 3 on the embedded digits: every variant trained with several seeds.
+"""Train every variant of the ablation with several seeds, resumably.
 
-`orepa.train` trains: net, data and recipe are those of ``orepa train``, apart from what `NET_ARGUMENTS` says. What a seed
-decides (training images, initial values, order, augmentation) is the same for all variants, so that they compare in pairs.
+`orepa.train` trains: net, data and recipe are those of ``orepa train``, except for `NET_ARGUMENTS`. What a seed decides
+(training images, initial values, order, augmentation) is the same for all variants, so that they compare in pairs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .models import variants
 from .rows import BENCHMARK, STEP, TRAIN
 
 IMG_SIZE = 32
-#: In both the net follows the paper's ResNets instead of timm's toy: a 7x7 stem, which the deep stem takes the place of, and
-#: residual branches that do not start at zero. Offline blocks have no norm after them that could; online ones would.
+#: Where the net follows the paper's ResNets instead of timm's toy: a 7x7 stem, which the deep stem replaces, and residual
+#: branches that do not start at zero. Offline blocks have no norm after them that could; online ones would.
 NET_ARGUMENTS = {"stem_type": "", "zero_init_last": False}
 
 
@@ -72,7 +72,7 @@ class AblationConfig:
     overwrite: bool = False
 
     def recipe(self, seed: int) -> Config:
-        """The recipe of ``orepa train`` on the digits."""
+        """Return the recipe of ``orepa train`` on the digits."""
         given: dict[str, Any] = {"data": DIGITS, "seed": seed, "threads": self.threads, "limit": self.limit}
         if self.epochs is not None:
             given["epochs"] = self.epochs
@@ -105,28 +105,26 @@ def _run(ablation: AblationConfig, say: Callable[[str], None]) -> Results:
     results = _start(ablation, _protocol(config, data, count))
     done = {(row.provider, row.case["seed"]) for row in results.rows if row.mode == TRAIN}
     with StopRequest() as stop:
-        for seed in range(
-            ablation.seeds
-        ):  # the outer loop: what an interruption leaves behind can be compared in pairs
+        # Seeds are the outer loop, so that the runs of an interrupted ablation can be compared in pairs.
+        for seed in range(ablation.seeds):
             drawn = draw(data, count, seed)
             for name in ablation.rows:
                 if (name, seed) not in done:
                     row = _train(name, ablation.recipe(seed), drawn, stop)
                     _add(results, row, ablation.out)
-                    say(f"seed {seed}  {name:22} {_told(row)}")
+                    say(f"seed {seed}  {name:22} {_describe(row)}")
     trained, timed = ({row.provider for row in results.rows if row.mode == mode} for mode in (TRAIN, STEP))
     if ablation.rounds and trained != timed:
         say("timing one step of each in turns ...")
         _time(results, config, data, ablation.rounds)
     results.complete = True
     _save(results, ablation.out)
-    return (
-        results if ablation.out is None else load(ablation.out)
-    )  # what is shown is what is kept, its rounding included
+    # The file rounds numbers, and tables must say what it says.
+    return results if ablation.out is None else load(ablation.out)
 
 
 def _protocol(config: Config, data: ImageData, count: int) -> dict[str, Any]:
-    """What every run of a file has in common."""
+    """Return what all runs of a file have in common."""
     recipe = {k: v for k, v in config.as_dict().items() if k not in ("orepa", "preserve", "seed", "model")}
     drawn = draw(data, count, 0)
     return {
@@ -142,14 +140,14 @@ def _protocol(config: Config, data: ImageData, count: int) -> dict[str, Any]:
 
 
 def _backend() -> str:
-    """Which backend squeezes here: the last bits depend on it."""
+    """Return the backend that squeezes here: the last bits depend on it."""
     conv = OREPAConv(8, 8, 3)
     like = conv.operands()[0]
     return select("auto", Request(conv.plan, like.device, like.dtype, like.dtype)).name
 
 
 def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
-    """The results to continue, or empty ones."""
+    """Return the results to continue, or empty ones."""
     facts = environment()
     if ablation.out is None or ablation.overwrite or not ablation.out.exists():
         return Results(BENCHMARK, facts, {"protocol": protocol})
@@ -166,7 +164,7 @@ def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
         )
     telling = ("commit", "torch", "processor")
     then, now = ({k: e.get(k) for k in telling} for e in (results.environment, facts))
-    if then != now:  # said in the file, because the rows are then not of one mind
+    if then != now:  # the file says so, because its rows come from different environments
         others = results.environment.setdefault("continued_with", [])
         if now not in others:
             others.append(now)
@@ -175,7 +173,7 @@ def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
 
 
 def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
-    """To compare: options that the recipe did not have yet when a file was written had their defaults."""
+    """Flatten a protocol to compare it: options added after a file was written had their defaults."""
     recipe = protocol.get("recipe")
     rest = {name: value for name, value in protocol.items() if name != "recipe"}
     return rest | (Config.from_saved(recipe).as_dict() if isinstance(recipe, dict) else {})
@@ -185,7 +183,7 @@ def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, config: Config, data: ImageData) -> nn.Module:
-    """A variant with the initial values of a seed. What it does not swap is the same in all variants."""
+    """Build a variant with the initial values of a seed. Layers that it does not swap are the same in all variants."""
     seed_everything(mix(config.seed, "initial values"))
     arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
     return variants()[name](create_plain(config.model, {**arguments, **NET_ARGUMENTS}, config.img_size))
@@ -196,9 +194,9 @@ def _train(name: str, config: Config, data: ImageData, stop: StopRequest) -> Row
     row = Row({"seed": config.seed}, name, TRAIN, facts={"parameters": count_parameters(model)})
     fabric = Fabric(accelerator="cpu", devices=1, precision=config.precision)  # type: ignore[arg-type]
     fabric.launch()
-    # The trainer validates after every epoch: on all images that would take a third of the time, and nobody looks at it.
-    glance = Picked([(data.val, index) for index in range(min(config.batch_size, len(data.val)))])
-    loaders = Loaders(replace(data, val=glance), config)
+    # The trainer validates after every epoch; on all images that would take a third of the time for unused numbers.
+    few = Picked([(data.val, index) for index in range(min(config.batch_size, len(data.val)))])
+    loaders = Loaders(replace(data, val=few), config)
     with tempfile.TemporaryDirectory(prefix="orepa-ablation-") as folder:
         trainer = Trainer(fabric, config, model, loaders, Path(folder) / "checkpoint.pt", {}, stop, sys.maxsize)
         try:
@@ -210,7 +208,7 @@ def _train(name: str, config: Config, data: ImageData, stop: StopRequest) -> Row
             return row
         finally:
             loaders.close()
-    # The last epoch counts, never the best one: choosing it would be choosing by the test images.
+    # The last epoch counts, never the best one, which would be chosen by the test images.
     correct, loss = _test(trainer.module, Loaders(data, config))
     row.processes = [[max(record["seconds"], 1e-3) for record in trainer.history]]
     row.facts |= {"correct": correct, "images": len(data.val), "test_loss": loss}
@@ -220,7 +218,7 @@ def _train(name: str, config: Config, data: ImageData, stop: StopRequest) -> Row
 
 @torch.no_grad()
 def _test(model: nn.Module, loaders: Loaders) -> tuple[int, float]:
-    """Number of correct predictions and mean loss."""
+    """Return the number of correct predictions and the mean loss."""
     model.eval()
     correct, loss = 0, 0.0
     for images, labels in loaders.val():
@@ -230,7 +228,7 @@ def _test(model: nn.Module, loaders: Loaders) -> tuple[int, float]:
     return correct, loss / len(loaders.data.val)
 
 
-def _told(row: Row) -> str:
+def _describe(row: Row) -> str:
     if row.status != "ok":
         return row.reason
     facts = row.facts
@@ -255,7 +253,7 @@ def _save(results: Results, out: Path | None) -> None:
 
 
 def _time(results: Results, config: Config, data: ImageData, rounds: int) -> None:
-    """Forward, loss, backward and SGD on one batch, the variants in turns."""
+    """Time forward, loss, backward and SGD on one batch, the variants in turns."""
     batches = Loaders(data, config)
     images, labels = next(iter(batches.train(0)))
     batches.close()

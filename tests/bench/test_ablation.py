@@ -26,7 +26,7 @@ from ablation import training
 from ablation.data import draw
 from ablation.models import DBB_BRANCHES, variants
 from ablation.rows import BENCHMARK, STEP, TABLES, TRAIN
-from ablation.tables import Variant, estimate, markdown, paired, shown
+from ablation.tables import VariantRuns, estimate, markdown, paired, shown
 from scipy import stats
 
 from orepa import OREPAConv
@@ -356,7 +356,7 @@ def test_committed_runs_are_whole_and_stand_in_the_notes(path: Path) -> None:
     assert results.complete and results.benchmark == BENCHMARK
     names = {row.provider for row in results.rows}
     for name in names:
-        runs = Variant(results, name)
+        runs = VariantRuns(results, name)
         assert runs.runs >= 5 and (runs.step_us or 0) > 0, name
     if path.stem == "ablation":
         assert names == set(variants()) and path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -23,7 +23,6 @@ def run(script, *arguments):
 
 def test_it_is_measured_and_rendered(tmp_path):
     pytest.importorskip("triton", reason="needs triton, which this torch does not bring")
-    pytest.importorskip("rich", reason="rich is not installed (the [bench] extra)")
     output = run("host_overhead.py", "--rounds", 2, "--out", tmp_path / "host.json")
     found = load(tmp_path / "host.json")
     measured = {(row.provider, row.mode) for row in found.timed}

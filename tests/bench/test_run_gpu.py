@@ -22,7 +22,6 @@ def run(*arguments, **environment):
 
 
 def test_dry_run_of_the_benchmarks(tmp_path):
-    pytest.importorskip("rich", reason="rich is not installed (the [bench] extra)")
     pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
     result = run("--dry-run", "--only", "bench", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

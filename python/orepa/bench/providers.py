@@ -54,10 +54,10 @@ class Provider:
 
     def build(self, problem: Problem) -> Built:
         """Get ready for a problem."""
-        return built(self.squeezer(problem), problem.parameters, problem.grad)
+        return build_squeezer(self.squeezer(problem), problem.parameters, problem.grad)
 
 
-def built(squeeze: Callable[[], Tensor], parameters: Sequence[Tensor], grad: Tensor, **more: Any) -> Built:
+def build_squeezer(squeeze: Callable[[], Tensor], parameters: Sequence[Tensor], grad: Tensor, **more: Any) -> Built:
     """Return the tasks of a differentiable squeeze; ``more`` goes to `Built`."""
 
     def backward(kernel: Tensor) -> Sequence[Tensor]:
