@@ -1,4 +1,4 @@
-"""Timing that is fair on a noisy machine: the candidates take turns, round by round, and medians are compared."""
+"""Time fairly on a noisy machine: candidates take turns, round by round, and medians are compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-#: a CPU sample is as many calls as fill this time, because a single short one is mostly the clock
+#: seconds that the calls of one CPU sample fill, because a single short call measures mostly the clock
 LEAST_SAMPLE = 1e-3
 MOST_CALLS = 100
 LEAST_ROUNDS = 5
@@ -30,21 +30,21 @@ class Task:
 
 
 def nothing() -> None:
-    """The preparation of a task that needs none."""
+    """Prepare a task that needs no preparation."""
 
 
 class Stopwatch(Protocol):
-    """How one device is timed."""
+    """Times one device."""
 
     def sample(self, task: Task, calls: int) -> float:
-        """Seconds per call of ``task.run``, over ``calls`` calls; ``task.prepare`` does not count."""
+        """Return seconds per call of ``task.run``, over ``calls`` calls; ``task.prepare`` does not count."""
 
     def calls(self, task: Task) -> int:
-        """How many calls make one sample. Warms up, too."""
+        """Warm up, and return the number of calls that make one sample."""
 
 
 class CpuStopwatch:
-    """The wall clock, on tasks that are done when they return."""
+    """The wall clock, for tasks that are finished when they return."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -68,6 +68,41 @@ class CpuStopwatch:
         return max(1, min(MOST_CALLS, round(LEAST_SAMPLE / max(seconds, 1e-9))))
 
 
+class CudaStopwatch:
+    """CUDA events around single calls, with the L2 cache flushed before each.
+
+    In training, a squeeze runs between convolutions that have filled the cache with feature maps; a loop over one kernel
+    alone would measure a cache state that never occurs. Where tasks are graph replays (``graphed``), the flush still runs on
+    the device while the replay is queued, so that the events enclose device time only. Plain launches start on an idle
+    device: they include the host's time.
+    """
+
+    def __init__(self, graphed: bool, device: str = "cuda") -> None:
+        self._graphed = graphed
+        l2: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.zeros(max(4 * l2, 1 << 27), dtype=torch.uint8, device=device)
+
+    def sample(self, task: Task, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        total = 0.0
+        for _ in range(calls):
+            state = task.prepare()
+            self._flush.zero_()
+            if not self._graphed:
+                torch.cuda.synchronize()
+            start.record()
+            task.run(state)
+            end.record()
+            torch.cuda.synchronize()
+            total += start.elapsed_time(end) * 1e-3
+        return total / calls
+
+    def calls(self, task: Task) -> int:
+        for _ in range(3):
+            self.sample(task, 1)
+        return 1
+
+
 def interleaved(
     tasks: Mapping[str, Task],
     rounds: int,
@@ -75,13 +110,13 @@ def interleaved(
     stopwatch: Stopwatch | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
-    """Seconds per call, one sample per round and candidate; the order turns by one every round.
+    """Return seconds per call, one sample per round and candidate; the order rotates by one every round.
 
-    A busy machine slows all candidates alike, and none profits from always following the same other.
+    So a busy machine slows all candidates alike, and none profits from always following the same other.
 
     Args:
         tasks: what to time, by name.
-        rounds: at most so many samples per candidate.
+        rounds: samples per candidate, at most.
         seconds: stop when the time is spent, but not before `LEAST_ROUNDS`.
         stopwatch: of the device; by default the CPU's.
         clock: for ``seconds``.
@@ -102,12 +137,12 @@ def interleaved(
 
 
 def function(call: Callable[[], Any]) -> Task:
-    """A task that needs no preparation."""
+    """Return a task without preparation."""
     return Task(nothing, lambda _: call())
 
 
 def summary(processes: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Median and spread of the samples of one or more processes, in microseconds.
+    """Return median and spread of the samples of one or more processes, in microseconds.
 
     ``median_us`` is the median of the processes' medians. ``low_us`` to ``high_us`` spans the 20th to 80th percentile of all
     samples and the interval that holds the mean over all processes with 95% confidence, by Student's t from the logarithms
@@ -134,24 +169,89 @@ def half_width_95(values: Sequence[float]) -> float:
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def saved_bytes(squeeze: Callable[[], torch.Tensor], operands: list[torch.Tensor]) -> int:
-    """Memory that one squeeze keeps for its backward pass, in bytes.
+def capture(task: Task) -> Task:
+    """Capture a task in CUDA graphs, one for its preparation and one for what is timed; a RuntimeError where that fails.
 
-    Each storage counts once, and whole; the operands themselves do not count, because they stay in memory anyway.
+    Every timed replay follows one of the preparation, so a backward pass finds what its forward saved.
     """
-    owned = {t.untyped_storage().data_ptr() for t in operands}
-    kept: dict[int, int] = {}
+    # On a side stream: the autograd engine runs a backward pass on the stream of its forward.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            task.run(task.prepare())
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+    pool = torch.cuda.graph_pool_handle()
+    state, prepare = (None, nothing) if task.prepare is nothing else _record(task.prepare, stream, pool)
+    result, run = _record(lambda: task.run(state), stream, pool)
+    # Referenced by the task: memory of the pool without a tensor could be handed to the next graph.
+    referenced = (state, result)
+
+    def replay(_: object) -> Any:
+        run()
+        return referenced[1]
+
+    return Task(prepare, replay)
+
+
+def _record(call: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
+    """Return the value of a call while it was captured, and the replay of its graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        value = call()
+    return value, graph.replay
+
+
+def count_launches(call: Callable[[], object]) -> int:
+    """Count the kernels, copies and fills that one call puts on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    on_device = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not e.is_user_annotation for e in on_device)
+
+
+def host_us(task: Task, calls: int = 10, rounds: int = 10, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the host's time for one run of a task in microseconds: the least of some rounds that do not wait for the device.
+
+    Each round enqueues ``calls`` runs, too few to fill the device's queue, which would make the host wait.
+    """
+    totals = []
+    for _ in range(rounds):
+        states = [task.prepare() for _ in range(calls)]
+        torch.cuda.synchronize()
+        begin = clock()
+        for state in states:
+            task.run(state)
+        totals.append(clock() - begin)
+    torch.cuda.synchronize()
+    return min(totals) / calls * 1e6
+
+
+def saved_bytes(squeeze: Callable[[], torch.Tensor], operands: list[torch.Tensor]) -> int:
+    """Return the bytes that one squeeze saves for its backward pass.
+
+    Each storage counts once and in full; the operands do not count, because they stay in memory anyway.
+    """
+    operand_storages = {t.untyped_storage().data_ptr() for t in operands}
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in operand_storages:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kernel = squeeze()
-    total = sum(kept.values())
-    del kernel  # kept until here, so that no storage was freed and its address used again
+    total = sum(saved.values())
+    del kernel  # alive until here, so that no storage was freed and its address reused
     return total
 
 

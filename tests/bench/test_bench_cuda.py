@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orepa.bench import cuda
+from orepa import timing
 from orepa.bench import squeeze as bench
 from orepa.bench.check import Truth
 from orepa.bench.problem import Problem, Shape, SqueezeCase
@@ -73,7 +73,7 @@ def test_a_backward_is_captured_after_its_forward_and_replayed_after_it(log: lis
         log.append("forward")
         return "state"
 
-    task = cuda.capture(Task(prepare, lambda state: log.append(f"backward of {state}")))
+    task = timing.capture(Task(prepare, lambda state: log.append(f"backward of {state}")))
     start = log.index("capture graph 1")
     assert log[start:] == [
         *("capture graph 1", "forward", "captured"),
@@ -85,7 +85,7 @@ def test_a_backward_is_captured_after_its_forward_and_replayed_after_it(log: lis
 
 
 def test_no_graph_for_an_empty_preparation(log: list[str]) -> None:
-    task = cuda.capture(Task(nothing, lambda _: log.append("squeeze")))
+    task = timing.capture(Task(nothing, lambda _: log.append("squeeze")))
     assert [e for e in log if e.startswith("capture ")] == ["capture graph 1"]
     assert task.prepare is nothing
 
@@ -98,7 +98,7 @@ def test_no_graph_for_an_empty_preparation(log: list[str]) -> None:
     ],
 )
 def test_the_cache_is_cold_and_only_the_run_is_timed(log: list[str], graphed: bool, order: list[str]) -> None:
-    watch = cuda.CudaStopwatch(graphed, device="cpu")
+    watch = timing.CudaStopwatch(graphed, device="cpu")
     watch._flush = SimpleNamespace(zero_=lambda: log.append("flush"))  # type: ignore[assignment]
     task = Task(lambda: log.append("prepare"), lambda _: log.append("run"))
     assert watch.sample(task, 1) == pytest.approx(2e-3)
@@ -114,7 +114,7 @@ def test_the_host_is_timed_while_nothing_is_waited_for(log: list[str]) -> None:
         return next(seconds)
 
     task = Task(lambda: log.append("prepare"), lambda _: log.append("run"))
-    assert cuda.host_us(task, calls=3, rounds=2, clock=clock) == pytest.approx(
+    assert timing.host_us(task, calls=3, rounds=2, clock=clock) == pytest.approx(
         1e6
     )  # three in three seconds, the better
     turn = [*["prepare"] * 3, "synchronize", "clock", *["run"] * 3, "clock"]
@@ -130,7 +130,7 @@ def test_replays_compute_what_eager_computes() -> None:
     built = Eager().build(problem)
     expected = built.squeeze()
     for mode in ("forward", "backward", "both"):
-        task = cuda.capture(built.tasks[mode])
+        task = timing.capture(built.tasks[mode])
         found = task.run(task.prepare())
         torch.cuda.synchronize()
         if mode == "forward":
@@ -144,8 +144,8 @@ def test_replays_compute_what_eager_computes() -> None:
 @pytest.mark.gpu
 def test_launches_are_counted() -> None:
     x = torch.ones(10, device="cuda")
-    assert cuda.count_launches(lambda: x + 1) == 1
-    assert cuda.count_launches(lambda: (x + 1) * 2) == 2
+    assert timing.count_launches(lambda: x + 1) == 1
+    assert timing.count_launches(lambda: (x + 1) * 2) == 2
 
 
 @pytest.mark.gpu

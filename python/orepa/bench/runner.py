@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..timing import CpuStopwatch, Stopwatch, Task, interleaved
-from . import cuda
+from ..timing import CpuStopwatch, CudaStopwatch, Stopwatch, Task, capture, count_launches, host_us, interleaved
 from .machine import OtherWork
 from .results import Results, Row
 
@@ -82,7 +81,7 @@ def run(
     say: Say,
     stopwatch: Stopwatch | None = None,
     save: Save | None = None,
-    count_launches: bool = False,
+    on_host: bool = False,
 ) -> Results:
     """Fill in the rows of a benchmark.
 
@@ -94,12 +93,12 @@ def run(
         say: hears of the progress.
         stopwatch: for plain launches; by default that of the device.
         save: by default writes ``config.out``.
-        count_launches: whether to count launches, and time the host, on CUDA.
+        on_host: whether to count launches, and time the host, on CUDA.
     """
     save = save or config.save
     watches: dict[str, Stopwatch] = {}
     for launch in config.launches:
-        default = CpuStopwatch() if config.device == "cpu" else cuda.CudaStopwatch(graphed=launch == "graph")
+        default = CpuStopwatch() if config.device == "cpu" else CudaStopwatch(graphed=launch == "graph")
         watches[launch] = stopwatch if stopwatch and launch == "plain" else default
     left, others = config.seconds / config.processes, OtherWork()
     for index, case in enumerate(cases):
@@ -111,7 +110,7 @@ def run(
             began = time.perf_counter()
             for launch, watch in watches.items():
                 with others:
-                    rows, tasks = _rows(case, candidates, mode, launch, count_launches and config.device == "cuda")
+                    rows, tasks = _rows(case, candidates, mode, launch, on_host and config.device == "cuda")
                     for name, samples in interleaved(tasks, config.rounds, share, watch).items() if tasks else ():
                         rows[name].processes = [samples]
                 results.rows += rows.values()
@@ -128,7 +127,7 @@ def run(
 
 
 def _rows(
-    case: Any, candidates: Sequence[Candidate], mode: str, launch: str, count_launches: bool
+    case: Any, candidates: Sequence[Candidate], mode: str, launch: str, on_host: bool
 ) -> tuple[dict[str, Row], dict[str, Task]]:
     """Return a row for each candidate, and the tasks of those to time."""
     rows: dict[str, Row] = {}
@@ -138,10 +137,10 @@ def _rows(
         row = rows[c.name] = Row(case.as_dict(), c.name, mode, launch, c.status, c.reason, floor=c.floor, facts=facts)
         if c.status == "ok":
             try:
-                if count_launches and launch == "plain":
+                if on_host and launch == "plain":
                     facts["launches"] = _launches(c.tasks[mode])
-                    facts["host_us"] = cuda.host_us(c.tasks[mode])
-                tasks[c.name] = cuda.capture(c.tasks[mode]) if launch == "graph" else c.tasks[mode]
+                    facts["host_us"] = host_us(c.tasks[mode])
+                tasks[c.name] = capture(c.tasks[mode]) if launch == "graph" else c.tasks[mode]
             except Exception as error:  # one that cannot be captured still has its plain launches
                 row.status, row.reason = "failed", _first_line(error)
     return rows, tasks
@@ -149,7 +148,7 @@ def _rows(
 
 def _launches(task: Task) -> int:
     states = [task.prepare() for _ in range(2)]  # counting warms up once; a graph runs backward only once
-    return cuda.count_launches(lambda: task.run(states.pop()))
+    return count_launches(lambda: task.run(states.pop()))
 
 
 def _first_line(error: Exception) -> str:

@@ -75,7 +75,7 @@ def run(
 
     settings = {**config.as_dict(), "providers": list(providers)}
     results = Results("squeeze", environment(config.device), settings)
-    return runner.run(config, results, config.cases, build, say, stopwatch, save, count_launches=True)
+    return runner.run(config, results, config.cases, build, say, stopwatch, save, on_host=True)
 
 
 def _build(provider: Provider, problem: Problem, truth: Truth) -> Candidate:
