@@ -16,12 +16,12 @@ from orepa.errors import UserError
 def lines(results: Results) -> list[str]:
     """Return medians in microseconds, providers side by side."""
     state = "" if results.complete else ", INCOMPLETE"
-    found = [f"{results.benchmark}, commit {results.environment.get('commit')}{state}"]
+    text = [f"{results.benchmark}, commit {results.environment.get('commit')}{state}"]
     for rows in (list(group.values()) for group in by_case(results.rows)):
         first = rows[0]
         cells = [f"{r.provider} {r.median_us:.1f}" if r.status == "ok" else f"{r.provider} {r.status}" for r in rows]
-        found.append(f"  {describe(first.case):28.28} {first.mode:8} {first.launch:5} {'  '.join(cells)}"[:200])
-    return found
+        text.append(f"  {describe(first.case):28.28} {first.mode:8} {first.launch:5} {'  '.join(cells)}"[:200])
+    return text
 
 
 def main(paths: list[str]) -> int:

@@ -1,6 +1,6 @@
 """What the Triton kernels need of a GPU: registers, spills and shared memory of every tile, compiled ahead of time.
 
-    python benchmarks/triton_resources.py                                  the whole catalogue, however its tensors lie
+    python benchmarks/triton_resources.py                                  the whole catalogue, in every memory layout
     python benchmarks/triton_resources.py --out benchmarks/results/triton
     python benchmarks/triton_resources.py --blocks orepa:3 --memory channels_last --table
 
@@ -33,14 +33,14 @@ Row = dict[str, Any]
 
 def rows_of(topology: str, size: int, memory: str, target: str) -> list[Row]:
     """All kernels of one block, one GPU."""
-    found = []
+    measured = []
     for forward, backward in structures(topology, size, **MEMORY[memory]):
         for precision in PRECISIONS:
             for kernel, tile, need in kernels_of(forward, backward, target, precision):
                 row = {"block": f"{topology} {size}x{size}", "memory": memory, "gpu": target, "precision": precision}
                 row |= {"kernel": kernel, "tile": text_of(tile), "digest": need.digest[:12]}
-                found.append(row | {"registers": need.registers, "spills": need.spills, "shared": need.shared})
-    return found
+                measured.append(row | {"registers": need.registers, "spills": need.spills, "shared": need.shared})
+    return measured
 
 
 def text_of(tile: dict[str, Any]) -> str:
@@ -67,8 +67,8 @@ def table(rows: Iterable[Row]) -> str:
 def summary(rows: list[Row]) -> str:
     """Markdown, a line per GPU and kernel: how many, and the most that any of them needs."""
     lines = ["| GPU | kernel | tile | compiled | most registers | spilled bytes | most shared KiB |", "|" + "---|" * 7]
-    for (gpu, kernel, tile), own in itertools.groupby(sorted(rows, key=_kind), _kind):
-        same = list(own)
+    for (gpu, kernel, tile), group in itertools.groupby(sorted(rows, key=_kind), _kind):
+        same = list(group)
         most = {name: max(row[name] for row in same) for name in ("registers", "spills", "shared")}
         numbers = f"{len(same)} | {most['registers']} | {most['spills']} | {most['shared'] / 1024:.0f}"
         lines.append(f"| {gpu} | {kernel} | {tile} | {numbers} |")
@@ -85,7 +85,9 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=("sm_80", "sm_90", "sm_100"), default=["sm_80", "sm_90"])
     blocks = [f"{topology}:{size}" for topology, size in catalogue()]
     parser.add_argument("--blocks", nargs="+", default=blocks, metavar="TOPOLOGY:SIZE", help="default: the catalogue")
-    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=[*MEMORY], help="how tensors lie; default: all")
+    parser.add_argument(
+        "--memory", nargs="+", choices=MEMORY, default=[*MEMORY], help="layouts of the tensors; default: all"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
     parser.add_argument("--table", action="store_true", help="print every kernel")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a JSON file there")
@@ -94,9 +96,9 @@ def main() -> int:
     jobs = [(*block, memory, target) for memory in args.memory for block in sizes for target in args.targets]
     rows: list[Row] = []
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        for done, (job, found) in enumerate(zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True), 1):
+        for done, (job, measured) in enumerate(zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True), 1):
             print(f"{done}/{len(jobs)}: {' '.join(map(str, job))}", file=sys.stderr, flush=True)
-            rows += found
+            rows += measured
     print(table(rows) if args.table else summary(rows))
     wrong = [row for row in rows if row["spills"] or row["shared"] > LARGEST_SHARED[row["gpu"]]]
     different = len({row["digest"] for row in rows})

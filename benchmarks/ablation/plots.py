@@ -38,9 +38,9 @@ def plot(results: Results, path: Path) -> None:
             left.text(0.02, place, words, **style)
             continue
         left.plot(list(variant.accuracy.values()), [place] * len(variant.accuracy), ".", color="0.6")
-        _bar(left, estimate(list(variant.accuracy.values())), place, whole=False)
+        _bar(left, estimate(list(variant.accuracy.values())), place, interval=False)
         if PLAIN in variants and variant is not variants[PLAIN]:
-            _bar(right, difference(variant, variants[PLAIN]), place, whole=True)
+            _bar(right, difference(variant, variants[PLAIN]), place, interval=True)
     left.set_yticks(range(len(names)), names, fontsize="small")
     left.set_ylim(len(names) - 0.5, -0.5)  # the first on top
     left.set_xlabel("test accuracy, %: each seed, mean ± standard deviation")
@@ -59,12 +59,12 @@ def plot(results: Results, path: Path) -> None:
     write_atomically(path, lambda file: file.write(drawn.getvalue()))
 
 
-def _bar(axes: Any, value: Estimate | None, place: int, whole: bool) -> None:
-    """A mean with its standard deviation, or (``whole``) its interval."""
+def _bar(axes: Any, value: Estimate | None, place: int, interval: bool) -> None:
+    """Draw a mean with its standard deviation, or with its interval."""
     if value is None:
         return
     reach = value.std or 0.0
-    if whole and value.interval is not None:
+    if interval and value.interval is not None:
         reach = value.interval[1] - value.mean
-    color = "C0" if not whole else "black" if value.is_a_difference else "0.6"
+    color = "C0" if not interval else "black" if value.is_a_difference else "0.6"
     axes.errorbar(value.mean, place, xerr=reach, fmt="o", color=color, capsize=3)

@@ -94,8 +94,8 @@ def markdown(results: Results) -> str:
     variants = {name: VariantRuns(results, name) for name in have}
     parts = [f"**{table.title}**\n\n{_table(table, variants)}" for table in tables]
     comparisons = dict.fromkeys(pair for table in tables for pair in table.pairs())
-    found = [difference(variants[a], variants[b]) for a, b in comparisons]
-    return "\n\n".join([*parts, _reading(results, [d for d in found if d is not None])])
+    differences = [difference(variants[a], variants[b]) for a, b in comparisons]
+    return "\n\n".join([*parts, _reading(results, [d for d in differences if d is not None])])
 
 
 def _table(table: PaperTable, variants: Mapping[str, VariantRuns]) -> str:
@@ -111,8 +111,8 @@ def _table(table: PaperTable, variants: Mapping[str, VariantRuns]) -> str:
         cells = [_accuracy(estimate(list(variant.accuracy.values())))]
         cells.append("" if variant is base else _difference(difference(variant, base)))
         if before_too:
-            told = before is None or before is base  # in the column before
-            cells.append("" if told or before is None else _difference(difference(variant, before)))
+            shown_before = before is None or before is base  # in the column before
+            cells.append("" if shown_before or before is None else _difference(difference(variant, before)))
         loss = estimate(variant.training_loss)
         cells.append("" if loss is None else f"{loss.mean:.4f}")
         cells += [f"{variant.diverged} of {variant.runs}", f"{variant.parameters:,}"]
@@ -139,7 +139,7 @@ def _difference(value: Estimate | None) -> str:
     return f"**{text}**" if value.is_a_difference else text
 
 
-def _reading(results: Results, found: Sequence[Estimate]) -> str:
+def _reading(results: Results, differences: Sequence[Estimate]) -> str:
     p, e = results.settings["protocol"], results.environment
     seeds = len({row.case["seed"] for row in results.rows if row.mode == TRAIN})
     sentences = [
@@ -148,7 +148,7 @@ def _reading(results: Results, found: Sequence[Estimate]) -> str:
         "Mean ± sample standard deviation after the last epoch, of the runs that did not diverge; the loss is that of the "
         "last epoch's augmented images.",
     ]
-    with_interval = [d for d in found if d.interval is not None]
+    with_interval = [d for d in differences if d.interval is not None]
     if with_interval:
         outside = sum(d.is_a_difference for d in with_interval)
         sentences.append(

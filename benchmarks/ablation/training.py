@@ -152,10 +152,10 @@ def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
     if ablation.out is None or ablation.overwrite or not ablation.out.exists():
         return Results(BENCHMARK, facts, {"protocol": protocol})
     results = load(ablation.out)
-    found = results.settings.get("protocol")
-    if results.benchmark != BENCHMARK or not isinstance(found, dict):
+    written = results.settings.get("protocol")
+    if results.benchmark != BENCHMARK or not isinstance(written, dict):
         raise UserError(f"{ablation.out} holds something else than an ablation: --overwrite discards it")
-    old, new = _flat(found), _flat(protocol)
+    old, new = _flat(written), _flat(protocol)
     changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise UserError(

@@ -20,7 +20,7 @@ def sweep(case: StepCase) -> list[tuple[StepCase, list[Variant]]]:
     Args:
         case: what to train.
     """
-    found = []
+    cases = []
     for count in range(1, len(BRANCHES) + 2):
         names, stem = BRANCHES[:count], count > len(BRANCHES)
         last = STEM if stem else names[-1]
@@ -31,8 +31,8 @@ def sweep(case: StepCase) -> list[tuple[StepCase, list[Variant]]]:
             # A stem of nested blocks has no place for norms inside: it runs unsqueezed, as its branches are.
             on_3x3("offline", on_stem, topology=with_norms(branches(names)), offline=True),
         ]
-        found.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), variants))
-    return found
+        cases.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), variants))
+    return cases
 
 
 def branches(names: tuple[str, ...]) -> Declaration:

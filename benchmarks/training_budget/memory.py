@@ -32,7 +32,7 @@ class Split:
         squeeze: saved for the backward pass by the squeeze.
         buffers: of the model, and the batch.
         temporary: all else, such as gradients of feature maps.
-        rounding: what the allocator gives beyond what was asked for.
+        rounding: what the allocator adds to the requested bytes.
     """
 
     parameters: int
@@ -67,7 +67,7 @@ class Recorder(Protocol):
         """Forget the peak so far."""
 
     def peak(self) -> tuple[int, int] | None:
-        """Bytes handed out at the peak since `start`, and how many of them were asked for; None if it does not count."""
+        """Return the bytes allocated at the peak since `start`, and those requested; None if it does not count them."""
 
 
 class CpuRecorder:
@@ -79,12 +79,12 @@ class CpuRecorder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             value = call()
         results = profiler.profiler.kineto_results
-        found = []
+        events = []
         for event in _descend(results.experimental_event_tree()):
             fields = event.extra_fields
             if isinstance(fields, torch._C._profiler._ExtraFields_Allocation) and fields.device.type == "cpu":
-                found.append((event.start_time_ns, Event(fields.ptr, fields.alloc_size)))
-        return value, [event for _, event in sorted(found, key=lambda pair: pair[0])]
+                events.append((event.start_time_ns, Event(fields.ptr, fields.alloc_size)))
+        return value, [event for _, event in sorted(events, key=lambda pair: pair[0])]
 
     def start(self) -> None:
         pass
@@ -123,7 +123,7 @@ def recorder(device: str) -> Recorder:
 
 
 def occupied(device: str) -> tuple[int, int]:
-    """Bytes handed out now, and how many of them were asked for. On the CPU, where nobody counts them, 0."""
+    """Return the bytes allocated now, and how many of them were requested. On the CPU, which does not count them, 0."""
     if device == "cpu":
         return 0, 0
     torch.cuda.synchronize()
@@ -154,7 +154,7 @@ def measure(
     Args:
         step: has run before, so that its optimizer has its state and nothing is compiled any more.
         watch: the allocator.
-        before: `occupied` when the model was not yet built: what others hold.
+        before: `occupied` before the model was built.
         eager: whether the squeeze runs as its own function. A compiled model mixes its intermediates with all others.
 
     Returns:
@@ -263,7 +263,7 @@ def split_peak(
     parts = dict.fromkeys(("gradients", "activations", "squeeze", "temporary"), 0)
     for index in at_peak.values():
         phase, event = events[index]
-        # An address is used again and again: only the block that survives the backward pass is a gradient, and only one
+        # Addresses are reused: only the block that survives the backward pass is a gradient, and only one
         # of the forward pass is what was saved.
         if event.address in gradients and after_backward.get(event.address) == index:
             part = "gradients"

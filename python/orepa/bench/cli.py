@@ -181,7 +181,7 @@ def step_config(args: argparse.Namespace) -> StepConfig:
 
     check_folders(args.out, args.plot)
     variants = all_variants()
-    asked = list(variants) if args.variants is None else _pick("--variants", args.variants, variants)
+    selected = list(variants) if args.variants is None else _pick("--variants", args.variants, variants)
     common = _set_up(args)
     device = common["device"]
     if args.inputs and (args.batch_sizes or args.img_size):
@@ -196,8 +196,8 @@ def step_config(args: argparse.Namespace) -> StepConfig:
     cases = [StepCase(m, n, px, args.autocast, layout, device) for m in names(args.models) for n, px in pairs]
     graphs = args.cuda_graph or {"cpu": "off", "cuda": "both"}[device]
     return StepConfig(
-        cases=[(case, choose(asked, variants)) for case in cases],
-        timed=asked,
+        cases=[(case, choose(selected, variants)) for case in cases],
+        timed=selected,
         launches={"on": ("graph",), "off": ("plain",), "both": ("graph", "plain")}[graphs],
         **common,
     )
@@ -260,10 +260,10 @@ def names(text: str) -> list[str]:
 
 def _pick(option: str, text: str, among: Mapping[str, Any]) -> list[str]:
     """Return the names in a list, in the order of ``among``."""
-    asked = names(text)
-    if not asked or any(name not in among for name in asked):
+    selected = names(text)
+    if not selected or any(name not in among for name in selected):
         raise UserError(f"{option} must be among {', '.join(among)}, got {text!r}")
-    return [name for name in among if name in asked]
+    return [name for name in among if name in selected]
 
 
 def count(text: str) -> int:

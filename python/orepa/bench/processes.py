@@ -1,7 +1,7 @@
 """Run one benchmark in several fresh processes, one after the other, and merge what they measure.
 
-Two processes differ in what a single one cannot see: where its memory lies, which clock it got. Measured in several, that
-difference is part of what `orepa.timing.summary` reports.
+Two processes differ in what a single one cannot see: the addresses of its memory, the clock of its core. Measured in several,
+that difference is part of what `orepa.timing.summary` reports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Job = Callable[[Say, Save], object]
 
 
 def run(jobs: Sequence[Job], say: Say, save: Save) -> Results:
-    """Run each job in a process of its own.
+    """Run each job in a new process.
 
     A process that dies is reported in ``lost``; its measurements count, and the others still run. If this process dies,
     however it does, so does the worker.

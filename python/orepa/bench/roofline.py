@@ -35,12 +35,12 @@ def products(block: Block) -> list[Product]:
     Rows are (output channel, tap of the second layer), columns (input channel, tap of the first): the layout in which the
     composition is one product, for a 1x1 first layer exactly the kernel itself.
     """
-    found = []
+    pairs = []
     for term in (term for nested in _blocks(block) for term in nested.terms if isinstance(term, Composed)):
         first, second, groups = term.first.shape, term.second.shape, block.groups
         rows, columns = second[0] // groups * math.prod(second[2:]), math.prod(first[1:])
-        found.append(Product(groups, rows, first[0] // groups, columns))
-    return found
+        pairs.append(Product(groups, rows, first[0] // groups, columns))
+    return pairs
 
 
 def flops(block: Block, mode: str) -> int:
