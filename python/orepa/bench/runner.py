@@ -21,7 +21,7 @@ Save = Callable[[Results], object]  # gets all results whenever there are more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class BenchConfig:
     """How to measure: ``seconds`` of timing over all cases and processes; everything else comes on top.
 
     A candidate gets ``rounds`` samples in each process where the time suffices, and at least `orepa.timing.LEAST_ROUNDS`.
@@ -74,7 +74,7 @@ def build_safely(name: str, build: Callable[[], Candidate], floor: bool = False)
 
 
 def run(
-    config: Config,
+    config: BenchConfig,
     results: Results,
     cases: Sequence[Any],
     build: Callable[[Any], Sequence[Candidate]],

@@ -21,7 +21,7 @@ from .runner import Candidate, Save, Say
 
 
 @dataclass(frozen=True, kw_only=True)
-class SqueezeConfig(runner.Config):
+class SqueezeConfig(runner.BenchConfig):
     """What to measure, and how.
 
     Raises:

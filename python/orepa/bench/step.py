@@ -50,7 +50,7 @@ class StepCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig(runner.Config):
+class StepConfig(runner.BenchConfig):
     """What to measure, and how."""
 
     modes: Sequence[str] = ("step",)
