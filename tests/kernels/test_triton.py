@@ -72,7 +72,7 @@ def test_importing_the_package_does_not_import_triton():
 def test_precision_follows_the_newer_setting_too(way):
     """Said that way, PyTorch refuses to answer the older question, and nobody here may ask it."""
     code = f"import torch; torch.backends.{way}fp32_precision = 'tf32'; import orepa_kernels.info\n"
-    code += "from orepa_kernels.precision import float32_precision\n"
+    code += "from orepa_kernels.guards import float32_precision\n"
     code += "from orepa_kernels.backends.triton.device import Device\n"
     code += "orepa_kernels.info.collect(); print(float32_precision(), Device('cuda', 90).precision())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
