@@ -139,11 +139,11 @@ def training_extra() -> None:
 def checkpoint(training_extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a finished run, beside its other files; to be read only."""
     from orepa.cli import main
-    from orepa.train import outcome
+    from orepa.train import evaluation
 
     out = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcome, "_ROUNDS", 1)
+        patch.setattr(evaluation, "_ROUNDS", 1)
         small = ("--limit", "32", "--batch-size", "16", "--epochs", "1")
         assert main(["train", *small, "--out", str(out)]) == 0
     return out / "checkpoint.pt"

@@ -13,8 +13,7 @@ from typing import NoReturn
 
 from .bench.cli import add_commands as add_bench
 from .errors import UserError
-from .train import options as train_options
-from .train.options import number
+from .train.config import add_options, float_in, parse_request
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
 _INSTALL = 'pip install "orepa-kernels[train]"'
@@ -53,10 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     digits = args.data in (None, "digits")
     _require(*_TRAINING, *(("sklearn",) if digits else ()))
-    from .train.run import Request, train
+    from .train.run import train
 
-    given, how = train_options.split(args)
-    return train(Request(given, **how))
+    return train(parse_request(args))
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -75,7 +73,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _analyze(args: argparse.Namespace) -> int:
     _require("timm", "matplotlib")
-    from .train.analyze import analyze_checkpoint
+    from .train.export import analyze_checkpoint
 
     out = args.checkpoint.parent if args.out is None else args.out
     print(analyze_checkpoint(args.checkpoint, out, args.tolerance))
@@ -88,9 +86,9 @@ def _convert_official(args: argparse.Namespace) -> int:
     from .models.checkpoints import plain_from_official
     from .surgery.convert import ConversionError
     from .surgery.report import report
-    from .train.files import save
+    from .train.files import check_target, save
 
-    _check_target(args.out, args.force)
+    check_target(args.out, args.force)
     try:
         _, spec = models.spec_of(args.arch)
         model = plain_from_official(args.checkpoint, args.arch)
@@ -105,15 +103,6 @@ def _convert_official(args: argparse.Namespace) -> int:
     ours = " (after import orepa.models)" if hasattr(models, spec.plain) else ""  # the one that timm lacks
     print(f"written to {args.out}: a state dict for timm.create_model({spec.plain!r}){ours}")
     return 0
-
-
-def _check_target(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name the file to write")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already (--force replaces it)")
-    if not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -197,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "Ctrl-C or kill: continue with --resume, bit by bit.",
     )
     train.set_defaults(run=_train)
-    train_options.add(train)
+    add_options(train)
 
     convert = commands.add_parser(
         "convert",
@@ -224,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: that of CKPT)")
     analyze.add_argument(
         "--tolerance",
-        type=number(),
+        type=float_in(),
         default=1e-3,
         metavar="X",
         help="relative change of a block's kernel that pruning may cause (default: 1e-3)",

@@ -15,10 +15,10 @@ from train_runs import OUTPUTS, SMALL, Image, assert_same_run, timm, train
 
 import orepa
 from orepa.cli import main
-from orepa.train import loop, outcome, run
+from orepa.train import evaluation, loop
 from orepa.train.config import Config
 from orepa.train.data import Loaders
-from orepa.train.digits import load_digits
+from orepa.train.datasets import load_digits
 from orepa.train.export import save_deployed
 from orepa.train.files import load_checkpoint
 from orepa.train.model import create, from_checkpoint
@@ -193,7 +193,7 @@ def test_a_failed_conversion_writes_no_deploy_file(
     def refuse(*_: Any, **__: Any) -> nn.Module:
         raise orepa.ConversionError("the converted model's output differs by 1")
 
-    monkeypatch.setattr(outcome, "convert", refuse)
+    monkeypatch.setattr(evaluation, "convert", refuse)
     assert train("--limit", 32, "--batch-size", 16, "--epochs", 1, "--out", "run") == 2
     assert "failed its check" in capsys.readouterr().err
     assert Path("run/checkpoint.pt").exists() and not Path("run/deploy.pt").exists()
@@ -208,11 +208,11 @@ def test_the_outcome_shows_a_difference_where_there_is_one(monkeypatch: pytest.M
     def wrong(model: nn.Module, **_: Any) -> nn.Module:
         return nn.Sequential(orepa.convert(model), nn.Linear(10, 10))
 
-    monkeypatch.setattr(outcome, "convert", wrong)
-    result = outcome.conclude(model, loaders.val_all, torch.device("cpu"))
+    monkeypatch.setattr(evaluation, "convert", wrong)
+    result = evaluation.evaluate_conversion(model, loaders.val_all, torch.device("cpu"))
     assert result.columns["converted"].changed > 0 and result.columns["converted"].max_difference > 1e-3
     assert result.columns["trained"].changed == 0
-    assert "changed no prediction" not in run.verdict(result)
+    assert "changed no prediction" not in result.summary()
 
 
 # --- the registered models ----------------------------------------------------------------------------------------------------

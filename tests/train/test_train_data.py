@@ -11,8 +11,8 @@ import torch
 from train_runs import FOLDER, assert_same_run, stop_and_resume, train
 
 from orepa.train.config import Config
-from orepa.train.data import EpochOrder, Images, Loaders, load_data
-from orepa.train.digits import load_digits
+from orepa.train.data import EpochOrder, Images, Loaders
+from orepa.train.datasets import load_data, load_digits
 from orepa.train.files import load_checkpoint
 
 pytest_plugins = ("train_runs",)
@@ -198,8 +198,8 @@ def test_a_broken_image_is_replaced_in_training_and_left_out_in_validation(folde
     loaders = Loaders(load_data(config, str(folder), {}), config)
     assert [len(labels) for _, labels in loaders.train(0)] == [8, 8, 8]
     assert sum(len(labels) for _, labels in loaders.val()) == 7
-    loaders.skipped.agree()
-    assert len(loaders.skipped.known) == 3
+    loaders.bad_samples.sync()
+    assert len(loaders.bad_samples.known) == 3
 
 
 @pytest.mark.usefixtures("only_training")

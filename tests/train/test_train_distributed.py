@@ -15,12 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from train_runs import FOLDER, steady, timm, train
+from train_runs import FOLDER, steady, sync_norm, timm, train
 
-from orepa.train import loop, sync_norm
+from orepa.train import loop
+from orepa.train.distributed import world_size
 from orepa.train.files import load_checkpoint
-from orepa.train.processes import world_size
-from orepa.train.sync_norm import synchronise_norms
 
 BatchNormAct2d = timm.layers.BatchNormAct2d
 
@@ -51,11 +50,16 @@ def start(
             from orepa.cli import main
             from orepa.train import run
 
+            sys.path.append("TESTS")
+            import sync_norm
+
+            sync_norm.install()
+
             def told(trainer, *_):
                 print("parameters:", {type(p).__name__ for p in trainer.module.parameters()})
 
-            run._conclude = told
-        """)
+            run._evaluate = told
+        """).replace("TESTS", str(Path(__file__).parent))
         + textwrap.dedent(mishap)
         + "\nsys.exit(main())\n"
     )
@@ -208,7 +212,7 @@ def test_torchrun_knows_best(
 def test_a_lone_synchronised_norm_is_the_norm_that_it_was(activation: bool) -> None:
     norm: nn.Module = BatchNormAct2d(4) if activation else nn.BatchNorm2d(4)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
-    twin = synchronise_norms(nn.Sequential(nn.Conv2d(3, 4, 3), type(norm)(4)), torch.device("cpu"))
+    twin = sync_norm.synchronise_norms(nn.Sequential(nn.Conv2d(3, 4, 3), type(norm)(4)))
     assert type(twin[1]) is not type(norm) and isinstance(twin[1], type(norm))
     twin.load_state_dict(model.state_dict())
     for training in (True, False):
@@ -235,7 +239,7 @@ def test_a_synchronised_norm_sees_the_images_of_all(
     with torch.no_grad():
         plain.weight.copy_(torch.rand(4) + 0.5)
         plain.bias.copy_(torch.randn(4))
-    synced = synchronise_norms(nn.Sequential(copy.deepcopy(plain)), torch.device("cpu"))
+    synced = sync_norm.synchronise_norms(nn.Sequential(copy.deepcopy(plain)))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))

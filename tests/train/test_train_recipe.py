@@ -17,11 +17,10 @@ from orepa.cli import main
 from orepa.optim import without_weight_decay
 from orepa.train import loop
 from orepa.train.config import Config
-from orepa.train.data import load_data
+from orepa.train.datasets import load_data
 from orepa.train.files import load_checkpoint
 from orepa.train.model import create, from_checkpoint
-from orepa.train.objective import Objective
-from orepa.train.signals import StopRequest
+from orepa.train.runtime import StopRequest
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")
@@ -167,7 +166,7 @@ def test_what_cannot_be_combined(options: tuple[object, ...], message: str, caps
 
 def test_nothing_is_mixed_or_smoothed_unless_asked_for() -> None:
     images, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 0, 2])
-    objective, logits = Objective(Config(), 10), torch.randn(4, 10)
+    objective, logits = loop.Objective(Config(), 10), torch.randn(4, 10)
     mixed, targets = objective.mix(images, labels)
     assert mixed is images and targets is labels
     torch.testing.assert_close(objective.loss(logits, labels), -logits.log_softmax(1)[range(4), labels].mean())
@@ -178,13 +177,13 @@ def test_label_smoothing() -> None:
     targets = torch.full((4, 10), 0.02)
     targets[range(4), labels] += 0.8
     expected = -(targets * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(Objective(Config(label_smoothing=0.2), 10).loss(logits, labels), expected)
+    torch.testing.assert_close(loop.Objective(Config(label_smoothing=0.2), 10).loss(logits, labels), expected)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_mixes_images_and_targets_alike(kind: str) -> None:
     images = torch.stack([torch.full((1, 8, 8), float(i)) for i in range(4)])  # the image i is of class i
-    objective = Objective(Config(**{kind: 1.0, "label_smoothing": 0.1}), 4)
+    objective = loop.Objective(Config(**{kind: 1.0, "label_smoothing": 0.1}), 4)
     numpy.random.seed(3)
     mixed, targets = objective.mix(images.clone(), torch.arange(4))
     assert not torch.equal(mixed, images)

@@ -18,9 +18,9 @@ from train_runs import FOLDER, OUTPUTS, SMALL, assert_same, assert_same_run, res
 
 from orepa.errors import UserError
 from orepa.train import files, loop
-from orepa.train.events import Events
 from orepa.train.files import load_checkpoint, write_atomically
-from orepa.train.signals import Stopped, StopRequest
+from orepa.train.report import Events
+from orepa.train.runtime import Stopped, StopRequest
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")
@@ -164,7 +164,7 @@ def test_a_signal_in_mid_epoch_and_bit_exact_resume(
 
 def test_a_signal_while_the_loop_looks_around_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = restless_trainer(Path("run.pt"))
-    most = trainer._most
+    most = trainer._all_reduce_max
 
     def interrupted(*values: float) -> list[Any]:
         agreed = most(*values)
@@ -172,7 +172,7 @@ def test_a_signal_while_the_loop_looks_around_is_not_lost(monkeypatch: pytest.Mo
             trainer.stop.number = signal.SIGTERM
         return agreed
 
-    monkeypatch.setattr(trainer, "_most", interrupted)
+    monkeypatch.setattr(trainer, "_all_reduce_max", interrupted)
     with pytest.raises(Stopped):
         trainer.run()
     assert trainer.step == 4

@@ -23,12 +23,12 @@ for package in ("sklearn", "tensorboard", "matplotlib", "tqdm"):
 from PIL import Image  # noqa: E402
 
 from orepa.cli import main  # noqa: E402
-from orepa.train import loop, outcome, run  # noqa: E402
+from orepa.train import evaluation, loop, run  # noqa: E402
 from orepa.train.config import Config  # noqa: E402
 from orepa.train.data import Loaders  # noqa: E402
-from orepa.train.digits import load_digits  # noqa: E402
+from orepa.train.datasets import load_digits  # noqa: E402
 from orepa.train.files import load_checkpoint  # noqa: E402
-from orepa.train.signals import StopRequest  # noqa: E402
+from orepa.train.runtime import StopRequest  # noqa: E402
 
 # 4 steps per epoch
 SMALL = ("--limit", "64", "--batch-size", "16", "--epochs", "3", "--checkpoint-every", "3")
@@ -40,14 +40,14 @@ VOLATILE = ("seconds", "images_per_second", "peak_memory_mb")  # of a record: wh
 @pytest.fixture
 def small_and_quick(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, short timings, and an empty working directory."""
-    monkeypatch.setattr(outcome, "_ROUNDS", 2)
+    monkeypatch.setattr(evaluation, "_ROUNDS", 2)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end with their last checkpoint: what is compared is how they were trained."""
-    monkeypatch.setattr(run, "_conclude", lambda *_: None)
+    monkeypatch.setattr(run, "_evaluate", lambda *_: None)
 
 
 def train(*arguments: object) -> int:
@@ -108,7 +108,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that every interrupted one has to equal."""
     out = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcome, "_ROUNDS", 2)
+        patch.setattr(evaluation, "_ROUNDS", 2)
         assert train(*SMALL, "--out", out) == 0
     return out
 

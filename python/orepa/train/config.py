@@ -1,9 +1,14 @@
-"""What determines the result of a run, where its defaults come from, and what `--resume` may change."""
+"""The options of `orepa train`, declared once as dataclass fields: parser, defaults, and what `--resume` may change.
+
+Imports nothing heavy, so that ``orepa --help`` is quick.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,14 @@ CIFAR10 = "cifar10"
 CIFAR100 = "cifar100"
 SHARDS = "shards"
 
-# The paper's recipe (section 4.1); SGD with momentum 0.9, the cosine schedule, random-resized-crop and flip are the loop's own.
+# The paper's recipe (section 4.1); SGD with momentum 0.9, the cosine schedule, random-resized-crop and flip are not options.
 _PAPER: dict[str, Any] = {"epochs": 120, "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "warmup_epochs": 5}
 
-#: presets that can be asked for by name, with any data
+#: presets of ``--recipe``, for any data
 RECIPES: dict[str, dict[str, Any]] = {"paper": {**_PAPER, "img_size": 224}}
 
-# What each kind of data begins with. The digits are 1437 small images: they want smaller and fewer steps, and a second thread
-# would gain little on them, lose a lot on a busy machine, and change the last bits from machine to machine.
+# Defaults by kind of data. The digits are 1437 small images: they want smaller and fewer steps, and a second thread would gain
+# little, lose a lot on a busy machine, and change the last bits from machine to machine.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     FOLDER: _PAPER,
     SHARDS: _PAPER,
@@ -31,65 +36,110 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     DIGITS: {"epochs": 15, "batch_size": 64, "warmup_epochs": 2, "threads": 1, "img_size": 32},
 }
 
+_GROUPS = {
+    "what": None,
+    "recipe": "SGD with momentum 0.9, cosine schedule, linear warm-up (paper section 4.1)",
+    "machine": "one process per device, on one machine or, with --num-nodes and MASTER_ADDR, MASTER_PORT, NODE_RANK, on "
+    "several; or let torchrun start them",
+    "files": None,
+}
+
+
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer of at least ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def float_in(above: float | None = None, below: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite number, at least 0 (or above ``above``) and below ``below``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < below or (above is not None and value <= above):
+            bounds = f"{'from' if above is None else 'above'} 0" + ("" if below == math.inf else f", below {below:g}")
+            raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _option(default: Any, group: str, help: str, **arguments: Any) -> Any:
+    """Declare a field with an option: ``--name``, or a flag where the default is a bool (``--no-name`` if that is True)."""
+    if isinstance(default, bool):
+        arguments |= {"action": "store_const", "const": not default}
+    elif "choices" not in arguments:
+        arguments.setdefault("metavar", "N")
+    return field(default=default, metadata={"group": group, "arguments": {"help": help, **arguments}})
+
 
 @dataclass(frozen=True)
 class Config:
     """Everything that the trained weights depend on; stored in every checkpoint. `--resume` may change none of it.
 
-    Args:
-        model: a timm name.
-        orepa: whether the convolutions are swapped for `OREPAConv`.
-        preserve: whether the swapped model starts from the function of the plain one.
-        recipe: the preset that was asked for by name, ``"paper"``, or None.
-        data: ``"digits"``, ``"folder"``, ``"cifar10"``, ``"cifar100"`` or ``"shards"``.
-        img_size: side of the square input, in pixels.
-        epochs: length of the cosine schedule, warm-up included.
-        batch_size: images per optimizer step, over all devices and all parts of ``grad_accum``.
-        lr: peak learning rate, in steps of SGD with momentum 0.9.
-        weight_decay: on kernels and the classifier; norms and biases have none.
-        scale_weight_decay: whether the branch scalings have weight decay as well.
-        warmup_epochs: linear warm-up, in epochs.
-        grad_accum: parts that the images of a step are cut into, one forward and backward pass each.
-        ema: decay of the moving average of the weights, None for no such average.
-        label_smoothing: share of the target that is spread over all classes.
-        mixup, cutmix: their alpha; 0 turns each off.
-        sync_bn: whether batch norms take their statistics over all processes.
-        seed: of initial values, order and augmentation.
-        limit: number of training and of validation images, None for all.
-        precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or ``"64-true"``, as in Lightning Fabric.
-        threads: that compute on the CPU, None for PyTorch's own choice.
+    ``data`` is the kind of data, one of the constants above. The help text of the other fields says what they are.
     """
 
-    model: str = "test_resnet"
-    orepa: bool = True
-    preserve: bool = False
-    recipe: str | None = None
+    model: str = _option("test_resnet", "what", "any timm classifier (default: test_resnet)", metavar="NAME")
+    orepa: bool = _option(True, "what", "train the plain twin")
+    preserve: bool = _option(False, "what", "start from the function of the plain model's initial weights")
     data: str = DIGITS
-    img_size: int = 32
-    epochs: int = 120
-    batch_size: int = 256
-    lr: float = 0.1
-    weight_decay: float = 1e-4
-    scale_weight_decay: bool = False
-    warmup_epochs: int = 5
-    grad_accum: int = 1
-    ema: float | None = None
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    sync_bn: bool = False
-    seed: int = 0
-    limit: int | None = None
-    precision: str = "32-true"
-    threads: int | None = None
+    img_size: int = _option(32, "what", "default: the model's; 32 for the digits and CIFAR", type=int_at_least(8))
+    limit: int | None = _option(None, "what", "use N training and N validation images only", type=int_at_least(2))
+    recipe: str | None = _option(
+        None,
+        "recipe",
+        "the paper's, whatever the data: lr 0.1, weight decay 1e-4, batch 256, 120 epochs, 5 of them warm-up, 224x224, "
+        "random-resized-crop and flip; other options override it (default: the same at --img-size, but for the digits)",
+        choices=tuple(RECIPES),
+    )
+    epochs: int = _option(120, "recipe", "default: 120; 15 for the digits", type=int_at_least(1))
+    batch_size: int = _option(
+        256, "recipe", "images per step, over all devices (default: 256; 64 for the digits)", type=int_at_least(2)
+    )
+    grad_accum: int = _option(1, "recipe", "compute each step in N parts (default: 1)", type=int_at_least(1))
+    lr: float = _option(0.1, "recipe", "peak learning rate (default: 0.1)", type=float_in(above=0.0), metavar="X")
+    weight_decay: float = _option(
+        1e-4, "recipe", "default: 1e-4; none on norms and biases", type=float_in(), metavar="X"
+    )
+    scale_weight_decay: bool = _option(False, "recipe", "weight decay on the branch scalings as well")
+    warmup_epochs: int = _option(5, "recipe", "default: 5; 2 for the digits", type=int_at_least(0))
+    label_smoothing: float = _option(0.0, "recipe", "default: 0, off", type=float_in(below=1.0), metavar="X")
+    mixup: float = _option(0.0, "recipe", "default: 0, off", type=float_in(), metavar="ALPHA")
+    cutmix: float = _option(0.0, "recipe", "default: 0, off", type=float_in(), metavar="ALPHA")
+    ema: float | None = _option(
+        None,
+        "recipe",
+        "keep a moving average of the weights; it is what is validated and converted (default: off)",
+        type=float_in(above=0.0, below=1.0),
+        metavar="DECAY",
+    )
+    sync_bn: bool = _option(False, "recipe", "batch norms take their statistics over all processes; on GPUs")
+    seed: int = _option(0, "recipe", "of initial values, order, augmentation (default: 0)", type=int_at_least(0))
+    precision: str = _option(
+        "32-true", "machine", "default: 32-true", choices=("32-true", "bf16-mixed", "16-mixed", "64-true")
+    )
+    threads: int | None = _option(None, "machine", "default: PyTorch's choice; 1 for the digits", type=int_at_least(1))
 
     @classmethod
     def from_given(cls, given: dict[str, Any], model_img_size: int) -> Config:
-        """Fill in the defaults: those of the data set, over them the recipe's, over them what the user gave.
+        """Fill in the defaults: those of the data, overridden by the recipe's, overridden by what the user set.
 
         Args:
             given: the fields that the user set.
-            model_img_size: side of the images that the model is made for.
+            model_img_size: input size that the model is made for, in pixels.
 
         Raises:
             UserError: a warm-up as long as the run.
@@ -104,21 +154,21 @@ class Config:
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> Config:
-        """Read back what `as_dict` gave."""
+        """Restore what `as_dict` returned."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for the checkpoint and JSON."""
+        """Return plain data, for the checkpoint and JSON."""
         return asdict(self)
 
     @property
     def crops_and_flips(self) -> bool:
-        """Whether images are augmented as in the paper. A mirrored digit is no digit: the digits are only moved about."""
+        """Whether images are augmented as in the paper. A mirrored digit is no digit: digits only get small affine moves."""
         return self.recipe == "paper" or self.data != DIGITS
 
     def check_resume(self, given: dict[str, Any]) -> None:
-        """Refuse options that contradict the run that is resumed: the continuation would not be that run.
+        """Refuse options that contradict the resumed run: the continuation would be another run.
 
         Raises:
             UserError: names the first such option and both values.
@@ -127,16 +177,73 @@ class Config:
             mine = getattr(self, name)
             if value != mine and not (isinstance(value, float) and math.isclose(value, mine)):
                 raise UserError(
-                    f"cannot resume with another {option(name)}: the checkpoint has {mine!r}, asked is {value!r} "
-                    "(leave the option away, or start a new run in another --out)"
+                    f"cannot resume with another {_flag(name, getattr(Config, name))}: the checkpoint has {mine!r}, "
+                    f"asked is {value!r} (leave the option away, or start a new run in another --out)"
                 )
 
 
-def default_out(model: str, orepa: bool) -> Path:
-    """Where a run goes without ``--out``."""
-    return Path("runs") / f"{model.replace('/', '_')}-{'orepa' if orepa else 'plain'}"
+@dataclass(frozen=True)
+class Request:
+    """One call of `orepa train`: the user's settings, and the options that the trained weights do not depend on.
+
+    Args:
+        given: the fields of `Config` that the user set, ``data`` apart.
+    """
+
+    given: dict[str, Any]
+    data: str | None = _option(
+        None,
+        "what",
+        "train/ and val/ with class folders; WebDataset shards, *train*.tar and *val*.tar; or CIFAR-10 or -100 as "
+        "unpacked (default: digits)",
+        metavar="DIR",
+    )
+    max_broken: int | None = _option(
+        None,
+        "what",
+        "skip and report up to N images that cannot be read, then stop (default: 1%% of the images, but at least 10)",
+        type=int_at_least(0),
+    )
+    accelerator: str = _option("auto", "machine", "auto: cuda, or else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    devices: int | None = _option(None, "machine", "per machine (default: 1, or torchrun's)", type=int_at_least(1))
+    num_nodes: int | None = _option(None, "machine", "machines (default: 1, or torchrun's)", type=int_at_least(1))
+    strategy: str = _option(
+        "auto",
+        "machine",
+        "ddp: every process has the model; fsdp2: each has a share of it (default: ddp where there are several)",
+        choices=("auto", "ddp", "fsdp2"),
+    )
+    workers: int | None = _option(
+        None, "machine", "processes that load images (default: 4; 0 for the digits)", type=int_at_least(0)
+    )
+    out: Path | None = _option(None, "files", "default: runs/<model>-<orepa|plain>", type=Path, metavar="DIR")  # noqa: RUF009
+    resume: bool = _option(False, "files", "continue the run in --out; its options need not be repeated")
+    overwrite: bool = _option(False, "files", "discard the run in --out")
+    checkpoint_every: int = _option(
+        500, "files", "within epochs too (default: 500)", type=int_at_least(1), metavar="STEPS"
+    )
+    checkpoint_minutes: float = _option(
+        15.0, "files", "and when so much time has passed since the last one (default: 15)", type=float_in(above=0.0)
+    )
 
 
-def option(name: str) -> str:
-    """The command line's name of a field."""
-    return {"orepa": "--no-orepa"}.get(name, "--" + name.replace("_", "-"))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option per field of `Config` and `Request`. Those that the user leaves out are None."""
+    declared = [f for cls in (Config, Request) for f in fields(cls) if f.metadata]
+    for title, description in _GROUPS.items():
+        group = parser.add_argument_group(title, description)
+        for f in declared:
+            if f.metadata["group"] == title:
+                group.add_argument(_flag(f.name, f.default), dest=f.name, **f.metadata["arguments"])
+
+
+def parse_request(args: argparse.Namespace) -> Request:
+    """Build the request from the parsed options."""
+    names = {f.name for f in fields(Request)}
+    given = {name: value for name, value in vars(args).items() if name != "run" and value is not None}
+    config = {name: value for name, value in given.items() if name not in names}
+    return Request(config, **{name: value for name, value in given.items() if name in names})
+
+
+def _flag(name: str, default: Any) -> str:
+    return ("--no-" if default is True else "--") + name.replace("_", "-")

@@ -1,38 +1,39 @@
-"""Data whose every batch is a pure function of (seed, epoch, position), so that a run can be resumed anywhere."""
+"""Batches that are a pure function of (seed, epoch, position), so that a run can be resumed anywhere."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy
 import torch
+import torch.distributed as dist
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
 
-from ..errors import UserError
-from .config import CIFAR10, CIFAR100, DIGITS, FOLDER, SHARDS, Config
+from ..errors import CollectiveError, UserError, reason
+from .config import Config
 from .images import ImageData, Source
-from .signals import ignore_stops
-from .skipped import Broken, Skipped
+from .runtime import ignore_signals
 
 Batch = tuple[Tensor, Tensor]
 
 _ATTEMPTS = 32  # images tried in place of one that cannot be read
 
 
-def mix(*parts: object) -> int:
-    """A 63-bit seed from any values: unrelated streams for neighbouring arguments, the same on every machine."""
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed from any values: unrelated for neighbouring arguments, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_everything(seed: int, device: torch.device | None = None) -> None:
-    """Set the global generators of Python, NumPy and PyTorch (of the CPU, and of ``device``)."""
+    """Seed the global generators of Python, NumPy and PyTorch (on the CPU, and on ``device``)."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     if device is None or device.type == "cpu":
@@ -41,26 +42,70 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
 
 
+class BadSamples:
+    """The images that could not be read, by name, with the reason. Equal in all processes after each `sync`.
+
+    Args:
+        images: size of the data set, for the default of ``allowed``.
+        allowed: images that may be skipped, None for 1% of the images but at least ten.
+    """
+
+    def __init__(self, images: int, allowed: int | None = None) -> None:
+        self.allowed = max(10, images // 100) if allowed is None else allowed
+        self.known: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+
+    def add(self, samples: Iterable[tuple[str, str]]) -> None:
+        """Note what this process could not read, until the next `sync`."""
+        self._new.update((name, why) for name, why in samples if name not in self.known)
+
+    @property
+    def pending(self) -> bool:
+        """Whether this process has noted some since the last `sync`."""
+        return bool(self._new)
+
+    def sync(self) -> None:
+        """Merge what the processes have noted, and report it. A collective: all processes have to call it.
+
+        Raises:
+            CollectiveError: there are too many. The new ones are forgotten: they may be repaired before the run is resumed.
+        """
+        parts, single = [self._new], not (dist.is_available() and dist.is_initialized())
+        if not single:
+            parts = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, self._new)
+        new = {name: part[name] for part in parts for name in sorted(part) if name not in self.known}
+        self._new = {}
+        if new and len(self.known) + len(new) > self.allowed:
+            name, why = next(iter(new.items()))
+            many = f"more than {self.allowed} images cannot be read (see --max-broken): " if self.allowed else ""
+            raise CollectiveError(f"{many}cannot read the image {name}: {why}")
+        self.known.update(new)
+        if single or dist.get_rank() == 0:
+            for name, why in new.items():
+                tqdm.write(f"orepa: skipped an image, cannot read {name}: {why}", file=sys.stderr)
+
+
 class _Sample(NamedTuple):
     image: Tensor | None
     label: int
-    broken: list[Broken]
+    bad: list[tuple[str, str]]
 
 
 class _Loaded(NamedTuple):
-    """What a worker hands over: ``size`` images, or fewer with those in ``broken`` left out."""
+    """A batch as a worker returns it: of ``size`` images, without those in validation that cannot be read."""
 
     images: Tensor
     labels: Tensor
-    broken: list[Broken]
+    bad: list[tuple[str, str]]
     size: int
 
 
 class Images(Dataset[Any]):
-    """Source and transform together. With ``seed``, keys are ``(epoch, index)`` and the transform's randomness is theirs.
+    """Source and transform together. With ``seed``, keys are ``(epoch, index)`` and determine the augmentation.
 
     In training, an image that cannot be read is replaced by another one, drawn from (seed, epoch, index): so batches keep
-    their size, the processes stay in step, and the same happens again after a resume. In validation it is left out.
+    their size, the processes stay in step, and a resumed run takes the same. In validation it is left out.
     """
 
     def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int | None = None) -> None:
@@ -71,39 +116,33 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, key: Any) -> _Sample:
         epoch, index = (0, key) if self.seed is None else key
-        broken: list[Broken] = []
+        bad: list[tuple[str, str]] = []
         for attempt in range(1 if self.seed is None else _ATTEMPTS):
-            at = index if attempt == 0 else mix(self.seed, "instead", epoch, index, attempt) % len(self.source)
+            at = index if attempt == 0 else derive_seed(self.seed, "instead", epoch, index, attempt) % len(self.source)
             try:
                 image, label = self.source.load(at)
             except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-                broken.append(Broken(self.source.name(at), _reason(error)))
+                unknown = isinstance(error, UnidentifiedImageError)  # its message has an address in it
+                bad.append((self.source.name(at), "not an image in a known format" if unknown else reason(error)))
                 continue
             if self.seed is not None:
-                seed_everything(mix(self.seed, "augment", epoch, index))
-            return _Sample(self.transform(image), label, broken)
-        return _Sample(None, -1, broken)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"  # PIL's message has an address in it
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+                seed_everything(derive_seed(self.seed, "augment", epoch, index))
+            return _Sample(self.transform(image), label, bad)
+        return _Sample(None, -1, bad)
 
 
 def _collate(samples: Sequence[_Sample]) -> _Loaded:
-    read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
     return _Loaded(
-        images=torch.stack([image for image, _ in read]) if read else torch.zeros(0),
-        labels=torch.tensor([label for _, label in read]),
-        broken=[image for sample in samples for image in sample.broken],
+        images=torch.stack(images) if images else torch.zeros(0),
+        labels=torch.tensor([sample.label for sample in samples if sample.image is not None]),
+        bad=[image for sample in samples for image in sample.bad],
         size=len(samples),
     )
 
 
 class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of ``(epoch, index)``: a permutation drawn from (seed, epoch), from any batch on, cut into shares of the ranks.
+    """Batches of ``(epoch, index)``: a permutation drawn from (seed, epoch), from any batch on, shared out to the ranks.
 
     The last, incomplete batch of an epoch is dropped, unless it is the only one.
     """
@@ -117,7 +156,7 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         return self.size // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mix(self.seed, "order", self.epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
         for batch in range(self.first, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -132,7 +171,7 @@ class Loaders:
         config: of the run.
         workers: processes that load images; 0 loads in this one.
         rank, world_size: this process among those that share a batch.
-        max_broken: images that may be unreadable, None for the default of `Skipped`.
+        max_broken: images that may be unreadable, None for the default of `BadSamples`.
     """
 
     def __init__(
@@ -145,88 +184,51 @@ class Loaders:
         max_broken: int | None = None,
     ) -> None:
         self.data, self.batch_size = data, config.batch_size
-        self.skipped = Skipped(len(data.train) + len(data.val), max_broken)
+        self.bad_samples = BadSamples(len(data.train) + len(data.val), max_broken)
         self._order = EpochOrder(len(data.train), config.batch_size, config.seed, rank, world_size)
         self.steps = len(self._order)
-        share = range(rank, len(data.val), world_size)
-        common: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": ignore_stops}
+        common: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": ignore_signals}
         common |= {"persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
         self._train = DataLoader(Images(data.train, data.augment, config.seed), batch_sampler=self._order, **common)
         size = -(-config.batch_size // world_size)
-        self._val = DataLoader(Images(data.val, data.transform), size, sampler=list(share), **common)
-        self.val_steps = -(-len(range(0, len(data.val), world_size)) // size)  # of the process that has most
+        share = list(range(rank, len(data.val), world_size))
+        self._val = DataLoader(Images(data.val, data.transform), size, sampler=share, **common)
+        self.val_steps = -(-len(range(0, len(data.val), world_size)) // size)  # of the rank with most images
 
     def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number ``first`` on.
+        """Yield the batches of an epoch, from batch number ``first`` on.
 
         Raises:
-            UserError: image after image cannot be read.
+            UserError: `_ATTEMPTS` images in a row cannot be read.
         """
         self._order.epoch, self._order.first = epoch, first
         for loaded in self._train:
-            self.skipped.note(loaded.broken)
+            self.bad_samples.add(loaded.bad)
             if len(loaded.labels) < loaded.size:
-                name, reason = loaded.broken[-1]
-                raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last being {name}: {reason}")
+                name, why = loaded.bad[-1]
+                raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last being {name}: {why}")
             yield loaded.images, loaded.labels
 
     def val(self) -> Iterator[Batch]:
-        """This rank's share of the validation images, always in the same order."""
+        """Yield this rank's share of the validation images, in a fixed order."""
         return self._readable(self._val)
 
     def val_all(self) -> Iterator[Batch]:
-        """All validation images, whatever the rank, loaded in this process."""
+        """Yield all validation images, on any rank, loaded in this process."""
         images = Images(self.data.val, self.data.transform)
         return self._readable(DataLoader(images, self.batch_size, collate_fn=_collate))
 
     def _readable(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         for loaded in loader:
-            self.skipped.note(loaded.broken)
+            self.bad_samples.add(loaded.bad)
             if len(loaded.labels):
                 yield loaded.images, loaded.labels
 
     def close(self) -> None:
-        """End the workers. They ignore the signals by which Python would end them at exit, and it would wait forever."""
+        """Kill the workers: they ignore SIGTERM, by which Python would end them at exit, and it would wait forever."""
         for loader in (self._train, self._val):
             iterator: Any = loader._iterator
             if iterator is not None:
                 iterator._shutdown_workers()
                 for worker in iterator._workers:
                     worker.kill()
-
-
-def kind_of_data(path: str | None) -> str:
-    """What a path holds: one of the values of `Config.data`. What is nothing else is taken for an image folder."""
-    if path in (None, DIGITS):
-        return DIGITS
-    from .cifar import which_cifar
-    from .shards import has_shards
-
-    place = Path(path)
-    return which_cifar(place) or (SHARDS if has_shards(place) else FOLDER)
-
-
-def load_data(config: Config, path: str | None, cfg: dict[str, Any]) -> ImageData:
-    """The data of a run.
-
-    Args:
-        config: of the run.
-        path: of the folder, None for the digits.
-        cfg: timm's facts about the model, for mean, std and interpolation.
-
-    Raises:
-        UserError: the folder or what it holds is not what it should be.
-    """
-    from .cifar import load_cifar
-    from .digits import load_digits
-    from .folder import load_folder
-    from .shards import load_shards
-
-    if config.data == DIGITS:
-        return load_digits(config.img_size, config.limit, config.crops_and_flips)
-    assert path is not None
-    if config.data == SHARDS:
-        return load_shards(path, config.img_size, config.limit, cfg)
-    if config.data in (CIFAR10, CIFAR100):
-        return load_cifar(config.data, path, config.img_size, config.limit, cfg)
-    return load_folder(path, config.img_size, config.limit, cfg)

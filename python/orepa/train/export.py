@@ -1,4 +1,4 @@
-"""Deploy files: plain weights that timm alone can load; and `orepa convert`, which makes them from checkpoints."""
+"""`orepa convert` and `orepa analyze`: what becomes of a checkpoint of `orepa train`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..analysis.measure import Analysis, analyze
 from ..errors import UserError
 from ..surgery.convert import ConversionError, convert
 from ..surgery.report import Report, report
-from .files import DEPLOY_FORMAT, VERSION, load_checkpoint, save
-from .model import as_timms_own, from_checkpoint, which_weights
+from .files import (
+    DEPLOY_FORMAT,
+    VERSION,
+    check_target,
+    load_checkpoint,
+    make_folder,
+    save,
+    write_atomically,
+    write_json,
+)
+from .model import describe_weights, from_checkpoint, to_timm
 
 
 def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
-    """Write a converted model as plain weights and what is needed to use them.
-
-    The batch norms are not folded, so the weights fit timm's own model::
+    """Write a converted model as plain weights and what is needed to use them, which timm alone can load::
 
         d = torch.load(path, weights_only=True)
         model = timm.create_model(d["model"], **d["model_kwargs"])
@@ -26,44 +34,75 @@ def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
 
     Args:
         path: of the file.
-        model: converted with ``fold_bn=False``.
+        model: converted with ``fold_bn=False``, as timm's model has batch norms.
         spec: ``model``, ``model_kwargs``, ``classes``, ``img_size``, ``preprocessing``.
 
     Raises:
         UserError: the file cannot be written.
     """
-    spec, state = as_timms_own(spec, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    spec, state = to_timm(spec, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     save(path, {"format": DEPLOY_FORMAT, "version": VERSION, **spec, "state_dict": state})
 
 
 def convert_checkpoint(checkpoint: Path, out: Path, force: bool = False) -> tuple[Report, str]:
-    """Convert a checkpoint of ``orepa train``, verify, and write a deploy file.
+    """Convert a checkpoint of ``orepa train``, finished or not, verify the result, and write a deploy file.
 
     Args:
-        checkpoint: finished or not.
+        checkpoint: to read.
         out: the deploy file.
         force: replace ``out`` if it exists.
 
     Returns:
-        What was done, layer by layer, and which weights of the checkpoint it was done to.
+        The report of the conversion, layer by layer, and which weights of the checkpoint were converted.
 
     Raises:
         UserError: the checkpoint is missing, damaged or not one; ``out`` exists or cannot be written; or the converted model
-            is not the same function. Nothing is written then.
+            computes another function. Nothing is written then.
     """
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name the file to write")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already (--force replaces it)")
-    if not out.parent.is_dir():
-        raise UserError(f"cannot write {out}: the folder {out.parent} does not exist")
+    check_target(out, force)
     content = load_checkpoint(checkpoint)
     model, spec = from_checkpoint(content), content["model_spec"]
-    side = spec["img_size"]
-    images = torch.randn(4, spec["model_kwargs"]["in_chans"], side, side, generator=torch.Generator().manual_seed(0))
+    shape = (4, spec["model_kwargs"]["in_chans"], spec["img_size"], spec["img_size"])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         converted = convert(model, fold_bn=False, example_inputs=images)
     except ConversionError as error:
         raise UserError(f"the conversion failed its check, nothing was written: {error}") from error
     save_deployed(out, converted, spec)
-    return report(converted), which_weights(content)
+    return report(converted), describe_weights(content)
+
+
+def analyze_checkpoint(checkpoint: Path, out: Path, tolerance: float) -> Analysis:
+    """Analyse a checkpoint of ``orepa train``, finished or not, and write the results.
+
+    Args:
+        checkpoint: to read.
+        out: a folder, created if missing. ``analysis.json`` and ``analysis.png`` in it are replaced.
+        tolerance: see `analyze`.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or not one, or has no OREPA block; or ``out`` cannot be written to.
+            Nothing is written then.
+    """
+    from ..analysis.plots import draw  # needs matplotlib, which `orepa convert` does not
+
+    as_json, as_png = out / "analysis.json", out / "analysis.png"
+    for path in (as_json, as_png):
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+    content = load_checkpoint(checkpoint)
+    model, name = from_checkpoint(content), content["model_spec"]["model"]
+    try:
+        analysis = analyze(model, tolerance)
+    except ValueError as error:
+        raise UserError(f"cannot analyse {checkpoint}: {error}") from error
+    if not analysis.layers:
+        raise UserError(f"{checkpoint} has no OREPA block: {name} was trained without")
+    image = draw(analysis, name)
+    make_folder(out)
+    write_atomically(as_png, lambda file: file.write(image))
+    write_json(as_json, {"model": name, **analysis.as_dict()})
+    return analysis

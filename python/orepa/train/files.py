@@ -1,8 +1,9 @@
-"""Files that are either complete or absent, and checkpoints that are checked before they are believed."""
+"""Files that are either complete or absent, and checkpoints that are validated when read."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 CHECKPOINT_FORMAT = "orepa.checkpoint"
 DEPLOY_FORMAT = "orepa.deploy"
@@ -19,14 +20,14 @@ _ENTRIES = {"version", "config", "model_spec", "data", "environment", "model", "
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that ``path`` holds the old content or the whole new one, whatever happens, power cuts included.
+    """Write a file such that ``path`` holds either the old or the complete new content, even after a power cut.
 
     Args:
         path: in an existing folder.
         write: gets a binary file.
 
     Raises:
-        UserError: the file system refuses. ``path`` is then as it was.
+        UserError: the file system refuses. ``path`` is unchanged then.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -39,9 +40,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch.save reports a full disk as RuntimeError.
-        if isinstance(error, OSError | RuntimeError):
-            raise UserError(f"cannot write {path}: {_reason(error)}") from error
+        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise UserError(f"cannot write {path}: {reason(error)}") from error
         raise
 
 
@@ -55,12 +55,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, atomically."""
+    """Call `torch.save`, atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain data as JSON, atomically."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def make_folder(path: Path) -> None:
-    """Create a folder to write into.
+    """Create a folder, if it is missing, and check that it is writable.
 
     Raises:
         UserError: it cannot be created or written to.
@@ -71,36 +77,45 @@ def make_folder(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to the folder {path}: {_reason(error)}") from error
+        raise UserError(f"cannot write to the folder {path}: {reason(error)}") from error
+
+
+def check_target(path: Path, force: bool = False) -> None:
+    """Check that a file can be written, and does not exist unless ``force``.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file to write")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already (--force replaces it)")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``orepa train``, tensors on the CPU.
+    """Read a checkpoint of ``orepa train``, with its tensors on the CPU.
 
     Raises:
-        UserError: it is missing, damaged, or something else.
+        UserError: it is missing, damaged, or another kind of file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     except Exception as error:  # torch.load lets through whatever the bytes provoke in zip and pickle readers
         raise UserError(f"{path} is not a readable checkpoint: it is damaged, or not a PyTorch file") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found == DEPLOY_FORMAT:
+    kind = content.get("format") if isinstance(content, dict) else None
+    if kind == DEPLOY_FORMAT:
         raise UserError(f"{path} is a converted model already, not a checkpoint of `orepa train`")
-    if found != CHECKPOINT_FORMAT:
+    if kind != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of `orepa train`")
     missing = _ENTRIES - content.keys()
     if missing:
         raise UserError(f"{path} is a damaged checkpoint: it has no {', '.join(sorted(missing))}")
-    if content.get("version") != VERSION:
+    if content["version"] != VERSION:
         raise UserError(
-            f"{path} has checkpoint version {content.get('version')}, this orepa reads {VERSION}: install the one that wrote it"
+            f"{path} has checkpoint version {content['version']}, this orepa reads {VERSION}: install the one that wrote it"
         )
     return content
-
-
-def _reason(error: BaseException) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return text.splitlines()[0]

@@ -1,4 +1,4 @@
-"""Build the model of a run, or of its checkpoint."""
+"""Build the model of a run, or restore that of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..models.timm_models import MODELS, create_on_meta  # the import registers the models with timm
 from ..modules.linear_block import LinearBlock
 from ..surgery.prepare import prepare
 
 
 def default_cfg(name: str) -> dict[str, Any]:
-    """timm's facts about a model: input size, mean, std, interpolation.
+    """Return timm's configuration of a model: input size, mean, std, interpolation.
 
     Raises:
-        UserError: timm has no such model; the message suggests some.
+        UserError: timm has no such model; the message suggests similar names.
     """
     if not timm.is_model(name):
         architectures = timm.list_models()
@@ -32,31 +33,29 @@ def default_cfg(name: str) -> dict[str, Any]:
 
 
 def model_arguments(name: str, num_classes: int, in_chans: int, img_size: int) -> dict[str, Any]:
-    """Keyword arguments of `timm.create_model`. Models of a fixed input size are told theirs."""
-    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
-    if default_cfg(name).get("fixed_input_size"):
-        arguments["img_size"] = img_size
-    return arguments
+    """Return keyword arguments for `timm.create_model`, with ``img_size`` for models of a fixed input size."""
+    size = {"img_size": img_size} if default_cfg(name).get("fixed_input_size") else {}
+    return {"num_classes": num_classes, "in_chans": in_chans, **size}
 
 
 def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Module:
-    """A timm model with initial values, checked to map ``[N, C, S, S]`` to ``[N, num_classes]``.
+    """Create a timm model without pretrained weights, and check that it maps ``[N, C, S, S]`` to ``[N, num_classes]``.
 
     Raises:
-        UserError: timm cannot build it so, or it does not take such images.
+        UserError: timm cannot build it with these arguments, or it does not take such images.
     """
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # each model checks its arguments in its own way
-        raise UserError(f"timm cannot build {name} with {arguments}: {_first_line(error)}") from error
+    except Exception as error:  # models raise whatever they like
+        raise UserError(f"timm cannot build {name} with {arguments}: {reason(error)}") from error
     images = torch.zeros(2, arguments["in_chans"], img_size, img_size)
     training = model.training
     try:
         with torch.no_grad():
             shape = tuple(getattr(model.eval()(images), "shape", ()))
-    except Exception as error:  # likewise
+    except Exception as error:
         raise UserError(
-            f"{name} does not take {img_size}x{img_size} images (see --img-size): {_first_line(error)}"
+            f"{name} does not take {img_size}x{img_size} images (see --img-size): {reason(error)}"
         ) from error
     if shape != (2, arguments["num_classes"]):
         raise UserError(
@@ -67,15 +66,15 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
 
 
 def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, preserve: bool) -> nn.Module:
-    """The model of a run: timm's, prepared unless ``orepa`` is off; one of `orepa.models` is so already.
+    """Create the model of a run: timm's, prepared if ``orepa``. Those of `orepa.models` consist of OREPA blocks already.
 
     Raises:
-        UserError: see `create_plain`; or there is nothing to swap, or nothing that could be left out or preserved.
+        UserError: see `create_plain`; or there is no convolution to replace, or the options do not go with the model.
     """
     registered = MODELS.get(name)
     if registered is not None and (preserve or not orepa):
-        wish = "--preserve" if preserve else "--no-orepa"
-        raise UserError(f"{name} is built of OREPA blocks; with {wish} take --model {registered.plain}")
+        flag = "--preserve" if preserve else "--no-orepa"
+        raise UserError(f"{name} is built of OREPA blocks; with {flag} take --model {registered.plain}")
     model = create_plain(name, arguments, img_size)
     if registered is not None or not orepa:
         return model
@@ -88,10 +87,10 @@ def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, 
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
-    """Rebuild the trained model of a checkpoint, in eval mode: with the moving average of the weights, if there is one.
+    """Restore the trained model of a checkpoint, in eval mode; with the moving average of the weights, if there is one.
 
     Raises:
-        UserError: timm does not know its model, or its weights do not fit.
+        UserError: timm has no such model, or the weights do not fit.
     """
     config, spec = checkpoint["config"], checkpoint["model_spec"]
     default_cfg(spec["model"])
@@ -100,51 +99,51 @@ def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def which_weights(checkpoint: dict[str, Any]) -> str:
-    """What `from_checkpoint` takes, for people."""
+def describe_weights(checkpoint: dict[str, Any]) -> str:
+    """Say which weights `from_checkpoint` takes."""
     if "ema" not in checkpoint:
         return "the weights of the last step"
     return f"the moving average of the weights (--ema {checkpoint['config']['ema']:g})"
 
 
-def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
-    """`load_state_dict`, with an error that a person can read.
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load whole tensors into a model, sharded or not.
 
     Raises:
-        UserError: names the first differences.
+        UserError: names the first missing, unexpected or misshapen entries.
     """
+    missing = [name for name in model.state_dict() if name not in state]
     try:
-        model.load_state_dict(state)
+        if missing:  # torch would leave them as they are
+            raise RuntimeError(f'\nMissing key(s) in state_dict: "{missing[0]}"')
+        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise UserError(
-            f"the checkpoint does not fit the model it names (another timm version?): {' '.join(lines)}"
-        ) from error
+        details = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise UserError(f"the checkpoint does not fit the model it names (another timm version?): {details}") from error
 
 
-def as_timms_own(spec: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Name the plain network of one of `orepa.models`, and its weights as timm does.
+def to_timm(spec: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Rename a converted model of `orepa.models`, and its weights, to timm's plain model; leave others as they are.
 
     Args:
         spec: with ``model`` and ``model_kwargs``.
         state: of the converted model, norms not folded.
 
     Returns:
-        Both, so that ``timm.create_model(spec["model"], **spec["model_kwargs"])`` takes the weights; of another model as they
-        were.
+        Spec and weights such that ``timm.create_model(spec["model"], **spec["model_kwargs"])`` loads the weights.
     """
     registered = MODELS.get(spec["model"])
     if registered is None:
         return spec, state
     if registered.is_repvgg:
-        state = _with_three_branches(create_on_meta(registered.plain, **spec["model_kwargs"]), state)
+        state = _as_three_branches(create_on_meta(registered.plain, **spec["model_kwargs"]), state)
     return {**spec, "model": registered.plain}, state
 
 
-def _with_three_branches(plain: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """RepVGG's convolutions in timm's blocks of three branches: in the kxk one, behind a norm that only adds the bias.
+def _as_three_branches(plain: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put RepVGG's kernels into the kxk branch of timm's three-branch blocks, with a norm that only adds the bias.
 
-    The other branches are zero. `timm.utils.reparameterize_model` takes them away.
+    The other branches are zero; `timm.utils.reparameterize_model` removes them.
     """
     result = {}
     for key, like in plain.state_dict().items():
@@ -157,7 +156,3 @@ def _with_three_branches(plain: nn.Module, state: dict[str, Tensor]) -> dict[str
             result[f"{name}.bias"] = state[f"{block}.conv.bias"]
             result[f"{name}.weight"].fill_((1 + norm.eps) ** 0.5)
     return result
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

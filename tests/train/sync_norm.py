@@ -1,4 +1,7 @@
-"""Batch norms with statistics over all processes, on any device: torch's own are for GPUs only, and so is its DDP of them."""
+"""Batch norms with statistics over all processes, on any device: torch's own run on GPUs only.
+
+So the tests can compare several processes on CPUs with one that has the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from orepa.train import distributed, loop
 
 
 class _Synced(_BatchNorm):
@@ -74,18 +79,14 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """Swap the batch norms of a model; names of parameters and buffers stay.
-
-    Args:
-        model: changed in place.
-        device: that the model will run on.
-
-    Returns:
-        The model; another module only where it is itself a batch norm.
-    """
-    if device.type in ("cuda", "xpu"):
-        return convert_sync_batchnorm(model)
+def synchronise_norms(model: nn.Module) -> nn.Module:
+    """Replace the batch norms of a model, in place; the names of parameters and buffers stay."""
     for module in model.modules():
         module.__class__ = _KINDS.get(type(module), type(module))
     return model
+
+
+def install() -> None:
+    """Make ``--sync-bn`` of `orepa train` work on CPUs, in this process."""
+    distributed.SYNC_BN_ACCELERATORS = ("cpu", "cuda")
+    loop.convert_sync_batchnorm = synchronise_norms

@@ -1,0 +1,160 @@
+"""Lightning Fabric for the devices of a run, FSDP2, and state dicts that do not depend on the number of processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from ..errors import UserError, reason
+from .config import Config, Request
+from .model import load_weights
+
+SYNC_BN_ACCELERATORS = ("cuda",)
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def make_fabric(config: Config, request: Request, events: Path, step: int) -> Fabric:
+    """Return Lightning Fabric with TensorBoard, not yet launched. Under torchrun, devices and nodes are torchrun's.
+
+    Args:
+        config: of the run.
+        request: with accelerator, strategy, devices and nodes.
+        events: folder of the TensorBoard files.
+        step: at which TensorBoard's curves continue.
+
+    Raises:
+        UserError: the devices do not exist, or do not support what is asked of them.
+    """
+    accelerator = request.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise UserError("--precision 16-mixed needs a GPU; on a CPU take bf16-mixed")
+    devices, num_nodes = _processes(request.devices, request.num_nodes)
+    if request.strategy == "fsdp2":
+        _check_fsdp2(config)
+    processes = devices * num_nodes
+    if config.sync_bn and processes > 1 and accelerator not in SYNC_BN_ACCELERATORS:
+        raise UserError(
+            f"--sync-bn with several processes needs GPUs, as torch.nn.SyncBatchNorm does, got {accelerator}"
+        )
+    strategy: Any = {
+        "auto": "ddp" if processes > 1 else "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1),
+    }[request.strategy]
+    logger = TensorBoardLogger(root_dir=events.parent, name=events.name, version="", purge_step=step or None)
+    precision: Any = config.precision
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            loggers=logger,
+        )
+    except Exception as error:  # Lightning raises another type for each kind of missing device
+        raise UserError(f"cannot use --accelerator {accelerator} --devices {devices}: {reason(error)}") from error
+
+
+def world_size(devices: int | None, num_nodes: int | None) -> int:
+    """Return the number of processes that `make_fabric` will have.
+
+    Raises:
+        UserError: torchrun runs another number of them.
+    """
+    devices, num_nodes = _processes(devices, num_nodes)
+    return devices * num_nodes
+
+
+def _processes(devices: int | None, num_nodes: int | None) -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return devices or 1, num_nodes or 1
+    local, total = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    for flag, value, started in (("--devices", devices, local), ("--num-nodes", num_nodes, total // local)):
+        if value not in (None, started):
+            raise UserError(f"{flag} {value} contradicts torchrun, which has started {started}: leave the option away")
+    return local, total // local
+
+
+def _check_fsdp2(config: Config) -> None:
+    if config.ema is not None:
+        raise UserError(
+            "--ema keeps a whole copy of the model, which --strategy fsdp2 has nowhere: take --strategy ddp"
+        )
+    if config.precision not in ("32-true", "bf16-mixed"):
+        raise UserError(f"--strategy fsdp2 goes with --precision 32-true or bf16-mixed, got {config.precision}")
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the running statistics of the first process to all others, so that all validate the same model."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard the parameters over all processes, in place: every block by itself, then what is left.
+
+    A block is a member of an `nn.Sequential` or `nn.ModuleList` that is no such container itself; nested blocks do not count.
+
+    Args:
+        model: the model.
+        mesh: of Lightning's `ModelParallelStrategy`.
+    """
+    for module in (*_blocks(model), model):
+        fully_shard(module, mesh=mesh["data_parallel"])
+    return model
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    blocks: list[nn.Module] = []
+    for child in module.children():
+        is_block = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
+        blocks += [child] if is_block else _blocks(child)
+    return [block for block in blocks if any(True for _ in block.parameters())]
+
+
+def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state dicts of model and optimizer as whole tensors on the CPU, empty on all processes but the first.
+
+    A collective: all processes have to call it. A run may so be resumed on another number of devices.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # torch would fill an empty optimizer state by a step with zero gradients, after which the first momentum is another.
+    state = get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
+    return get_model_state_dict(model, options=options), state
+
+
+def load_full_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], slots: dict[str, Any]) -> None:
+    """Load what `full_state` returned, or the optimizer state by number of an older checkpoint.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    if slots.get("state"):
+        names = {p: name for name, p in model.named_parameters()}
+        order: dict[Any, str] = dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
+        named = {order.get(key, key): value for key, value in slots["state"].items()}
+        groups = [{**g, "params": [order.get(key, key) for key in g["params"]]} for g in slots["param_groups"]]
+        full = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer, {"state": named, "param_groups": groups}, options=full)
+    load_weights(model, state)
