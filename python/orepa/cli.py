@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from torch import nn
+
 from .bench.cli import add_commands as add_bench
-from .errors import UserError
+from .errors import UserError, reason
+from .surgery.convert import ConversionError
 from .train.config import add_options, float_in, parse_request
 
 _TRAINING = ("lightning", "timm", "torchvision", "tensorboard", "tqdm", "matplotlib")
@@ -27,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0; 2 for a mistake of the user's, told in one line on stderr; 128 plus the number of the signal that
-        stopped the run.
+        The exit code: 0; 2 for an error that the user can correct, reported in one line on stderr; 128 plus the number of the
+        signal that stopped the run.
     """
     try:
         args = _parser().parse_args(argv)
@@ -37,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         print(f"orepa: error: {error}", file=sys.stderr)
+        return 2
+    except ConversionError as error:
+        print(f"orepa: error: the conversion failed its check, nothing was written: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("orepa: interrupted", file=sys.stderr)
@@ -61,47 +67,63 @@ def _convert(args: argparse.Namespace) -> int:
     if args.official != (args.arch is not None):
         raise UserError("--official and --arch go together: orepa convert --official CKPT --arch ARCH OUT")
     _require("timm", install=_INSTALL_MODELS if args.official else _INSTALL)
-    if args.official:
-        return _convert_official(args)
-    from .train.export import convert_checkpoint
-
-    table, weights = convert_checkpoint(args.checkpoint, args.out, args.force)
-    print(table)
-    print(f"written to {args.out}: {weights}")
-    return 0
-
-
-def _analyze(args: argparse.Namespace) -> int:
-    _require("timm", "matplotlib")
-    from .train.export import analyze_checkpoint
-
-    out = args.checkpoint.parent if args.out is None else args.out
-    print(analyze_checkpoint(args.checkpoint, out, args.tolerance))
-    print(f"written to {out / 'analysis.json'} and analysis.png")
-    return 0
-
-
-def _convert_official(args: argparse.Namespace) -> int:
-    from . import models
-    from .models.checkpoints import plain_from_official
-    from .surgery.convert import ConversionError
     from .surgery.report import report
-    from .train.files import check_target, save
+    from .train.files import check_target
 
     check_target(args.out, args.force)
+    if args.official:
+        model, note = _convert_official(args)
+    else:
+        from .train.model import convert_checkpoint
+
+        model, note = convert_checkpoint(args.checkpoint, args.out)
+    print(report(model))
+    print(f"written to {args.out}: {note}")
+    return 0
+
+
+def _convert_official(args: argparse.Namespace) -> tuple[nn.Module, str]:
+    from . import models
+    from .models.checkpoints import plain_from_official
+    from .train.files import save
+
     try:
         _, spec = models.spec_of(args.arch)
         model = plain_from_official(args.checkpoint, args.arch)
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {args.checkpoint}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the checkpoint {args.checkpoint}: {reason(error)}") from error
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    except ConversionError as error:
-        raise UserError(f"the conversion failed its check, nothing was written: {error}") from error
     save(args.out, dict(model.state_dict()))
-    print(report(model))
     ours = " (after import orepa.models)" if hasattr(models, spec.plain) else ""  # the one that timm lacks
-    print(f"written to {args.out}: a state dict for timm.create_model({spec.plain!r}){ours}")
+    return model, f"a state dict for timm.create_model({spec.plain!r}){ours}"
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    _require("timm", "matplotlib")
+    from .analysis.measure import analyze
+    from .analysis.plots import draw
+    from .train.files import load_checkpoint, make_folder, write_atomically, write_json
+    from .train.model import from_checkpoint
+
+    out = args.checkpoint.parent if args.out is None else args.out
+    for name in ("analysis.json", "analysis.png"):
+        if (out / name).is_dir():
+            raise UserError(f"cannot write {out / name}: it is a folder")
+    content = load_checkpoint(args.checkpoint)
+    model, name = from_checkpoint(content), content["model_spec"]["model"]
+    try:
+        analysis = analyze(model, args.tolerance)
+    except ValueError as error:
+        raise UserError(f"cannot analyse {args.checkpoint}: {error}") from error
+    if not analysis.layers:
+        raise UserError(f"{args.checkpoint} has no OREPA block: {name} was trained without")
+    image = draw(analysis, name)
+    make_folder(out)
+    write_atomically(out / "analysis.png", lambda file: file.write(image))
+    write_json(out / "analysis.json", {"model": name, **analysis.as_dict()})
+    print(analysis)
+    print(f"written to {out / 'analysis.json'} and analysis.png")
     return 0
 
 
@@ -138,7 +160,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _check_backend() -> None:
-    """Told before anything is written: a command that trains would find out after its first checkpoint."""
+    """Check ``OREPA_BACKEND`` before anything is written: training would use it only after its first checkpoint."""
     name = os.environ.get("OREPA_BACKEND", "")
     if name not in ("", "auto"):
         from orepa_kernels import backends

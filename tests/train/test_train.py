@@ -14,14 +14,14 @@ from torch import nn
 from train_runs import OUTPUTS, SMALL, Image, assert_same_run, timm, train
 
 import orepa
+from orepa.analysis import evaluation
 from orepa.cli import main
-from orepa.train import evaluation, loop
+from orepa.train import loop
 from orepa.train.config import Config
 from orepa.train.data import Loaders
-from orepa.train.datasets import load_digits
-from orepa.train.export import save_deployed
 from orepa.train.files import load_checkpoint
-from orepa.train.model import create, from_checkpoint
+from orepa.train.images import load_digits
+from orepa.train.model import create, from_checkpoint, save_deployed
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

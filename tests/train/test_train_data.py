@@ -11,9 +11,9 @@ import torch
 from train_runs import FOLDER, assert_same_run, stop_and_resume, train
 
 from orepa.train.config import Config
-from orepa.train.data import EpochOrder, Images, Loaders
-from orepa.train.datasets import load_data, load_digits
+from orepa.train.data import EpochOrder, Images, Loaders, load_data
 from orepa.train.files import load_checkpoint
+from orepa.train.images import load_digits
 
 pytest_plugins = ("train_runs",)
 pytestmark = pytest.mark.usefixtures("small_and_quick")

@@ -16,7 +16,7 @@ import torch
 from train_runs import FOLDER, assert_same, assert_same_run, stop_and_resume, torchvision, train
 
 from orepa.train.config import Config
-from orepa.train.datasets import kind_of_data, load_data
+from orepa.train.data import kind_of_data, load_data
 from orepa.train.files import load_checkpoint
 
 pytest_plugins = ("train_runs",)

@@ -17,7 +17,7 @@ from orepa.cli import main
 from orepa.optim import without_weight_decay
 from orepa.train import loop
 from orepa.train.config import Config
-from orepa.train.datasets import load_data
+from orepa.train.data import load_data
 from orepa.train.files import load_checkpoint
 from orepa.train.model import create, from_checkpoint
 from orepa.train.runtime import StopRequest

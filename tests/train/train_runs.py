@@ -20,14 +20,16 @@ torchvision = pytest.importorskip("torchvision", reason="training needs the extr
 for package in ("sklearn", "tensorboard", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason="training needs the extra `train`")
 
+import sync_norm  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 
+from orepa.analysis import evaluation  # noqa: E402
 from orepa.cli import main  # noqa: E402
-from orepa.train import evaluation, loop, run  # noqa: E402
+from orepa.train import loop, run  # noqa: E402
 from orepa.train.config import Config  # noqa: E402
 from orepa.train.data import Loaders  # noqa: E402
-from orepa.train.datasets import load_digits  # noqa: E402
 from orepa.train.files import load_checkpoint  # noqa: E402
+from orepa.train.images import load_digits  # noqa: E402
 from orepa.train.runtime import StopRequest  # noqa: E402
 
 # 4 steps per epoch

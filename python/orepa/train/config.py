@@ -6,6 +6,7 @@ Imports nothing heavy, so that ``orepa --help`` is quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -14,11 +15,8 @@ from typing import Any
 
 from ..errors import UserError
 
-DIGITS = "digits"
-FOLDER = "folder"
-CIFAR10 = "cifar10"
-CIFAR100 = "cifar100"
-SHARDS = "shards"
+DIGITS, FOLDER, CIFAR10, CIFAR100, SHARDS = ("digits", "folder", "cifar10", "cifar100", "shards")
+PRECISIONS, STRATEGIES = ("32-true", "bf16-mixed", "16-mixed", "64-true"), ("auto", "ddp", "fsdp2")
 
 # The paper's recipe (section 4.1); SGD with momentum 0.9, the cosine schedule, random-resized-crop and flip are not options.
 _PAPER: dict[str, Any] = {"epochs": 120, "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4, "warmup_epochs": 5}
@@ -49,39 +47,33 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
     """Return an argparse type: an integer of at least ``minimum``."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} on, got {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if int(text) >= minimum:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} on, got {text!r}")
 
     return parse
 
 
 def float_in(above: float | None = None, below: float = math.inf) -> Callable[[str], float]:
     """Return an argparse type: a finite number, at least 0 (or above ``above``) and below ``below``."""
+    bounds = f"{'from' if above is None else 'above'} 0" + ("" if below == math.inf else f", below {below:g}")
 
     def parse(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < below or (above is not None and value <= above):
-            bounds = f"{'from' if above is None else 'above'} 0" + ("" if below == math.inf else f", below {below:g}")
-            raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
-        return value
+            if 0 <= value < below and (above is None or value > above):
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
 
     return parse
 
 
-def _option(default: Any, group: str, help: str, **arguments: Any) -> Any:
+def _option(default: Any, group: str, help: str, type: Any = None, metavar: str = "N", choices: Any = None) -> Any:
     """Declare a field with an option: ``--name``, or a flag where the default is a bool (``--no-name`` if that is True)."""
+    arguments: dict[str, Any] = {"type": type, "metavar": metavar} if choices is None else {"choices": choices}
     if isinstance(default, bool):
-        arguments |= {"action": "store_const", "const": not default}
-    elif "choices" not in arguments:
-        arguments.setdefault("metavar", "N")
+        arguments = {"action": "store_const", "const": not default}
     return field(default=default, metadata={"group": group, "arguments": {"help": help, **arguments}})
 
 
@@ -96,8 +88,8 @@ class Config:
     orepa: bool = _option(True, "what", "train the plain twin")
     preserve: bool = _option(False, "what", "start from the function of the plain model's initial weights")
     data: str = DIGITS
-    img_size: int = _option(32, "what", "default: the model's; 32 for the digits and CIFAR", type=int_at_least(8))
-    limit: int | None = _option(None, "what", "use N training and N validation images only", type=int_at_least(2))
+    img_size: int = _option(32, "what", "default: the model's; 32 for the digits and CIFAR", int_at_least(8))
+    limit: int | None = _option(None, "what", "use N training and N validation images only", int_at_least(2))
     recipe: str | None = _option(
         None,
         "recipe",
@@ -105,41 +97,33 @@ class Config:
         "random-resized-crop and flip; other options override it (default: the same at --img-size, but for the digits)",
         choices=tuple(RECIPES),
     )
-    epochs: int = _option(120, "recipe", "default: 120; 15 for the digits", type=int_at_least(1))
+    epochs: int = _option(120, "recipe", "default: 120; 15 for the digits", int_at_least(1))
     batch_size: int = _option(
-        256, "recipe", "images per step, over all devices (default: 256; 64 for the digits)", type=int_at_least(2)
+        256, "recipe", "images per step, on all devices (default: 256; digits 64)", int_at_least(2)
     )
-    grad_accum: int = _option(1, "recipe", "compute each step in N parts (default: 1)", type=int_at_least(1))
-    lr: float = _option(0.1, "recipe", "peak learning rate (default: 0.1)", type=float_in(above=0.0), metavar="X")
-    weight_decay: float = _option(
-        1e-4, "recipe", "default: 1e-4; none on norms and biases", type=float_in(), metavar="X"
-    )
+    grad_accum: int = _option(1, "recipe", "compute each step in N parts (default: 1)", int_at_least(1))
+    lr: float = _option(0.1, "recipe", "peak learning rate (default: 0.1)", float_in(above=0.0), "X")
+    weight_decay: float = _option(1e-4, "recipe", "default: 1e-4; none on norms and biases", float_in(), "X")
     scale_weight_decay: bool = _option(False, "recipe", "weight decay on the branch scalings as well")
-    warmup_epochs: int = _option(5, "recipe", "default: 5; 2 for the digits", type=int_at_least(0))
-    label_smoothing: float = _option(0.0, "recipe", "default: 0, off", type=float_in(below=1.0), metavar="X")
-    mixup: float = _option(0.0, "recipe", "default: 0, off", type=float_in(), metavar="ALPHA")
-    cutmix: float = _option(0.0, "recipe", "default: 0, off", type=float_in(), metavar="ALPHA")
+    warmup_epochs: int = _option(5, "recipe", "default: 5; 2 for the digits", int_at_least(0))
+    label_smoothing: float = _option(0.0, "recipe", "default: 0, off", float_in(below=1.0), "X")
+    mixup: float = _option(0.0, "recipe", "default: 0, off", float_in(), "ALPHA")
+    cutmix: float = _option(0.0, "recipe", "default: 0, off", float_in(), "ALPHA")
     ema: float | None = _option(
         None,
         "recipe",
-        "keep a moving average of the weights; it is what is validated and converted (default: off)",
-        type=float_in(above=0.0, below=1.0),
-        metavar="DECAY",
+        "validate and convert a moving average of the weights (default: off)",
+        float_in(0.0, 1.0),
+        "DECAY",
     )
-    sync_bn: bool = _option(False, "recipe", "batch norms take their statistics over all processes; on GPUs")
-    seed: int = _option(0, "recipe", "of initial values, order, augmentation (default: 0)", type=int_at_least(0))
-    precision: str = _option(
-        "32-true", "machine", "default: 32-true", choices=("32-true", "bf16-mixed", "16-mixed", "64-true")
-    )
-    threads: int | None = _option(None, "machine", "default: PyTorch's choice; 1 for the digits", type=int_at_least(1))
+    sync_bn: bool = _option(False, "recipe", "batch norms take their statistics over all processes (on GPUs)")
+    seed: int = _option(0, "recipe", "of initial values, order, augmentation (default: 0)", int_at_least(0))
+    precision: str = _option("32-true", "machine", "default: 32-true", choices=PRECISIONS)
+    threads: int | None = _option(None, "machine", "default: PyTorch's choice; 1 for the digits", int_at_least(1))
 
     @classmethod
     def from_given(cls, given: dict[str, Any], model_img_size: int) -> Config:
-        """Fill in the defaults: those of the data, overridden by the recipe's, overridden by what the user set.
-
-        Args:
-            given: the fields that the user set.
-            model_img_size: input size that the model is made for, in pixels.
+        """Fill in the defaults: the user's settings go before the recipe's, those before the data's and the model's.
 
         Raises:
             UserError: a warm-up as long as the run.
@@ -164,7 +148,7 @@ class Config:
 
     @property
     def crops_and_flips(self) -> bool:
-        """Whether images are augmented as in the paper. A mirrored digit is no digit: digits only get small affine moves."""
+        """Whether images are augmented as in the paper. A mirrored digit is no digit, so digits are only moved a little."""
         return self.recipe == "paper" or self.data != DIGITS
 
     def check_resume(self, given: dict[str, Any]) -> None:
@@ -199,31 +183,21 @@ class Request:
         metavar="DIR",
     )
     max_broken: int | None = _option(
-        None,
-        "what",
-        "skip and report up to N images that cannot be read, then stop (default: 1%% of the images, but at least 10)",
-        type=int_at_least(0),
+        None, "what", "skip up to N images that cannot be read (default: 1%% of all, but at least 10)", int_at_least(0)
     )
     accelerator: str = _option("auto", "machine", "auto: cuda, or else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    devices: int | None = _option(None, "machine", "per machine (default: 1, or torchrun's)", type=int_at_least(1))
-    num_nodes: int | None = _option(None, "machine", "machines (default: 1, or torchrun's)", type=int_at_least(1))
+    devices: int | None = _option(None, "machine", "per machine (default: 1, or torchrun's)", int_at_least(1))
+    num_nodes: int | None = _option(None, "machine", "machines (default: 1, or torchrun's)", int_at_least(1))
     strategy: str = _option(
-        "auto",
-        "machine",
-        "ddp: every process has the model; fsdp2: each has a share of it (default: ddp where there are several)",
-        choices=("auto", "ddp", "fsdp2"),
+        "auto", "machine", "ddp: the model per process; fsdp2: a share of it (default: ddp)", choices=STRATEGIES
     )
-    workers: int | None = _option(
-        None, "machine", "processes that load images (default: 4; 0 for the digits)", type=int_at_least(0)
-    )
-    out: Path | None = _option(None, "files", "default: runs/<model>-<orepa|plain>", type=Path, metavar="DIR")  # noqa: RUF009
+    workers: int | None = _option(None, "machine", "processes that load images (default: 4; digits 0)", int_at_least(0))
+    out: Path | None = _option(None, "files", "default: runs/<model>-<orepa|plain>", Path, "DIR")  # noqa: RUF009
     resume: bool = _option(False, "files", "continue the run in --out; its options need not be repeated")
     overwrite: bool = _option(False, "files", "discard the run in --out")
-    checkpoint_every: int = _option(
-        500, "files", "within epochs too (default: 500)", type=int_at_least(1), metavar="STEPS"
-    )
+    checkpoint_every: int = _option(500, "files", "within epochs too (default: 500)", int_at_least(1), "STEPS")
     checkpoint_minutes: float = _option(
-        15.0, "files", "and when so much time has passed since the last one (default: 15)", type=float_in(above=0.0)
+        15.0, "files", "the most between checkpoints (default: 15)", float_in(above=0.0)
     )
 
 

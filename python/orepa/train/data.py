@@ -6,7 +6,8 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -17,13 +18,41 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..errors import CollectiveError, UserError, reason
-from .config import Config
-from .images import ImageData, Source
+from .config import DIGITS, FOLDER, SHARDS, Config
+from .image_files import has_shards, load_folder, load_shards
+from .images import CIFAR, ImageData, Source, load_cifar, load_digits
 from .runtime import ignore_signals
 
 Batch = tuple[Tensor, Tensor]
+_Bad = tuple[str, str]  # name of an image that cannot be read, and the reason
+_Sample = tuple[Tensor | None, int, list[_Bad]]
 
 _ATTEMPTS = 32  # images tried in place of one that cannot be read
+
+
+def kind_of_data(path: str | None) -> str:
+    """Return what a path holds, as in `Config.data`. Anything unknown counts as an image folder."""
+    if path is None or path == DIGITS:
+        return DIGITS
+    folder = Path(path)
+    for kind, dataset in CIFAR.items():
+        if folder.name == dataset.base_folder or (folder / dataset.base_folder).is_dir():
+            return kind
+    return SHARDS if has_shards(folder) else FOLDER
+
+
+def load_data(config: Config, path: str | None, cfg: dict[str, Any]) -> ImageData:
+    """Open the data of a run, with mean, std and interpolation of ``cfg``, timm's configuration of the model.
+
+    Raises:
+        UserError: the folder or its content is not as expected.
+    """
+    if config.data == DIGITS:
+        return load_digits(config.img_size, config.limit, config.crops_and_flips)
+    assert path is not None
+    if config.data in CIFAR:
+        return load_cifar(config, Path(path), cfg)
+    return (load_shards if config.data == SHARDS else load_folder)(config, Path(path), cfg)
 
 
 def derive_seed(*parts: object) -> int:
@@ -45,9 +74,7 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
 class BadSamples:
     """The images that could not be read, by name, with the reason. Equal in all processes after each `sync`.
 
-    Args:
-        images: size of the data set, for the default of ``allowed``.
-        allowed: images that may be skipped, None for 1% of the images but at least ten.
+    Up to ``allowed`` are skipped, by default 1% of the images, but at least ten.
     """
 
     def __init__(self, images: int, allowed: int | None = None) -> None:
@@ -55,7 +82,7 @@ class BadSamples:
         self.known: dict[str, str] = {}
         self._new: dict[str, str] = {}
 
-    def add(self, samples: Iterable[tuple[str, str]]) -> None:
+    def add(self, samples: Iterable[_Bad]) -> None:
         """Note what this process could not read, until the next `sync`."""
         self._new.update((name, why) for name, why in samples if name not in self.known)
 
@@ -86,22 +113,7 @@ class BadSamples:
                 tqdm.write(f"orepa: skipped an image, cannot read {name}: {why}", file=sys.stderr)
 
 
-class _Sample(NamedTuple):
-    image: Tensor | None
-    label: int
-    bad: list[tuple[str, str]]
-
-
-class _Loaded(NamedTuple):
-    """A batch as a worker returns it: of ``size`` images, without those in validation that cannot be read."""
-
-    images: Tensor
-    labels: Tensor
-    bad: list[tuple[str, str]]
-    size: int
-
-
-class Images(Dataset[Any]):
+class Images(Dataset[_Sample]):
     """Source and transform together. With ``seed``, keys are ``(epoch, index)`` and determine the augmentation.
 
     In training, an image that cannot be read is replaced by another one, drawn from (seed, epoch, index): so batches keep
@@ -116,7 +128,7 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, key: Any) -> _Sample:
         epoch, index = (0, key) if self.seed is None else key
-        bad: list[tuple[str, str]] = []
+        bad: list[_Bad] = []
         for attempt in range(1 if self.seed is None else _ATTEMPTS):
             at = index if attempt == 0 else derive_seed(self.seed, "instead", epoch, index, attempt) % len(self.source)
             try:
@@ -127,18 +139,16 @@ class Images(Dataset[Any]):
                 continue
             if self.seed is not None:
                 seed_everything(derive_seed(self.seed, "augment", epoch, index))
-            return _Sample(self.transform(image), label, bad)
-        return _Sample(None, -1, bad)
+            return self.transform(image), label, bad
+        return None, -1, bad
 
 
-def _collate(samples: Sequence[_Sample]) -> _Loaded:
-    images = [sample.image for sample in samples if sample.image is not None]
-    return _Loaded(
-        images=torch.stack(images) if images else torch.zeros(0),
-        labels=torch.tensor([sample.label for sample in samples if sample.image is not None]),
-        bad=[image for sample in samples for image in sample.bad],
-        size=len(samples),
-    )
+def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, Tensor, list[_Bad], int]:
+    """Return images, labels, the images that could not be read, and the number of samples with and without an image."""
+    images = [image for image, _, _ in samples if image is not None]
+    labels = [label for image, label, _ in samples if image is not None]
+    bad = [image for sample in samples for image in sample[2]]
+    return torch.stack(images) if images else torch.zeros(0), torch.tensor(labels), bad, len(samples)
 
 
 class EpochOrder(Sampler[list[tuple[int, int]]]):
@@ -164,13 +174,10 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
 
 
 class Loaders:
-    """Batches for training, from any position, and for validation.
+    """Batches for training, from any position, and for validation; the share of one rank.
 
     Args:
-        data: the images.
-        config: of the run.
         workers: processes that load images; 0 loads in this one.
-        rank, world_size: this process among those that share a batch.
         max_broken: images that may be unreadable, None for the default of `BadSamples`.
     """
 
@@ -186,7 +193,7 @@ class Loaders:
         self.data, self.batch_size = data, config.batch_size
         self.bad_samples = BadSamples(len(data.train) + len(data.val), max_broken)
         self._order = EpochOrder(len(data.train), config.batch_size, config.seed, rank, world_size)
-        self.steps = len(self._order)
+        self.steps, self.images_per_step = len(self._order), self._order.batch_size
         common: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": ignore_signals}
         common |= {"persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
         self._train = DataLoader(Images(data.train, data.augment, config.seed), batch_sampler=self._order, **common)
@@ -202,12 +209,12 @@ class Loaders:
             UserError: `_ATTEMPTS` images in a row cannot be read.
         """
         self._order.epoch, self._order.first = epoch, first
-        for loaded in self._train:
-            self.bad_samples.add(loaded.bad)
-            if len(loaded.labels) < loaded.size:
-                name, why = loaded.bad[-1]
+        for images, labels, bad, size in self._train:
+            self.bad_samples.add(bad)
+            if len(labels) < size:
+                name, why = bad[-1]
                 raise UserError(f"{_ATTEMPTS} images in a row cannot be read, the last being {name}: {why}")
-            yield loaded.images, loaded.labels
+            yield images, labels
 
     def val(self) -> Iterator[Batch]:
         """Yield this rank's share of the validation images, in a fixed order."""
@@ -219,10 +226,10 @@ class Loaders:
         return self._readable(DataLoader(images, self.batch_size, collate_fn=_collate))
 
     def _readable(self, loader: DataLoader[Any]) -> Iterator[Batch]:
-        for loaded in loader:
-            self.bad_samples.add(loaded.bad)
-            if len(loaded.labels):
-                yield loaded.images, loaded.labels
+        for images, labels, bad, _ in loader:
+            self.bad_samples.add(bad)
+            if len(labels):
+                yield images, labels
 
     def close(self) -> None:
         """Kill the workers: they ignore SIGTERM, by which Python would end them at exit, and it would wait forever."""

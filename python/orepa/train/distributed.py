@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,65 +13,44 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from ..errors import UserError, reason
 from .config import Config, Request
-from .model import load_weights
 
 SYNC_BN_ACCELERATORS = ("cuda",)
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def make_fabric(config: Config, request: Request, events: Path, step: int) -> Fabric:
-    """Return Lightning Fabric with TensorBoard, not yet launched. Under torchrun, devices and nodes are torchrun's.
-
-    Args:
-        config: of the run.
-        request: with accelerator, strategy, devices and nodes.
-        events: folder of the TensorBoard files.
-        step: at which TensorBoard's curves continue.
+    """Return Lightning Fabric, not yet launched, with TensorBoard's curves in ``events`` that continue at ``step``.
 
     Raises:
         UserError: the devices do not exist, or do not support what is asked of them.
     """
-    accelerator = request.accelerator
+    accelerator, precision = request.accelerator, config.precision
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cpu" and config.precision == "16-mixed":
-        raise UserError("--precision 16-mixed needs a GPU; on a CPU take bf16-mixed")
     devices, num_nodes = _processes(request.devices, request.num_nodes)
-    if request.strategy == "fsdp2":
-        _check_fsdp2(config)
     processes = devices * num_nodes
+    if accelerator == "cpu" and precision == "16-mixed":
+        raise UserError("--precision 16-mixed needs a GPU; on a CPU take bf16-mixed")
     if config.sync_bn and processes > 1 and accelerator not in SYNC_BN_ACCELERATORS:
-        raise UserError(
-            f"--sync-bn with several processes needs GPUs, as torch.nn.SyncBatchNorm does, got {accelerator}"
-        )
-    strategy: Any = {
-        "auto": "ddp" if processes > 1 else "auto",
-        "ddp": "ddp",
-        "fsdp2": ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1),
-    }[request.strategy]
+        raise UserError("--sync-bn with several processes needs GPUs: torch.nn.SyncBatchNorm does not run on CPUs")
+    strategy: Any = "ddp" if processes > 1 and request.strategy == "auto" else request.strategy
+    if strategy == "fsdp2":
+        if config.ema is not None:
+            raise UserError("--ema keeps a whole copy of the model, but fsdp2 shards it: take --strategy ddp")
+        if precision not in ("32-true", "bf16-mixed"):
+            raise UserError(f"--strategy fsdp2 goes with --precision 32-true or bf16-mixed, got {precision}")
+        strategy = ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1)
+    settings: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
     logger = TensorBoardLogger(root_dir=events.parent, name=events.name, version="", purge_step=step or None)
-    precision: Any = config.precision
     try:
-        return Fabric(
-            accelerator=accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=precision,
-            loggers=logger,
-        )
+        return Fabric(strategy=strategy, precision=precision, loggers=logger, **settings)  # type: ignore[arg-type]
     except Exception as error:  # Lightning raises another type for each kind of missing device
         raise UserError(f"cannot use --accelerator {accelerator} --devices {devices}: {reason(error)}") from error
 
@@ -81,11 +61,11 @@ def world_size(devices: int | None, num_nodes: int | None) -> int:
     Raises:
         UserError: torchrun runs another number of them.
     """
-    devices, num_nodes = _processes(devices, num_nodes)
-    return devices * num_nodes
+    return math.prod(_processes(devices, num_nodes))
 
 
 def _processes(devices: int | None, num_nodes: int | None) -> tuple[int, int]:
+    """Return devices per node and nodes: those of torchrun where it has started this process."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return devices or 1, num_nodes or 1
     local, total = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
@@ -93,15 +73,6 @@ def _processes(devices: int | None, num_nodes: int | None) -> tuple[int, int]:
         if value not in (None, started):
             raise UserError(f"{flag} {value} contradicts torchrun, which has started {started}: leave the option away")
     return local, total // local
-
-
-def _check_fsdp2(config: Config) -> None:
-    if config.ema is not None:
-        raise UserError(
-            "--ema keeps a whole copy of the model, which --strategy fsdp2 has nowhere: take --strategy ddp"
-        )
-    if config.precision not in ("32-true", "bf16-mixed"):
-        raise UserError(f"--strategy fsdp2 goes with --precision 32-true or bf16-mixed, got {config.precision}")
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -115,10 +86,6 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard the parameters over all processes, in place: every block by itself, then what is left.
 
     A block is a member of an `nn.Sequential` or `nn.ModuleList` that is no such container itself; nested blocks do not count.
-
-    Args:
-        model: the model.
-        mesh: of Lightning's `ModelParallelStrategy`.
     """
     for module in (*_blocks(model), model):
         fully_shard(module, mesh=mesh["data_parallel"])
@@ -134,27 +101,23 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state dicts of model and optimizer as whole tensors on the CPU, empty on all processes but the first.
+    """Return whole tensors of model and optimizer on the CPU, in the first process, for any number of devices to load.
 
-    A collective: all processes have to call it. A run may so be resumed on another number of devices.
+    A collective: all processes have to call it.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    # torch would fill an empty optimizer state by a step with zero gradients, after which the first momentum is another.
-    state = get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
-    return get_model_state_dict(model, options=options), state
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # torch would fill an empty optimizer state by a step with zero gradients, which changes the first momentum.
+    state = dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
+    return dcp.get_model_state_dict(model, options=options), state
 
 
-def load_full_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], slots: dict[str, Any]) -> None:
-    """Load what `full_state` returned, or the optimizer state by number of an older checkpoint.
-
-    Raises:
-        UserError: the weights do not fit the model.
-    """
-    if slots.get("state"):
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what `full_state` returned. To be called before the weights are loaded: torch takes a step with zero gradients."""
+    if state.get("state"):
+        # Older checkpoints name the parameters by their position.
         names = {p: name for name, p in model.named_parameters()}
         order: dict[Any, str] = dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
-        named = {order.get(key, key): value for key, value in slots["state"].items()}
-        groups = [{**g, "params": [order.get(key, key) for key in g["params"]]} for g in slots["param_groups"]]
-        full = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, optimizer, {"state": named, "param_groups": groups}, options=full)
-    load_weights(model, state)
+        slots = {order.get(key, key): value for key, value in state["state"].items()}
+        groups = [{**g, "params": [order.get(key, key) for key in g["params"]]} for g in state["param_groups"]]
+        full = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(model, optimizer, {"state": slots, "param_groups": groups}, options=full)

@@ -20,11 +20,7 @@ _ENTRIES = {"version", "config", "model_spec", "data", "environment", "model", "
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file such that ``path`` holds either the old or the complete new content, even after a power cut.
-
-    Args:
-        path: in an existing folder.
-        write: gets a binary file.
+    """Call ``write`` with a binary file such that ``path`` holds the old or all of the new content, even after a power cut.
 
     Raises:
         UserError: the file system refuses. ``path`` is unchanged then.
@@ -66,11 +62,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, if it is missing, and check that it is writable.
-
-    Raises:
-        UserError: it cannot be created or written to.
-    """
+    """Create a folder, if it is missing; raise a `UserError` where that fails or the folder is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".orepa-write-test"
@@ -81,11 +73,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_target(path: Path, force: bool = False) -> None:
-    """Check that a file can be written, and does not exist unless ``force``.
-
-    Raises:
-        UserError: otherwise.
-    """
+    """Raise a `UserError` where a file cannot be written, or exists and ``force`` is not set."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the file to write")
     if path.exists() and not force:
@@ -111,11 +99,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a converted model already, not a checkpoint of `orepa train`")
     if kind != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of `orepa train`")
-    missing = _ENTRIES - content.keys()
+    missing = ", ".join(sorted(_ENTRIES - content.keys()))
     if missing:
-        raise UserError(f"{path} is a damaged checkpoint: it has no {', '.join(sorted(missing))}")
-    if content["version"] != VERSION:
-        raise UserError(
-            f"{path} has checkpoint version {content['version']}, this orepa reads {VERSION}: install the one that wrote it"
-        )
+        raise UserError(f"{path} is a damaged checkpoint: it has no {missing}")
+    version = content["version"]
+    if version != VERSION:
+        raise UserError(f"{path} has checkpoint version {version}, not {VERSION}: install the orepa that wrote it")
     return content

@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ..errors import UserError, reason
+from .config import Config
 from .images import ImageData, crop_and_flip, subsample
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
@@ -59,37 +60,28 @@ class _Files:
 
 
 def _image_data(
-    files: dict[str, list[_File]],
-    classes: list[str],
-    describe: Callable[[_File], str],
-    img_size: int,
-    limit: int | None,
-    cfg: dict[str, Any],
+    config: Config, cfg: dict[str, Any], files: dict[str, list[_File]], classes: list[str], key: Callable[[_File], str]
 ) -> ImageData:
-    train, val = (_Files(files[split], limit) for split in ("train", "val"))
+    """Put the splits together. Their fingerprint is that of the keys of all images."""
+    if len(classes) < 2:
+        raise UserError(f"the images are of one class only, {classes[0]!r}: nothing to learn")
+    train, val = (_Files(files[split], config.limit) for split in ("train", "val"))
     if len(train) < 2:
         raise UserError("training needs two images at least")
-    listing = "\n\n".join("\n".join(map(describe, source.files)) for source in (train, val))
+    listing = "\n\n".join("\n".join(map(key, source.files)) for source in (train, val))
     fingerprint = hashlib.sha256(listing.encode()).hexdigest()
-    return ImageData(train, val, classes, fingerprint, **crop_and_flip(img_size, cfg))
+    return ImageData(train, val, classes, fingerprint, **crop_and_flip(config.img_size, cfg))
 
 
 # --- class folders --------------------------------------------------------------------------------------------------------
 
 
-def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]) -> ImageData:
-    """Open an image folder, augmented as in the paper.
-
-    Args:
-        path: holds ``train/`` and ``val/`` (or ``validation/``, ...), each with one folder per class.
-        img_size: side of the crops.
-        limit: number of training and of validation images, spread over the classes.
-        cfg: timm's configuration of the model.
+def load_folder(config: Config, root: Path, cfg: dict[str, Any]) -> ImageData:
+    """Open an image folder: ``train/`` and ``val/`` (or ``validation/``, ...), each with one folder per class.
 
     Raises:
         UserError: a folder is missing or empty, or training and validation have different classes.
     """
-    root = Path(path)
     if not root.is_dir():
         raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
     roots = {}
@@ -102,8 +94,6 @@ def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]
     for here, there in (("train", "val"), ("val", "train")):
         for name in sorted(folders[here] - folders[there]):
             raise UserError(f"the class {name!r} is in {roots[here]}, but not in {roots[there]}")
-    if len(folders["train"]) < 2:
-        raise UserError(f"{roots['train']} holds one class only, {next(iter(folders['train']))!r}: nothing to learn")
     files, labels = {}, {}
     for split, place in roots.items():
         samples, labels = find_images_and_targets(str(place))  # sorted, in natural order
@@ -112,11 +102,10 @@ def load_folder(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]
         for name in sorted(labels.keys() - folders[split]):
             raise UserError(f"{place} must hold one level of class folders, but has images in {name or '.'!r} as well")
         files[split] = [_File(*sample) for sample in samples]
-
-    def describe(file: _File) -> str:
-        return f"{'/'.join(Path(file.path).relative_to(root).parts[1:])} {file.label}"
-
-    return _image_data(files, sorted(labels, key=labels.__getitem__), describe, img_size, limit, cfg)
+    classes = sorted(labels, key=labels.__getitem__)
+    return _image_data(
+        config, cfg, files, classes, lambda f: f"{'/'.join(Path(f.path).relative_to(root).parts[1:])} {f.label}"
+    )
 
 
 def _class_folders(root: Path) -> set[str]:
@@ -132,33 +121,21 @@ def _class_folders(root: Path) -> set[str]:
 # --- shards ---------------------------------------------------------------------------------------------------------------
 
 
-def load_shards(path: str, img_size: int, limit: int | None, cfg: dict[str, Any]) -> ImageData:
-    """Open WebDataset shards, tar files of ``KEY.jpg`` and ``KEY.cls``, augmented as in the paper.
+def load_shards(config: Config, root: Path, cfg: dict[str, Any]) -> ImageData:
+    """Open WebDataset shards, tar files of ``KEY.jpg`` and ``KEY.cls``: ``*train*.tar`` and ``*val*.tar``, or in such folders.
 
-    Args:
-        path: holds ``*train*.tar`` and ``*val*.tar``, or folders of those names with tar files in them. ``classes.txt``, if
-            present, names the classes, one per line; otherwise their numbers are their names.
-        img_size: side of the crops.
-        limit: number of training and of validation images.
-        cfg: timm's configuration of the model.
+    ``classes.txt``, if present, names the classes, one per line; otherwise their numbers are their names.
 
     Raises:
         UserError: a split has no shards, or a shard is no tar file, or an image in it has no label.
     """
-    root = Path(path)
     shards = {split: _find_shards(root, split) for split in _SPLITS}
     files = {split: [file for shard in shards[split] for file in _index_shard(shard)] for split in _SPLITS}
     for split in _SPLITS:
         if not files[split]:
-            raise UserError(f"--data {path}: the shards of {split} hold no images ({', '.join(_IMAGES)})")
+            raise UserError(f"--data {root}: the shards of {split} hold no images ({', '.join(_IMAGES)})")
     classes = _class_names(root, 1 + max(file.label for split in _SPLITS for file in files[split]))
-    if len(classes) < 2:
-        raise UserError(f"--data {path}: the shards hold one class only: nothing to learn")
-
-    def describe(file: _File) -> str:
-        return f"{Path(file.path).name} {file.member} {file.size} {file.label}"
-
-    return _image_data(files, classes, describe, img_size, limit, cfg)
+    return _image_data(config, cfg, files, classes, lambda f: f"{Path(f.path).name} {f.member} {f.size} {f.label}")
 
 
 def has_shards(path: Path) -> bool:
@@ -203,8 +180,7 @@ def _index_shard(shard: Path) -> list[_File]:
     for key, member in images.items():
         if key not in labels:
             raise UserError(f"the shard {shard} has no label {member.name.rpartition('.')[0]}.{_LABEL}")
-    path = str(shard)
-    return [_File(path, labels[key], m.name, m.offset_data, m.size) for key, m in images.items()]
+    return [_File(str(shard), labels[key], m.name, m.offset_data, m.size) for key, m in images.items()]
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:

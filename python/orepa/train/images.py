@@ -1,15 +1,24 @@
-"""The interface between a data set of images and the training loop, and the paper's preprocessing."""
+"""The interface between a data set of images and the training loop; the digits and CIFAR, which fit in memory."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
+from torchvision import datasets, transforms
+
+from ..errors import UserError
+from .config import CIFAR10, CIFAR100, Config
+
+CIFAR: dict[str, Any] = {CIFAR10: datasets.CIFAR10, CIFAR100: datasets.CIFAR100}
+_DIGITS_CFG = {"mean": (0.305,), "std": (0.376,), "interpolation": "bilinear", "crop_pct": 1.0}  # of pixels in 0..1
 
 
 class Source(Protocol):
@@ -24,17 +33,13 @@ class Source(Protocol):
         """Return the name of the image's file, for error messages."""
 
 
+@dataclass
 class InMemory:
-    """Images in an array.
+    """Images in an array."""
 
-    Args:
-        pixels: ``[N, H, W]`` or ``[N, H, W, 3]``, uint8.
-        labels: ``[N]``.
-        noun: for error messages, such as "digit".
-    """
-
-    def __init__(self, pixels: numpy.ndarray, labels: numpy.ndarray, noun: str) -> None:
-        self.pixels, self.labels, self.noun = pixels, labels, noun
+    pixels: numpy.ndarray  # [N, H, W] or [N, H, W, 3], uint8
+    labels: numpy.ndarray  # [N]
+    noun: str  # for error messages, such as "digit"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,25 +53,16 @@ class InMemory:
 
 @dataclass
 class ImageData:
-    """A data set for classification.
-
-    Args:
-        train, val: the images.
-        classes: the names of the labels.
-        fingerprint: changes when images are added, removed or relabelled.
-        augment, transform: from a PIL image to ``[C, S, S]``, for training and validation.
-        preprocessing: mean, std, ...: what a user of the trained model has to know.
-        in_chans: ``C``.
-    """
+    """A data set for classification."""
 
     train: Source
     val: Source
     classes: list[str]
-    fingerprint: str
-    augment: Callable[[Any], Tensor]
-    transform: Callable[[Any], Tensor]
-    preprocessing: dict[str, Any]
-    in_chans: int = 3
+    fingerprint: str  # changes when images are added, removed or relabelled
+    augment: Callable[[Any], Tensor]  # from a PIL image to [C, S, S], for training
+    transform: Callable[[Any], Tensor]  # likewise, for validation
+    preprocessing: dict[str, Any]  # mean, std, ...: what a user of the trained model has to know
+    in_chans: int  # C
 
 
 def subsample(size: int, limit: int | None) -> list[int]:
@@ -79,21 +75,71 @@ def subsample(size: int, limit: int | None) -> list[int]:
 def crop_and_flip(img_size: int, cfg: dict[str, Any], in_chans: int = 3) -> dict[str, Any]:
     """Return the paper's preprocessing (section 4.1), by timm, as keyword arguments for `ImageData`.
 
-    Random-resized-crop and flip for training, resize and centre crop for validation.
-
-    Args:
-        img_size: side of the crops.
-        cfg: timm's configuration of the model; mean, std, interpolation and crop_pct have timm's defaults.
-        in_chans: 3 for RGB, 1 for grey images.
+    Random-resized-crop and flip for training, resize and centre crop for validation. Mean, std, interpolation and crop_pct
+    are those of ``cfg``, timm's configuration of the model, or timm's defaults.
     """
     size = (in_chans, img_size, img_size)
     resolved = resolve_data_config({"input_size": size}, pretrained_cfg=cfg)
-    common = {"input_size": size} | {name: resolved[name] for name in ("mean", "std", "interpolation")}
     facts = {name: resolved[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
     return {
-        "augment": create_transform(**common, is_training=True, color_jitter=None),
-        "transform": create_transform(**common, crop_pct=resolved["crop_pct"]),
-        "preprocessing": {"input": f"{'RGB' if in_chans == 3 else 'grey'}, 0..1"}
-        | {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()},
+        "augment": create_transform(size, is_training=True, color_jitter=None, **facts),
+        "transform": create_transform(size, **facts),
+        "preprocessing": {"input": f"{'RGB' if in_chans == 3 else 'grey'}, 0..1", **plain},
         "in_chans": in_chans,
     }
+
+
+def load_digits(img_size: int, limit: int | None = None, crops_and_flips: bool = False) -> ImageData:
+    """Open scikit-learn's digits, 1797 scanned 8x8 images; one fifth, by a fixed, stratified split, is for validation.
+
+    Without ``crops_and_flips``, the augmentation consists of small affine moves.
+    """
+    from sklearn.datasets import load_digits as load_bunch  # other data do not need scikit-learn
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_bunch()
+    images = numpy.round(bunch.images * (255 / 16)).astype(numpy.uint8)
+    split = train_test_split(numpy.arange(len(images)), test_size=0.2, stratify=bunch.target, random_state=0)
+    train, val = (part[subsample(len(part), limit)] for part in split)
+    facts = crop_and_flip(img_size, _DIGITS_CFG, in_chans=1)
+    if not crops_and_flips:
+        bilinear = transforms.InterpolationMode.BILINEAR
+        resize = transforms.Resize((img_size, img_size), bilinear)
+        move = transforms.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(_DIGITS_CFG["mean"], _DIGITS_CFG["std"])]
+        facts["augment"] = transforms.Compose([resize, move, *to_tensor])
+        facts["transform"] = transforms.Compose([resize, *to_tensor])
+    return ImageData(
+        train=InMemory(images[train], bunch.target[train], "digit"),
+        val=InMemory(images[val], bunch.target[val], "digit"),
+        classes=[str(name) for name in bunch.target_names],
+        fingerprint=hashlib.sha256(images[train].tobytes() + images[val].tobytes()).hexdigest(),
+        **facts,
+    )
+
+
+def load_cifar(config: Config, path: Path, cfg: dict[str, Any]) -> ImageData:
+    """Open the 50000 training and 10000 test images of CIFAR as published for Python; the test images are for validation.
+
+    The path is that of the folder ``cifar-10-batches-py`` or ``cifar-100-python``, or of the one that holds it.
+
+    Raises:
+        UserError: a file is missing, or is not as published. The files are pickles; torchvision checks their sums first.
+    """
+    dataset = CIFAR[config.data]
+    folder = path if path.name == dataset.base_folder else path / dataset.base_folder
+    try:
+        splits = [dataset(str(folder.parent), train=training) for training in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"--data {path}: a file in {folder} is missing or differs from the published one: "
+            f"unpack {dataset.filename} again"
+        ) from error
+    digest, sources = hashlib.sha256(), []
+    for split in splits:
+        indices = subsample(len(split), config.limit)
+        sources.append(InMemory(split.data[indices], numpy.asarray(split.targets)[indices], "CIFAR image"))
+        digest.update(sources[-1].pixels.tobytes() + sources[-1].labels.tobytes())
+    train, val = sources
+    return ImageData(train, val, list(splits[0].classes), digest.hexdigest(), **crop_and_flip(config.img_size, cfg))

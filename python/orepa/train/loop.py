@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -22,10 +22,10 @@ from ..errors import CollectiveError, UserError
 from ..optim import parameter_groups
 from .config import Config
 from .data import Loaders, derive_seed, seed_everything
-from .distributed import broadcast_buffers, full_state, load_full_state
+from .distributed import broadcast_buffers, full_state, load_optimizer
 from .files import CHECKPOINT_FORMAT, VERSION, save
 from .model import load_weights
-from .report import Throughput, peak_memory
+from .report import peak_memory
 from .runtime import Stopped, StopRequest
 
 _LOG_EVERY = 10
@@ -40,20 +40,13 @@ class Objective:
     """Cross entropy, with label smoothing, mixup and cutmix where the configuration has them.
 
     Mixup draws from NumPy's global generator, which the loop seeds before every step.
-
-    Args:
-        config: of the run.
-        classes: their number.
     """
 
     def __init__(self, config: Config, classes: int) -> None:
-        self._smoothing = config.label_smoothing
-        mixes = config.mixup > 0 or config.cutmix > 0
-        self._mixup = (
-            Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
-            if mixes
-            else None
-        )
+        smoothing = self._smoothing = config.label_smoothing
+        self._mixup = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self._mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return images and targets of a step; mixed ones have probabilities ``[N, classes]`` as targets."""
@@ -80,17 +73,13 @@ class Trainer:
 
     Args:
         fabric: launched.
-        config: of the run.
         model: not yet set up by Fabric.
-        loaders: of the data.
         path: of the checkpoint.
         about: entries of the checkpoint that describe the model and the data.
-        stop: asks for an end.
-        checkpoint_every: steps between checkpoints within an epoch.
+        checkpoint_every, checkpoint_minutes: steps, and minutes at most, between checkpoints within an epoch.
         on_step: called after each step with the number of steps done and the last logged loss.
         on_epoch: called after each epoch with its record.
         log: called with scalars to plot, and their step.
-        checkpoint_minutes: maximum time between checkpoints, None for no limit.
     """
 
     def __init__(
@@ -113,23 +102,14 @@ class Trainer:
         self.on_step, self.on_epoch, self.log = on_step, on_epoch, log
         self.checkpoint_seconds = math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes
 
-        sync_bn = config.sync_bn and fabric.world_size > 1
-        self.module = convert_sync_batchnorm(model) if sync_bn else model
+        self._single = fabric.world_size == 1
+        self.module = convert_sync_batchnorm(model) if config.sync_bn and not self._single else model
         self.model = fabric.setup_module(self.module)  # before the optimizer: FSDP2 replaces the parameters
-        groups = parameter_groups(
-            self.module, config.lr, weight_decay=config.weight_decay, decay_scales=config.scale_weight_decay
-        )
-        self._optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9)
-        self._scheduler, _ = create_scheduler_v2(
-            self._optimizer,
-            "cosine",
-            num_epochs=config.epochs - config.warmup_epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_prefix=True,
-            warmup_lr=config.lr * _WARMUP_START,
-            step_on_epochs=False,
-            updates_per_epoch=loaders.steps,
-        )
+        decay: dict[str, Any] = {"weight_decay": config.weight_decay, "decay_scales": config.scale_weight_decay}
+        self._optimizer = torch.optim.SGD(parameter_groups(self.module, config.lr, **decay), config.lr, momentum=0.9)
+        steps, warmup = config.epochs * loaders.steps, config.warmup_epochs * loaders.steps
+        start: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": config.lr * _WARMUP_START, "warmup_prefix": True}
+        self._scheduler = CosineLRScheduler(self._optimizer, steps - warmup, t_in_epochs=False, **start)
         self.optimizer: Any = fabric.setup_optimizers(self._optimizer)
         # use_warmup: without, the average of a short run would consist of initial values.
         self.ema = None if config.ema is None else ModelEmaV3(self.module, config.ema, use_warmup=True)
@@ -141,8 +121,6 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self._loss = math.nan
-        self._single = fabric.world_size == 1
-        self._epoch_rate, self._recent_rate = Throughput(), Throughput()
         self._images_per_second: float | None = None  # of training in this epoch, since it began or was resumed
         self._began = time.perf_counter()  # when this epoch began, less the time between a stop and its resumption
         self._saved_at = time.monotonic()
@@ -151,10 +129,6 @@ class Trainer:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.epoch * self.loaders.steps + self.batch
-
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.config.epochs
 
     def run(self) -> None:
         """Train to the end, with a checkpoint at the start, after every epoch and every ``checkpoint_every`` steps.
@@ -167,7 +141,7 @@ class Trainer:
         if self.step == 0:
             self.save()
             self._began = time.perf_counter()
-        while not self.finished:
+        while self.epoch < self.config.epochs:
             try:
                 self._train_epoch()
                 result = self._validate()
@@ -180,7 +154,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        self._epoch_rate, self._recent_rate, self._images_per_second = Throughput(), Throughput(), None
+        first, began, self._images_per_second = self.batch, time.perf_counter(), None
+        self._lap = self.step, began
         if self.batch >= self.loaders.steps:
             return  # resumed between the last step and validation
         for images, labels in self.loaders.train(self.epoch, self.batch):
@@ -192,7 +167,7 @@ class Trainer:
             self._poll()
             if self.step % self.checkpoint_every == 0:
                 self.save()
-        self._images_per_second = self._epoch_rate.lap()
+        self._images_per_second = self._rate(self.batch - first, began)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         step, parts, device = self.step, self.config.grad_accum, self.fabric.device
@@ -212,12 +187,10 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.module, step + 1)
-        for rate in (self._epoch_rate, self._recent_rate):
-            rate.count(len(labels) * self.fabric.world_size)
         if step % _LOG_EVERY == 0:
             self._loss = total.item()
-            scalars = {"train/loss": self._loss, "lr": self._learning_rate()}
-            self.log({**scalars, "images_per_second": self._recent_rate.lap()}, step)
+            rate, self._lap = self._rate(step + 1 - self._lap[0], self._lap[1]), (step + 1, time.perf_counter())
+            self.log({"train/loss": self._loss, "lr": self._learning_rate(), "images_per_second": rate}, step)
 
     def _poll(self) -> None:
         """Check between two steps for divergence, bad samples, signals, and whether a checkpoint is due.
@@ -254,10 +227,10 @@ class Trainer:
             _accumulate(sums, cross_entropy(logits, labels), logits, labels)
             if self._single and self.stop.number:  # ranks have different numbers of batches: several cannot stop here
                 self._save_and_stop()
-        if not self._single:  # gathering sharded parameters is a collective: the rank with fewer batches takes part
-            side, channels = self.config.img_size, self.loaders.data.in_chans
-            for _ in range(done, self.loaders.val_steps):
-                self._predict(module, torch.zeros(1, channels, side, side, device=device))
+        side, channels = self.config.img_size, self.loaders.data.in_chans
+        for _ in range(done, 0 if self._single else self.loaders.val_steps):
+            # Gathering sharded parameters is a collective: a rank with fewer batches takes part.
+            self._predict(module, torch.zeros(1, channels, side, side, device=device))
         self.loaders.bad_samples.sync()
         loss, correct, seen = self._total(sums)
         if not seen:
@@ -314,30 +287,15 @@ class Trainer:
         bad_loss, bad_weights = self._all_reduce_max(not math.isfinite(sums[0]), not finite)
         if bad_loss or bad_weights:
             raise self._diverged("loss is" if bad_loss else "weights are")
+        progress = {name: getattr(self, name) for name in ("epoch", "batch", "step", "history", "best")}
+        progress |= {"seconds": time.perf_counter() - self._began, "sums": sums}
+        content = {"format": CHECKPOINT_FORMAT, "version": VERSION, "config": self.config.as_dict(), **self.about}
+        content |= {"model": model, "optimizer": optimizer, "precision": self.fabric.strategy.precision.state_dict()}
+        content |= {"progress": {**progress, "skipped": self.loaders.bad_samples.known}}
+        if self.ema is not None:
+            content["ema"] = self.ema.module.state_dict()
         failure = None
         if self.fabric.is_global_zero:
-            progress = {
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "step": self.step,
-                "seconds": time.perf_counter() - self._began,
-                "sums": sums,
-                "history": self.history,
-                "best": self.best,
-                "skipped": self.loaders.bad_samples.known,
-            }
-            content = {
-                "format": CHECKPOINT_FORMAT,
-                "version": VERSION,
-                "config": self.config.as_dict(),
-                **self.about,
-                "model": model,
-                "optimizer": optimizer,
-                "precision": self.fabric.strategy.precision.state_dict(),
-                "progress": progress,
-            }
-            if self.ema is not None:
-                content["ema"] = self.ema.module.state_dict()
             try:
                 save(self.path, content)
             except UserError as error:
@@ -349,19 +307,24 @@ class Trainer:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Restore a checkpoint, written by any number of devices."""
-        load_full_state(self.module, self._optimizer, checkpoint["model"], checkpoint["optimizer"])
+        load_optimizer(self.module, self._optimizer, checkpoint["optimizer"])
+        load_weights(self.module, checkpoint["model"])
         if self.ema is not None:
             load_weights(self.ema.module, checkpoint["ema"])
         self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
         progress = checkpoint["progress"]
-        self.epoch, self.batch = progress["epoch"], progress["batch"]
+        for name in ("epoch", "batch", "history", "best"):
+            setattr(self, name, progress[name])
         self._began = time.perf_counter() - progress["seconds"]
-        self.history, self.best = progress["history"], progress["best"]
         self.loaders.bad_samples.known.update(progress.get("skipped", {}))
         if self.fabric.is_global_zero:  # the sums are those of all processes
             self.sums = self.sums.new_tensor(progress["sums"])
 
     # --- helpers ---------------------------------------------------------------------------------------------------------
+
+    def _rate(self, steps: int, since: float) -> float:
+        """Return images per second."""
+        return steps * self.loaders.images_per_step / (time.perf_counter() - since)
 
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

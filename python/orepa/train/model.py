@@ -1,8 +1,9 @@
-"""Build the model of a run, or restore that of a checkpoint."""
+"""Build the model of a run, restore it from a checkpoint, and deploy it as plain weights that timm alone can load."""
 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ..errors import UserError, reason
-from ..models.timm_models import MODELS, create_on_meta  # the import registers the models with timm
+from ..models.deployed import to_timm
+from ..models.timm_models import MODELS  # the import registers the models with timm
 from ..modules.linear_block import LinearBlock
+from ..surgery.convert import convert
 from ..surgery.prepare import prepare
+from .files import DEPLOY_FORMAT, VERSION, load_checkpoint, save
 
 
 def default_cfg(name: str) -> dict[str, Any]:
@@ -48,8 +52,8 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
         model = timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # models raise whatever they like
         raise UserError(f"timm cannot build {name} with {arguments}: {reason(error)}") from error
+    training, classes = model.training, arguments["num_classes"]
     images = torch.zeros(2, arguments["in_chans"], img_size, img_size)
-    training = model.training
     try:
         with torch.no_grad():
             shape = tuple(getattr(model.eval()(images), "shape", ()))
@@ -57,12 +61,9 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
         raise UserError(
             f"{name} does not take {img_size}x{img_size} images (see --img-size): {reason(error)}"
         ) from error
-    if shape != (2, arguments["num_classes"]):
-        raise UserError(
-            f"{name} is not a classifier: for 2 images of {arguments['num_classes']} classes it gives {list(shape)}"
-        )
-    model.train(training)
-    return model
+    if shape != (2, classes):
+        raise UserError(f"{name} is not a classifier: for 2 images of {classes} classes it gives {list(shape)}")
+    return model.train(training)
 
 
 def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, preserve: bool) -> nn.Module:
@@ -80,9 +81,7 @@ def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, 
         return model
     model = prepare(model, preserve=preserve, inplace=True)
     if not any(isinstance(module, LinearBlock) for module in model.modules()):
-        raise UserError(
-            f"{name} has no convolution with a norm layer after it, so OREPA has no place in it (see --no-orepa)"
-        )
+        raise UserError(f"{name} has no convolution with a norm layer after it, nothing for OREPA (see --no-orepa)")
     return model
 
 
@@ -112,7 +111,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         UserError: names the first missing, unexpected or misshapen entries.
     """
-    missing = [name for name in model.state_dict() if name not in state]
+    missing = sorted(model.state_dict().keys() - state.keys())
     try:
         if missing:  # torch would leave them as they are
             raise RuntimeError(f'\nMissing key(s) in state_dict: "{missing[0]}"')
@@ -122,37 +121,33 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise UserError(f"the checkpoint does not fit the model it names (another timm version?): {details}") from error
 
 
-def to_timm(spec: dict[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Rename a converted model of `orepa.models`, and its weights, to timm's plain model; leave others as they are.
+def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
+    """Write a converted model as plain weights and what is needed to use them::
 
-    Args:
-        spec: with ``model`` and ``model_kwargs``.
-        state: of the converted model, norms not folded.
+        d = torch.load(path, weights_only=True)
+        model = timm.create_model(d["model"], **d["model_kwargs"])
+        model.load_state_dict(d["state_dict"])
 
-    Returns:
-        Spec and weights such that ``timm.create_model(spec["model"], **spec["model_kwargs"])`` loads the weights.
+    The model must be converted with ``fold_bn=False``, as timm's has batch norms. ``spec`` holds ``model``, ``model_kwargs``,
+    ``classes``, ``img_size`` and ``preprocessing``.
     """
-    registered = MODELS.get(spec["model"])
-    if registered is None:
-        return spec, state
-    if registered.is_repvgg:
-        state = _as_three_branches(create_on_meta(registered.plain, **spec["model_kwargs"]), state)
-    return {**spec, "model": registered.plain}, state
+    spec, state = to_timm(spec, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    save(path, {"format": DEPLOY_FORMAT, "version": VERSION, **spec, "state_dict": state})
 
 
-def _as_three_branches(plain: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put RepVGG's kernels into the kxk branch of timm's three-branch blocks, with a norm that only adds the bias.
+def convert_checkpoint(checkpoint: Path, out: Path) -> tuple[nn.Module, str]:
+    """Convert a checkpoint of ``orepa train``, finished or not, verify the result, and write a deploy file.
 
-    The other branches are zero; `timm.utils.reparameterize_model` removes them.
+    Returns the converted model, and which weights of the checkpoint it has.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or not one, or ``out`` cannot be written.
+        ConversionError: the converted model computes another function. Nothing is written then.
     """
-    result = {}
-    for key, like in plain.state_dict().items():
-        fill = 1.0 if key.endswith(".running_var") else 0.0
-        result[key] = state[key] if key in state else torch.full(like.shape, fill, dtype=like.dtype)
-    for name, norm in plain.named_modules():
-        if name.endswith(".conv_kxk.bn") and isinstance(norm, nn.BatchNorm2d):
-            block = name.removesuffix(".conv_kxk.bn")
-            result[f"{block}.conv_kxk.conv.weight"] = state[f"{block}.conv.weight"]
-            result[f"{name}.bias"] = state[f"{block}.conv.bias"]
-            result[f"{name}.weight"].fill_((1 + norm.eps) ** 0.5)
-    return result
+    content = load_checkpoint(checkpoint)
+    model, spec = from_checkpoint(content), content["model_spec"]
+    shape = (4, spec["model_kwargs"]["in_chans"], spec["img_size"], spec["img_size"])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    converted = convert(model, fold_bn=False, example_inputs=images)
+    save_deployed(out, converted, spec)
+    return converted, describe_weights(content)

@@ -8,14 +8,12 @@ import platform
 import shutil
 import sys
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
@@ -30,58 +28,30 @@ from .images import ImageData
 _PACKAGES = ("orepa-kernels", "torch", "timm", "lightning", "torchvision", "numpy", "scikit-learn")
 
 
-class Progress:
-    """A bar over the whole run on a terminal's stderr, and one line per epoch on stdout."""
+def progress_bar(total: int, done: int, shown: bool) -> Any:
+    """Return a bar of steps on stderr, if that is a terminal."""
+    size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that reports no rows
+    disable = None if shown else True  # None: where stderr is no terminal
+    return tqdm(
+        total=total, initial=done, unit="step", leave=False, ncols=size.columns, nrows=size.lines, disable=disable
+    )
 
-    def __init__(self, fabric: Fabric, config: Config, steps: int, done: int) -> None:
-        self._shown, self._config = fabric.is_global_zero, config
-        size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that reports no rows
-        self._bar = tqdm(
-            total=config.epochs * steps,
-            initial=done,
-            unit="step",
-            leave=False,
-            ncols=size.columns,
-            nrows=size.lines,
-            disable=None if self._shown else True,  # None: where stderr is not a terminal
-        )
 
-    def close(self) -> None:
-        self._bar.close()
-
-    def step(self, done: int, loss: float) -> None:
-        """Move the bar to ``done`` steps."""
-        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Print one record of `Trainer.history`."""
-        if not self._shown:
-            return
-        parts = [
-            f"epoch {record['epoch']:3}/{self._config.epochs}",
-            f"loss {record['train_loss']:.4f}",
-            f"val loss {record['val_loss']:.4f}",
-            f"val accuracy {100 * record['val_accuracy']:.2f}%",
-            f"{record['seconds']:.1f} s",
-        ]
-        for name, form in (
-            ("images_per_second", "{:,.0f} images/s"),
-            ("peak_memory_mb", "{:,.0f} MB"),
-            ("skipped_images", "{} skipped"),
-        ):
-            parts += [form.format(record[name])] if record[name] else []
-        tqdm.write("  ".join(parts), file=sys.stdout)
-        sys.stdout.flush()
+def print_epoch(record: dict[str, Any], epochs: int) -> None:
+    """Print one record of `Trainer.history`, above the bar."""
+    losses = f"loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}"
+    accuracy = f"val accuracy {100 * record['val_accuracy']:.2f}%"
+    parts = [f"epoch {record['epoch']:3}/{epochs}", losses, accuracy, f"{record['seconds']:.1f} s"]
+    units = {"images_per_second": "{:,.0f} images/s", "peak_memory_mb": "{:,.0f} MB", "skipped_images": "{} skipped"}
+    parts += [unit.format(record[name]) for name, unit in units.items() if record[name]]
+    tqdm.write("  ".join(parts), file=sys.stdout)
+    sys.stdout.flush()
 
 
 class Events:
     """Scalars for TensorBoard. Where they cannot be written, it warns once, and the run continues without them.
 
     TensorBoard writes in another thread, and raises its errors at the next call; meanwhile, that thread prints no traceback.
-
-    Args:
-        fabric: launched, with a TensorBoard logger.
     """
 
     def __init__(self, fabric: Fabric) -> None:
@@ -103,7 +73,7 @@ class Events:
                 self._fabric.log_dict({name: value for name, value in scalars.items() if value is not None}, step)
 
     @contextlib.contextmanager
-    def _tolerate_errors(self) -> Any:
+    def _tolerate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -114,24 +84,6 @@ class Events:
     def _thread_failed(self, args: Any) -> None:
         if not isinstance(args.exc_value, OSError):
             self._hook(args)
-
-
-class Throughput:
-    """Images per second since the last `lap`."""
-
-    def __init__(self) -> None:
-        self._images, self._began = 0, time.perf_counter()
-
-    def count(self, images: int) -> None:
-        """Add finished images."""
-        self._images += images
-
-    def lap(self) -> float | None:
-        """Return images per second since the last call, None if there were no images, and restart."""
-        now = time.perf_counter()
-        rate = self._images / (now - self._began) if self._images and now > self._began else None
-        self._images, self._began = 0, now
-        return rate
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -177,7 +129,6 @@ def compare_environments(then: dict[str, Any], now: dict[str, Any]) -> None:
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """Plot loss and accuracy by epoch, from the records of `Trainer.history`, as a PNG."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     epochs = [record["epoch"] for record in history]
     for axis, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):

@@ -11,18 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..analysis.evaluation import evaluate_conversion
 from ..errors import CollectiveError, UserError
 from .config import DIGITS, Config, Request
-from .data import Loaders, derive_seed, seed_everything
-from .datasets import kind_of_data, load_data
+from .data import Loaders, derive_seed, kind_of_data, load_data, seed_everything
 from .distributed import make_fabric, world_size
-from .evaluation import evaluate_conversion
-from .export import save_deployed
 from .files import load_checkpoint, make_folder, write_json
 from .loop import Trainer
-from .model import create, default_cfg, describe_weights, from_checkpoint, model_arguments
-from .report import Events, Progress, compare_environments, environment, plot_curves, print_header
-from .runtime import Stopped, StopRequest, default_dtype, deterministic, num_threads
+from .model import create, default_cfg, describe_weights, from_checkpoint, model_arguments, save_deployed
+from .report import Events, compare_environments, environment, plot_curves, print_epoch, print_header, progress_bar
+from .runtime import Stopped, StopRequest, deterministic, settings
 
 CHECKPOINT, DEPLOY, CURVES, METRICS, EVENTS = "checkpoint.pt", "deploy.pt", "curves.png", "metrics.json", "tensorboard"
 
@@ -35,9 +33,10 @@ def train(request: Request) -> int:
 
     Raises:
         UserError: nothing has been written then, or, once training began, the last good checkpoint remains.
+        ConversionError: the converted model computes another function. The checkpoint remains.
     """
     config, path, out, checkpoint = _resolve(request)
-    with num_threads(config.threads), default_dtype(config.precision):
+    with settings(config.threads, config.precision):
         return _train(request, config, path, out, checkpoint)
 
 
@@ -45,7 +44,7 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
     data = load_data(config, path, default_cfg(config.model))
     if checkpoint is not None and checkpoint["data"]["fingerprint"] != data.fingerprint:
         raise UserError(
-            f"cannot resume: the images in {path} are not those of the run (files were added, removed or moved)"
+            f"cannot resume: the images in {path} are not those of the run (some were added, removed or moved)"
         )
     _check_batch_size(config, world_size(request.devices, request.num_nodes), len(data.train))
     seed_everything(derive_seed(config.seed, "initial values"))
@@ -59,38 +58,31 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
         _remove_old_run(out)
     fabric.barrier()
 
-    workers = request.workers
-    if workers is None:
-        workers = 0 if config.data == DIGITS else min(4, os.cpu_count() or 1)
+    default_workers = 0 if config.data == DIGITS else min(4, os.cpu_count() or 1)
+    workers = default_workers if request.workers is None else request.workers
     loaders = Loaders(data, config, workers, fabric.global_rank, fabric.world_size, request.max_broken)
+    spec = {"model": config.model, "model_kwargs": arguments, "img_size": config.img_size}
     about: dict[str, Any] = {
-        "model_spec": {
-            "model": config.model,
-            "model_kwargs": arguments,
-            "img_size": config.img_size,
-            "classes": data.classes,
-            "preprocessing": data.preprocessing,
-        },
+        "model_spec": {**spec, "classes": data.classes, "preprocessing": data.preprocessing},
         "data": {"path": path, "fingerprint": data.fingerprint},
         "environment": {**environment(), "devices": f"{fabric.world_size} x {fabric.device.type}"},
     }
     if fabric.is_global_zero:
         print_header(config, data, model, fabric, out)
-    progress = Progress(fabric, config, loaders.steps, step)
-    with StopRequest() as stop, deterministic(), Events(fabric) as events, contextlib.closing(progress):
+    bar = progress_bar(config.epochs * loaders.steps, step, fabric.is_global_zero)
+
+    def on_step(done: int, loss: float) -> None:
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update(done - bar.n)
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        if fabric.is_global_zero:
+            print_epoch(record, config.epochs)
+
+    with StopRequest() as stop, deterministic(), Events(fabric) as events, contextlib.closing(bar):
+        every, minutes = request.checkpoint_every, request.checkpoint_minutes
         trainer = Trainer(
-            fabric,
-            config,
-            model,
-            loaders,
-            out / CHECKPOINT,
-            about,
-            stop,
-            request.checkpoint_every,
-            progress.step,
-            progress.epoch,
-            events.log,
-            request.checkpoint_minutes,
+            fabric, config, model, loaders, out / CHECKPOINT, about, stop, every, on_step, on_epoch, events.log, minutes
         )
         if checkpoint is not None:
             trainer.load(checkpoint)
@@ -98,7 +90,7 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
         try:
             trainer.run()
         except Stopped as stopped:
-            progress.close()
+            bar.close()
             return _stopped(stopped, trainer, request, out)
         except CollectiveError:
             if fabric.is_global_zero:

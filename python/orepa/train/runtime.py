@@ -16,11 +16,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Stopped(Exception):
-    """Training stopped on a signal, after saving.
-
-    Args:
-        number: of the signal.
-    """
+    """Training stopped on the signal ``number``, after saving."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -63,25 +59,19 @@ def ignore_signals(_worker: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def num_threads(number: int | None) -> Iterator[None]:
-    """Compute on this number of CPU threads, None for PyTorch's default."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+def settings(threads: int | None, precision: str = "32-true") -> Iterator[None]:
+    """Compute on this number of CPU threads, None for PyTorch's default; for ``"64-true"`` with float64 as default dtype.
+
+    Fabric alone would round the network's output to float32.
+    """
+    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(threads or before)
+    torch.set_default_dtype(torch.float64 if precision == "64-true" else dtype)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def default_dtype(precision: str) -> Iterator[None]:
-    """Make float64 the default dtype for ``"64-true"``: Fabric alone would round the network's output to float32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if precision == "64-true" else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""After training: convert, verify, measure."""
+"""`evaluate_conversion`: a trained model beside its converted forms, in accuracy, logits, size and speed."""
 
 from __future__ import annotations
 
@@ -6,41 +6,33 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..module_info import count_parameters
-from ..surgery.convert import ConversionError, convert
-from ..timing import Task, function, interleaved
-from .data import Batch
+from ..surgery.convert import convert
+from ..timing import function, interleaved
 
 _ROUNDS, _SECONDS = 25, 4.0  # of each timing, whichever ends first
 
 
 @dataclass(frozen=True)
 class Column:
-    """One form of the trained model.
-
-    Args:
-        correct, images: predictions on the validation images.
-        changed: predictions that differ from the trained model's.
-        max_difference: largest absolute difference of any logit from the trained model's.
-        parameters: their number.
-        inference_ms: median time of a forward pass in eval mode, for one batch.
-        training_ms: median time of forward and backward, for one batch; None for a form that is not trainable.
-    """
+    """One form of the trained model: predictions on the validation images, size and speed."""
 
     correct: int
     images: int
-    changed: int
-    max_difference: float
+    changed: int  # predictions that differ from the trained model's
+    max_difference: float  # the largest of any logit from the trained model's
     parameters: int
-    inference_ms: float
-    training_ms: float | None
+    inference_ms: float  # median time of a forward pass in eval mode, for one batch
+    training_ms: (
+        float | None
+    )  # median time of forward and backward, for one batch; None for a form that is not trainable
 
 
 @dataclass
@@ -48,8 +40,8 @@ class Evaluation:
     """The trained model beside its converted forms.
 
     Args:
-        columns: by name: ``"trained"``, ``"converted"`` (plain convolutions, the layout of timm's model) and ``"folded"``
-            (batch norms folded as well).
+        columns: ``"trained"``, ``"converted"`` (plain convolutions, the layout of timm's model) and ``"folded"`` (batch norms
+            folded as well).
         batch_size: of the timings.
         largest_logit: for scale.
         converted: the model of the second column.
@@ -66,18 +58,18 @@ class Evaluation:
         return {"batch_size": self.batch_size, "largest_logit": self.largest_logit, **columns}
 
     def __str__(self) -> str:
-        rows: dict[str, Callable[[Column], str]] = {
-            "validation accuracy": lambda c: f"{100 * c.correct / c.images:.2f}%",
-            f"correct, of {self.columns['trained'].images}": lambda c: str(c.correct),
-            "predictions that changed": lambda c: str(c.changed),
-            "largest difference of a logit": lambda c: f"{c.max_difference:.1e}",
-            "parameters": lambda c: f"{c.parameters:,}",
-            f"inference, ms per batch of {self.batch_size}": lambda c: f"{c.inference_ms:.2f}",
-            f"training, ms per batch of {self.batch_size}": lambda c: f"{c.training_ms:.2f}" if c.training_ms else "-",
-        }
+        columns, images = self.columns.values(), self.columns["trained"].images
         table = {
             "": list(self.columns),
-            **{name: [cell(c) for c in self.columns.values()] for name, cell in rows.items()},
+            "validation accuracy": [f"{100 * c.correct / images:.2f}%" for c in columns],
+            f"correct, of {images}": [str(c.correct) for c in columns],
+            "predictions that changed": [str(c.changed) for c in columns],
+            "largest difference of a logit": [f"{c.max_difference:.1e}" for c in columns],
+            "parameters": [f"{c.parameters:,}" for c in columns],
+            f"inference, ms per batch of {self.batch_size}": [f"{c.inference_ms:.2f}" for c in columns],
+            f"training, ms per batch of {self.batch_size}": [
+                "-" if c.training_ms is None else f"{c.training_ms:.2f}" for c in columns
+            ],
         }
         return "\n".join(f"{name:32}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in table.items())
 
@@ -93,7 +85,9 @@ class Evaluation:
         )
 
 
-def evaluate_conversion(model: nn.Module, batches: Callable[[], Iterator[Batch]], device: torch.device) -> Evaluation:
+def evaluate_conversion(
+    model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], device: torch.device
+) -> Evaluation:
     """Convert a trained model and compare the result with it, on all validation images.
 
     Args:
@@ -102,16 +96,13 @@ def evaluate_conversion(model: nn.Module, batches: Callable[[], Iterator[Batch]]
         device: of the model.
 
     Raises:
-        UserError: the converted model computes another function.
+        ConversionError: the converted model computes another function.
     """
     model.eval()
     images, labels = (tensor.to(device) for tensor in next(batches()))
     forms = {"trained": model}
-    try:
-        for name, fold in (("converted", False), ("folded", True)):
-            forms[name] = convert(model, fold_bn=fold, example_inputs=images)
-    except ConversionError as error:
-        raise UserError(f"the conversion failed its check, nothing was written: {error}") from error
+    for name, fold in (("converted", False), ("folded", True)):
+        forms[name] = convert(model, fold_bn=fold, example_inputs=images)
 
     logits: dict[str, list[Tensor]] = {name: [] for name in forms}
     truths = []
@@ -120,48 +111,39 @@ def evaluate_conversion(model: nn.Module, batches: Callable[[], Iterator[Batch]]
             truths.append(truth)
             for name, form in forms.items():
                 logits[name].append(form(inputs.to(device)).float().cpu())
-    outputs, truth = {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(truths)
+        inference = _milliseconds({name: partial(form, images) for name, form in forms.items()}, device)
 
-    def forward(form: nn.Module) -> Task:
-        return _timed(lambda: form(images), device)
+    def step(twin: nn.Module) -> None:
+        twin.zero_grad(set_to_none=True)
+        F.cross_entropy(twin(images), labels).backward()
 
-    def forward_backward(form: nn.Module) -> Task:
-        twin = copy.deepcopy(form).train()  # statistics and gradients of the model itself stay as they are
+    # Of copies: statistics and gradients of the model itself stay as they are.
+    twins = {name: copy.deepcopy(forms[name]).train() for name in ("trained", "converted")}
+    training = _milliseconds({name: partial(step, twin) for name, twin in twins.items()}, device)
 
-        def step() -> None:
-            twin.zero_grad(set_to_none=True)
-            F.cross_entropy(twin(images), labels).backward()
-
-        return _timed(step, device)
-
-    with torch.no_grad():
-        inference = _milliseconds({name: forward(form) for name, form in forms.items()})
-    training = _milliseconds({name: forward_backward(forms[name]) for name in ("trained", "converted")})
-
-    columns, reference = {}, outputs["trained"]
-    for name, output in outputs.items():
+    truth, reference, columns = torch.cat(truths), torch.cat(logits["trained"]), {}
+    for name, form in forms.items():
+        output = torch.cat(logits[name])
         columns[name] = Column(
             correct=int((output.argmax(1) == truth).sum()),
             images=len(truth),
             changed=int((output.argmax(1) != reference.argmax(1)).sum()),
             max_difference=float((output - reference).abs().max()),
-            parameters=count_parameters(forms[name]),
+            parameters=count_parameters(form),
             inference_ms=inference[name],
             training_ms=training.get(name),
         )
     return Evaluation(columns, len(images), float(reference.abs().max()), forms["converted"])
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> Task:
-    def run() -> None:
+def _milliseconds(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the median time of each call, until the device is done."""
+
+    def finish(call: Callable[[], object]) -> None:
         call()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    return function(run)
-
-
-def _milliseconds(tasks: dict[str, Task]) -> dict[str, float]:
-    """Return the median time of each."""
+    tasks = {name: function(partial(finish, call)) for name, call in calls.items()}
     samples = interleaved(tasks, _ROUNDS, _SECONDS)
     return {name: round(1000 * statistics.median(times), 3) for name, times in samples.items()}
