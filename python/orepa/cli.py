@@ -68,9 +68,13 @@ def _convert(args: argparse.Namespace) -> int:
         raise UserError("--official and --arch go together: orepa convert --official CKPT --arch ARCH OUT")
     _require("timm", install=_INSTALL_MODELS if args.official else _INSTALL)
     from .surgery.report import report
-    from .train.files import check_target
 
-    check_target(args.out, args.force)
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder; name the file to write")
+    if args.out.exists() and not args.force:
+        raise UserError(f"{args.out} exists already (--force replaces it)")
+    if not args.out.parent.is_dir():
+        raise UserError(f"cannot write {args.out}: the folder {args.out.parent} does not exist")
     if args.official:
         model, note = _convert_official(args)
     else:

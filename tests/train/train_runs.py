@@ -6,7 +6,7 @@ PYTEST_DONT_REWRITE: the tests import it before pytest loads it as a plugin, too
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,15 @@ VOLATILE = ("seconds", "images_per_second", "peak_memory_mb")  # of a record: wh
 
 
 @pytest.fixture
-def small_and_quick(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def default_sigint() -> Iterator[None]:
+    """SIGINT as in a terminal, in this process and its children: started by ``nohup`` or with ``&``, pytest ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def small_and_quick(one_thread: None, default_sigint: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One thread, short timings, and an empty working directory."""
     monkeypatch.setattr(evaluation, "_ROUNDS", 2)
     monkeypatch.chdir(tmp_path)

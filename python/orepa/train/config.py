@@ -98,9 +98,7 @@ class Config:
         choices=tuple(RECIPES),
     )
     epochs: int = _option(120, "recipe", "default: 120; 15 for the digits", int_at_least(1))
-    batch_size: int = _option(
-        256, "recipe", "images per step, on all devices (default: 256; digits 64)", int_at_least(2)
-    )
+    batch_size: int = _option(256, "recipe", "images per step, in all (default: 256; digits 64)", int_at_least(2))
     grad_accum: int = _option(1, "recipe", "compute each step in N parts (default: 1)", int_at_least(1))
     lr: float = _option(0.1, "recipe", "peak learning rate (default: 0.1)", float_in(above=0.0), "X")
     weight_decay: float = _option(1e-4, "recipe", "default: 1e-4; none on norms and biases", float_in(), "X")
@@ -110,11 +108,7 @@ class Config:
     mixup: float = _option(0.0, "recipe", "default: 0, off", float_in(), "ALPHA")
     cutmix: float = _option(0.0, "recipe", "default: 0, off", float_in(), "ALPHA")
     ema: float | None = _option(
-        None,
-        "recipe",
-        "validate and convert a moving average of the weights (default: off)",
-        float_in(0.0, 1.0),
-        "DECAY",
+        None, "recipe", "validate and convert averaged weights (default: off)", float_in(0.0, 1.0), "DECAY"
     )
     sync_bn: bool = _option(False, "recipe", "batch norms take their statistics over all processes (on GPUs)")
     seed: int = _option(0, "recipe", "of initial values, order, augmentation (default: 0)", int_at_least(0))
@@ -123,11 +117,7 @@ class Config:
 
     @classmethod
     def from_given(cls, given: dict[str, Any], model_img_size: int) -> Config:
-        """Fill in the defaults: the user's settings go before the recipe's, those before the data's and the model's.
-
-        Raises:
-            UserError: a warm-up as long as the run.
-        """
+        """Fill in the defaults: the user's settings go before the recipe's, those before the data's and the model's."""
         recipe = RECIPES[given["recipe"]] if "recipe" in given else {}
         values = {"img_size": model_img_size, **_DEFAULTS[given.get("data", DIGITS)], **recipe, **given}
         if "warmup_epochs" not in given:
@@ -152,11 +142,7 @@ class Config:
         return self.recipe == "paper" or self.data != DIGITS
 
     def check_resume(self, given: dict[str, Any]) -> None:
-        """Refuse options that contradict the resumed run: the continuation would be another run.
-
-        Raises:
-            UserError: names the first such option and both values.
-        """
+        """Raise a `UserError` on the first option that contradicts the run: its continuation would be another run."""
         for name, value in given.items():
             mine = getattr(self, name)
             if value != mine and not (isinstance(value, float) and math.isclose(value, mine)):
@@ -168,13 +154,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of `orepa train`: the user's settings, and the options that the trained weights do not depend on.
+    """One call of `orepa train`: the user's settings, and the options that the trained weights do not depend on."""
 
-    Args:
-        given: the fields of `Config` that the user set, ``data`` apart.
-    """
-
-    given: dict[str, Any]
+    given: dict[str, Any]  # the fields of `Config` that the user set, ``data`` apart
     data: str | None = _option(
         None,
         "what",
@@ -189,16 +171,16 @@ class Request:
     devices: int | None = _option(None, "machine", "per machine (default: 1, or torchrun's)", int_at_least(1))
     num_nodes: int | None = _option(None, "machine", "machines (default: 1, or torchrun's)", int_at_least(1))
     strategy: str = _option(
-        "auto", "machine", "ddp: the model per process; fsdp2: a share of it (default: ddp)", choices=STRATEGIES
+        "auto", "machine", "ddp: every process has the model; fsdp2: a share of it (default: ddp)", choices=STRATEGIES
     )
     workers: int | None = _option(None, "machine", "processes that load images (default: 4; digits 0)", int_at_least(0))
     out: Path | None = _option(None, "files", "default: runs/<model>-<orepa|plain>", Path, "DIR")  # noqa: RUF009
     resume: bool = _option(False, "files", "continue the run in --out; its options need not be repeated")
     overwrite: bool = _option(False, "files", "discard the run in --out")
-    checkpoint_every: int = _option(500, "files", "within epochs too (default: 500)", int_at_least(1), "STEPS")
-    checkpoint_minutes: float = _option(
-        15.0, "files", "the most between checkpoints (default: 15)", float_in(above=0.0)
+    checkpoint_every: int = _option(
+        500, "files", "write one within epochs, too (default: 500)", int_at_least(1), "STEPS"
     )
+    checkpoint_minutes: float = _option(15.0, "files", "at most, between checkpoints (default: 15)", float_in(0.0))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

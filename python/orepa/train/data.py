@@ -6,6 +6,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +73,16 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
 
 
 class BadSamples:
-    """The images that could not be read, by name, with the reason. Equal in all processes after each `sync`.
-
-    Up to ``allowed`` are skipped, by default 1% of the images, but at least ten.
-    """
+    """The images that could not be read, with the reasons; ``allowed`` are, by default 1% of the images but at least ten."""
 
     def __init__(self, images: int, allowed: int | None = None) -> None:
         self.allowed = max(10, images // 100) if allowed is None else allowed
-        self.known: dict[str, str] = {}
-        self._new: dict[str, str] = {}
+        self.known: dict[str, str] = {}  # after each `sync` the same in all processes
+        self.new: dict[str, str] = {}  # in this process, since the last `sync`
 
     def add(self, samples: Iterable[_Bad]) -> None:
         """Note what this process could not read, until the next `sync`."""
-        self._new.update((name, why) for name, why in samples if name not in self.known)
-
-    @property
-    def pending(self) -> bool:
-        """Whether this process has noted some since the last `sync`."""
-        return bool(self._new)
+        self.new.update((name, why) for name, why in samples if name not in self.known)
 
     def sync(self) -> None:
         """Merge what the processes have noted, and report it. A collective: all processes have to call it.
@@ -97,12 +90,12 @@ class BadSamples:
         Raises:
             CollectiveError: there are too many. The new ones are forgotten: they may be repaired before the run is resumed.
         """
-        parts, single = [self._new], not (dist.is_available() and dist.is_initialized())
+        parts, single = [self.new], not (dist.is_available() and dist.is_initialized())
         if not single:
             parts = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, self._new)
+            dist.all_gather_object(parts, self.new)
         new = {name: part[name] for part in parts for name in sorted(part) if name not in self.known}
-        self._new = {}
+        self.new = {}
         if new and len(self.known) + len(new) > self.allowed:
             name, why = next(iter(new.items()))
             many = f"more than {self.allowed} images cannot be read (see --max-broken): " if self.allowed else ""
@@ -113,6 +106,7 @@ class BadSamples:
                 tqdm.write(f"orepa: skipped an image, cannot read {name}: {why}", file=sys.stderr)
 
 
+@dataclass
 class Images(Dataset[_Sample]):
     """Source and transform together. With ``seed``, keys are ``(epoch, index)`` and determine the augmentation.
 
@@ -120,8 +114,9 @@ class Images(Dataset[_Sample]):
     their size, the processes stay in step, and a resumed run takes the same. In validation it is left out.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int | None = None) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    source: Source
+    transform: Callable[[Any], Tensor]
+    seed: int | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -174,12 +169,7 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
 
 
 class Loaders:
-    """Batches for training, from any position, and for validation; the share of one rank.
-
-    Args:
-        workers: processes that load images; 0 loads in this one.
-        max_broken: images that may be unreadable, None for the default of `BadSamples`.
-    """
+    """Batches for training, from any position, and for validation; the share of one rank, loaded by ``workers`` processes."""
 
     def __init__(
         self,
@@ -203,11 +193,7 @@ class Loaders:
         self.val_steps = -(-len(range(0, len(data.val), world_size)) // size)  # of the rank with most images
 
     def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, from batch number ``first`` on.
-
-        Raises:
-            UserError: `_ATTEMPTS` images in a row cannot be read.
-        """
+        """Yield the batches of an epoch, from batch number ``first`` on."""
         self._order.epoch, self._order.first = epoch, first
         for images, labels, bad, size in self._train:
             self.bad_samples.add(bad)

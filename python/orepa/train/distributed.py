@@ -56,11 +56,7 @@ def make_fabric(config: Config, request: Request, events: Path, step: int) -> Fa
 
 
 def world_size(devices: int | None, num_nodes: int | None) -> int:
-    """Return the number of processes that `make_fabric` will have.
-
-    Raises:
-        UserError: torchrun runs another number of them.
-    """
+    """Return the number of processes that `make_fabric` will have; raise a `UserError` if torchrun runs another number."""
     return math.prod(_processes(devices, num_nodes))
 
 
@@ -101,10 +97,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return whole tensors of model and optimizer on the CPU, in the first process, for any number of devices to load.
-
-    A collective: all processes have to call it.
-    """
+    """Return whole tensors of model and optimizer on the CPU, in the first process. A collective: all have to call it."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     # torch would fill an empty optimizer state by a step with zero gradients, which changes the first momentum.
     state = dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
@@ -112,12 +105,15 @@ def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], 
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `full_state` returned. To be called before the weights are loaded: torch takes a step with zero gradients."""
+    """Load what `full_state` returned; before the weights are loaded, as torch takes a step with zero gradients in between."""
     if state.get("state"):
-        # Older checkpoints name the parameters by their position.
         names = {p: name for name, p in model.named_parameters()}
+        # Older checkpoints have the parameters' positions instead of their names.
         order: dict[Any, str] = dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
         slots = {order.get(key, key): value for key, value in state["state"].items()}
         groups = [{**g, "params": [order.get(key, key) for key in g["params"]]} for g in state["param_groups"]]
-        full = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_optimizer_state_dict(model, optimizer, {"state": slots, "param_groups": groups}, options=full)
+        options = dcp.StateDictOptions(full_state_dict=True, strict=False)  # unused parameters have no state
+        dcp.set_optimizer_state_dict(model, optimizer, {"state": slots, "param_groups": groups}, options=options)
+        for parameter, name in names.items():
+            if name not in slots:
+                optimizer.state.pop(parameter, None)  # of torch's step

@@ -72,16 +72,6 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write to the folder {path}: {reason(error)}") from error
 
 
-def check_target(path: Path, force: bool = False) -> None:
-    """Raise a `UserError` where a file cannot be written, or exists and ``force`` is not set."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the file to write")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists already (--force replaces it)")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ``orepa train``, with its tensors on the CPU.
 

@@ -1,7 +1,7 @@
 """Images in class folders, or in WebDataset shards that are read at random.
 
-WebDataset streams shards, and a stream cannot be resumed at an image, nor redistributed over other processes. But shards are
-tar files: once their headers are indexed, their members are seekable, and they are a data set like a folder.
+WebDataset streams shards, which cannot be resumed at an image, nor redistributed over other processes. But shards are tar
+files: once their headers are indexed, their members are seekable, and they are a data set like a folder.
 """
 
 from __future__ import annotations
@@ -77,11 +77,7 @@ def _image_data(
 
 
 def load_folder(config: Config, root: Path, cfg: dict[str, Any]) -> ImageData:
-    """Open an image folder: ``train/`` and ``val/`` (or ``validation/``, ...), each with one folder per class.
-
-    Raises:
-        UserError: a folder is missing or empty, or training and validation have different classes.
-    """
+    """Open an image folder: ``train/`` and ``val/`` (or ``validation/``, ...), each with one folder per class."""
     if not root.is_dir():
         raise UserError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
     roots = {}
@@ -125,16 +121,13 @@ def load_shards(config: Config, root: Path, cfg: dict[str, Any]) -> ImageData:
     """Open WebDataset shards, tar files of ``KEY.jpg`` and ``KEY.cls``: ``*train*.tar`` and ``*val*.tar``, or in such folders.
 
     ``classes.txt``, if present, names the classes, one per line; otherwise their numbers are their names.
-
-    Raises:
-        UserError: a split has no shards, or a shard is no tar file, or an image in it has no label.
     """
     shards = {split: _find_shards(root, split) for split in _SPLITS}
     files = {split: [file for shard in shards[split] for file in _index_shard(shard)] for split in _SPLITS}
-    for split in _SPLITS:
+    for split in files:
         if not files[split]:
             raise UserError(f"--data {root}: the shards of {split} hold no images ({', '.join(_IMAGES)})")
-    classes = _class_names(root, 1 + max(file.label for split in _SPLITS for file in files[split]))
+    classes = _class_names(root, 1 + max(file.label for split in files.values() for file in split))
     return _image_data(config, cfg, files, classes, lambda f: f"{Path(f.path).name} {f.member} {f.size} {f.label}")
 
 
@@ -169,9 +162,8 @@ def _index_shard(shard: Path) -> list[_File]:
                     images[f"{folder}/{stem}"] = member
                 elif member.isfile() and kind.lower() == _LABEL:
                     labels[f"{folder}/{stem}"] = _read_label(tar, member, shard)
-        with shard.open(
-            "rb"
-        ) as file:  # an archive ends with zeros; tarfile accepts one that was cut off between two files
+        # An archive ends with zeros; tarfile accepts one that was cut off between two files.
+        with shard.open("rb") as file:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("unexpected end of data")
@@ -196,7 +188,7 @@ def _class_names(root: Path, count: int) -> list[str]:
     file = root / "classes.txt"
     if not file.exists():
         return [str(label) for label in range(count)]
-    names = [name.strip() for name in file.read_text().split("\n") if name.strip()]
+    names = [name.strip() for name in file.read_text().splitlines() if name.strip()]
     if len(names) < count:
         raise UserError(f"{file} names {len(names)} classes, but there are labels up to {count - 1}")
     return names

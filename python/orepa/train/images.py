@@ -67,9 +67,8 @@ class ImageData:
 
 def subsample(size: int, limit: int | None) -> list[int]:
     """Return at most ``limit`` of ``range(size)``, evenly spaced, so that a sorted folder gives some of every class."""
-    if limit is None or limit >= size:
-        return list(range(size))
-    return [i * size // limit for i in range(limit)]
+    count = size if limit is None else min(limit, size)
+    return [i * size // count for i in range(count)]
 
 
 def crop_and_flip(img_size: int, cfg: dict[str, Any], in_chans: int = 3) -> dict[str, Any]:
@@ -91,10 +90,7 @@ def crop_and_flip(img_size: int, cfg: dict[str, Any], in_chans: int = 3) -> dict
 
 
 def load_digits(img_size: int, limit: int | None = None, crops_and_flips: bool = False) -> ImageData:
-    """Open scikit-learn's digits, 1797 scanned 8x8 images; one fifth, by a fixed, stratified split, is for validation.
-
-    Without ``crops_and_flips``, the augmentation consists of small affine moves.
-    """
+    """Open scikit-learn's digits, 1797 scanned 8x8 images; one fifth, by a fixed, stratified split, is for validation."""
     from sklearn.datasets import load_digits as load_bunch  # other data do not need scikit-learn
     from sklearn.model_selection import train_test_split
 
@@ -122,20 +118,16 @@ def load_digits(img_size: int, limit: int | None = None, crops_and_flips: bool =
 def load_cifar(config: Config, path: Path, cfg: dict[str, Any]) -> ImageData:
     """Open the 50000 training and 10000 test images of CIFAR as published for Python; the test images are for validation.
 
-    The path is that of the folder ``cifar-10-batches-py`` or ``cifar-100-python``, or of the one that holds it.
-
-    Raises:
-        UserError: a file is missing, or is not as published. The files are pickles; torchvision checks their sums first.
+    The path is that of the folder ``cifar-10-batches-py`` or ``cifar-100-python``, or of the one that holds it. Its files are
+    pickles, which torchvision opens only if their checksums are right.
     """
     dataset = CIFAR[config.data]
     folder = path if path.name == dataset.base_folder else path / dataset.base_folder
     try:
         splits = [dataset(str(folder.parent), train=training) for training in (True, False)]
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--data {path}: a file in {folder} is missing or differs from the published one: "
-            f"unpack {dataset.filename} again"
-        ) from error
+        problem = f"a file in {folder} is missing or differs from the published one"
+        raise UserError(f"--data {path}: {problem}: unpack {dataset.filename} again") from error
     digest, sources = hashlib.sha256(), []
     for split in splits:
         indices = subsample(len(split), config.limit)

@@ -37,10 +37,7 @@ class Diverged(CollectiveError):
 
 
 class Objective:
-    """Cross entropy, with label smoothing, mixup and cutmix where the configuration has them.
-
-    Mixup draws from NumPy's global generator, which the loop seeds before every step.
-    """
+    """Cross entropy with label smoothing, mixup and cutmix, which draws from NumPy's generator, seeded before every step."""
 
     def __init__(self, config: Config, classes: int) -> None:
         smoothing = self._smoothing = config.label_smoothing
@@ -77,8 +74,7 @@ class Trainer:
         path: of the checkpoint.
         about: entries of the checkpoint that describe the model and the data.
         checkpoint_every, checkpoint_minutes: steps, and minutes at most, between checkpoints within an epoch.
-        on_step: called after each step with the number of steps done and the last logged loss.
-        on_epoch: called after each epoch with its record.
+        on_step, on_epoch: called with the steps done and the last logged loss, and with the record of an epoch.
         log: called with scalars to plot, and their step.
     """
 
@@ -122,6 +118,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self._loss = math.nan
         self._images_per_second: float | None = None  # of training in this epoch, since it began or was resumed
+        self._lap = 0, 0.0  # when it was logged last: step and time
         self._began = time.perf_counter()  # when this epoch began, less the time between a stop and its resumption
         self._saved_at = time.monotonic()
 
@@ -135,8 +132,7 @@ class Trainer:
 
         Raises:
             Stopped: on a signal; the checkpoint is written.
-            UserError: the loss is no longer finite, too many images cannot be read, or the disk is full. The last good
-                checkpoint remains.
+            UserError: the loss is not finite, too many images cannot be read, or the disk is full. The checkpoint remains good.
         """
         if self.step == 0:
             self.save()
@@ -154,8 +150,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        first, began, self._images_per_second = self.batch, time.perf_counter(), None
-        self._lap = self.step, began
+        start = self._lap = self.step, time.perf_counter()
+        self._images_per_second = None
         if self.batch >= self.loaders.steps:
             return  # resumed between the last step and validation
         for images, labels in self.loaders.train(self.epoch, self.batch):
@@ -167,7 +163,7 @@ class Trainer:
             self._poll()
             if self.step % self.checkpoint_every == 0:
                 self.save()
-        self._images_per_second = self._rate(self.batch - first, began)
+        self._images_per_second = self._rate(self.step, *start)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         step, parts, device = self.step, self.config.grad_accum, self.fabric.device
@@ -189,7 +185,8 @@ class Trainer:
             self.ema.update(self.module, step + 1)
         if step % _LOG_EVERY == 0:
             self._loss = total.item()
-            rate, self._lap = self._rate(step + 1 - self._lap[0], self._lap[1]), (step + 1, time.perf_counter())
+            rate = self._rate(step + 1, *self._lap)
+            self._lap = step + 1, time.perf_counter()
             self.log({"train/loss": self._loss, "lr": self._learning_rate(), "images_per_second": rate}, step)
 
     def _poll(self) -> None:
@@ -202,12 +199,12 @@ class Trainer:
             return
         diverged = regular and not math.isfinite(float(self.sums[0]))
         due = time.monotonic() - self._saved_at >= self.checkpoint_seconds
-        bad_samples = self.loaders.bad_samples
-        diverged, pending, signal, due = self._all_reduce_max(diverged, bad_samples.pending, self.stop.number, due)
+        bad = self.loaders.bad_samples
+        diverged, pending, signal, due = self._all_reduce_max(diverged, bool(bad.new), self.stop.number, due)
         if diverged:
             raise self._diverged("loss is")
         if pending:
-            bad_samples.sync()
+            bad.sync()
         if signal:  # as agreed: one that arrived since waits for the next poll
             self.stop.number = signal
             self._save_and_stop()
@@ -262,8 +259,10 @@ class Trainer:
         if self.best is None or record["val_accuracy"] > self.best["val_accuracy"]:
             self.best = {"epoch": record["epoch"], "val_accuracy": record["val_accuracy"]}
         self.epoch, self.batch, self.sums, self._began = self.epoch + 1, 0, self._zero_sums(), time.perf_counter()
-        scalars = {name.replace("_", "/", 1): record[name] for name in ("train_accuracy", "val_loss", "val_accuracy")}
-        self.log(scalars | {name: record[name] for name in ("skipped_images", "peak_memory_mb")}, self.step)
+        curves = {"train_accuracy": "train/accuracy", "val_loss": "val/loss", "val_accuracy": "val/accuracy"}
+        self.log(
+            {curves.get(name, name): record[name] for name in (*curves, "skipped_images", "peak_memory_mb")}, self.step
+        )
         self.save()
         self.on_epoch(record)
 
@@ -274,11 +273,7 @@ class Trainer:
         raise Stopped(self.stop.number)
 
     def save(self) -> None:
-        """Write the checkpoint, from the first process. A collective: all processes have to call it.
-
-        Raises:
-            CollectiveError: the run has diverged (the last good checkpoint remains), or the file cannot be written.
-        """
+        """Write the checkpoint, unless the run has diverged. A collective: all processes have to call it."""
         self.loaders.bad_samples.sync()
         sums = self._total(self.sums)
         model, optimizer = full_state(self.module, self._optimizer)
@@ -320,11 +315,9 @@ class Trainer:
         if self.fabric.is_global_zero:  # the sums are those of all processes
             self.sums = self.sums.new_tensor(progress["sums"])
 
-    # --- helpers ---------------------------------------------------------------------------------------------------------
-
-    def _rate(self, steps: int, since: float) -> float:
-        """Return images per second."""
-        return steps * self.loaders.images_per_step / (time.perf_counter() - since)
+    def _rate(self, step: int, first: int, since: float) -> float:
+        """Return images per second, of the steps from ``first`` up to ``step``."""
+        return (step - first) * self.loaders.images_per_step / (time.perf_counter() - since)
 
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

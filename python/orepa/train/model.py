@@ -58,9 +58,8 @@ def create_plain(name: str, arguments: dict[str, Any], img_size: int) -> nn.Modu
         with torch.no_grad():
             shape = tuple(getattr(model.eval()(images), "shape", ()))
     except Exception as error:
-        raise UserError(
-            f"{name} does not take {img_size}x{img_size} images (see --img-size): {reason(error)}"
-        ) from error
+        size = f"{img_size}x{img_size}"
+        raise UserError(f"{name} does not take {size} images (see --img-size): {reason(error)}") from error
     if shape != (2, classes):
         raise UserError(f"{name} is not a classifier: for 2 images of {classes} classes it gives {list(shape)}")
     return model.train(training)
@@ -86,13 +85,9 @@ def create(name: str, arguments: dict[str, Any], img_size: int, *, orepa: bool, 
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> nn.Module:
-    """Restore the trained model of a checkpoint, in eval mode; with the moving average of the weights, if there is one.
-
-    Raises:
-        UserError: timm has no such model, or the weights do not fit.
-    """
+    """Restore the trained model of a checkpoint, in eval mode; with the moving average of the weights, if there is one."""
     config, spec = checkpoint["config"], checkpoint["model_spec"]
-    default_cfg(spec["model"])
+    default_cfg(spec["model"])  # raises a UserError if timm has no such model
     model = create(spec["model"], spec["model_kwargs"], config["img_size"], orepa=config["orepa"], preserve=False)
     load_weights(model, checkpoint.get("ema", checkpoint["model"]))
     return model.eval()
@@ -106,11 +101,7 @@ def describe_weights(checkpoint: dict[str, Any]) -> str:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load whole tensors into a model, sharded or not.
-
-    Raises:
-        UserError: names the first missing, unexpected or misshapen entries.
-    """
+    """Load whole tensors into a model, sharded or not; raise a `UserError` if they do not fit."""
     missing = sorted(model.state_dict().keys() - state.keys())
     try:
         if missing:  # torch would leave them as they are
@@ -138,10 +129,10 @@ def save_deployed(path: Path, model: nn.Module, spec: dict[str, Any]) -> None:
 def convert_checkpoint(checkpoint: Path, out: Path) -> tuple[nn.Module, str]:
     """Convert a checkpoint of ``orepa train``, finished or not, verify the result, and write a deploy file.
 
-    Returns the converted model, and which weights of the checkpoint it has.
+    Returns:
+        The converted model, and which weights of the checkpoint it has.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or not one, or ``out`` cannot be written.
         ConversionError: the converted model computes another function. Nothing is written then.
     """
     content = load_checkpoint(checkpoint)

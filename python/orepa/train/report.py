@@ -31,10 +31,10 @@ _PACKAGES = ("orepa-kernels", "torch", "timm", "lightning", "torchvision", "nump
 def progress_bar(total: int, done: int, shown: bool) -> Any:
     """Return a bar of steps on stderr, if that is a terminal."""
     size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that reports no rows
-    disable = None if shown else True  # None: where stderr is no terminal
+    style: dict[str, Any] = {"unit": "step", "leave": False, "ncols": size.columns, "nrows": size.lines}
     return tqdm(
-        total=total, initial=done, unit="step", leave=False, ncols=size.columns, nrows=size.lines, disable=disable
-    )
+        total=total, initial=done, disable=None if shown else True, **style
+    )  # None: where stderr is no terminal
 
 
 def print_epoch(record: dict[str, Any], epochs: int) -> None:
@@ -114,8 +114,8 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     packages["torch"] = str(torch.__version__)
-    python, machine = platform.python_version(), platform.machine()
-    return {"python": python, "machine": machine, "threads": torch.get_num_threads(), "packages": packages}
+    versions = {"python": platform.python_version(), "packages": packages}
+    return {**versions, "machine": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def compare_environments(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -32,8 +32,7 @@ def train(request: Request) -> int:
         The exit code: 0, or 128 plus the number of the signal that stopped the run.
 
     Raises:
-        UserError: nothing has been written then, or, once training began, the last good checkpoint remains.
-        ConversionError: the converted model computes another function. The checkpoint remains.
+        UserError, ConversionError: nothing has been written then or, once training began, the last good checkpoint remains.
     """
     config, path, out, checkpoint = _resolve(request)
     with settings(config.threads, config.precision):
@@ -43,9 +42,7 @@ def train(request: Request) -> int:
 def _train(request: Request, config: Config, path: str | None, out: Path, checkpoint: dict[str, Any] | None) -> int:
     data = load_data(config, path, default_cfg(config.model))
     if checkpoint is not None and checkpoint["data"]["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"cannot resume: the images in {path} are not those of the run (some were added, removed or moved)"
-        )
+        raise UserError(f"cannot resume: the images in {path} are not those of the run (added, removed or moved)")
     _check_batch_size(config, world_size(request.devices, request.num_nodes), len(data.train))
     seed_everything(derive_seed(config.seed, "initial values"))
     arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
@@ -58,8 +55,8 @@ def _train(request: Request, config: Config, path: str | None, out: Path, checkp
         _remove_old_run(out)
     fabric.barrier()
 
-    default_workers = 0 if config.data == DIGITS else min(4, os.cpu_count() or 1)
-    workers = default_workers if request.workers is None else request.workers
+    workers = 0 if config.data == DIGITS else min(4, os.cpu_count() or 1)
+    workers = workers if request.workers is None else request.workers
     loaders = Loaders(data, config, workers, fabric.global_rank, fabric.world_size, request.max_broken)
     spec = {"model": config.model, "model_kwargs": arguments, "img_size": config.img_size}
     about: dict[str, Any] = {
@@ -124,9 +121,7 @@ def _resolve(request: Request) -> tuple[Config, str | None, Path, dict[str, Any]
         moved = request.data if config.data != DIGITS else None
         return config, moved or checkpoint["data"]["path"], out, checkpoint
     if path.exists() and not request.overwrite:
-        raise UserError(
-            f"{out} holds a run already: --resume continues it, --overwrite discards it, --out names another folder"
-        )
+        raise UserError(f"{out} holds a run already: --resume continues it, --overwrite discards it (or change --out)")
     config = Config.from_given(given, default_cfg(name).get("input_size", (3, 224, 224))[-1])
     return config, os.path.abspath(request.data) if config.data != DIGITS and request.data else None, out, None
 
@@ -141,10 +136,8 @@ def _check_batch_size(config: Config, processes: int, images: int) -> None:
             f"a batch of {batch} images cannot be shared by {processes} device(s){cut}, two or more for each"
         )
     if share % 2 and (config.mixup or config.cutmix):
-        raise UserError(
-            f"--mixup and --cutmix mix pairs of images, but the {processes} device(s) have {share} images each, an odd number: "
-            "take another --batch-size"
-        )
+        odd = f"the {processes} device(s) have {share} images each"
+        raise UserError(f"--mixup and --cutmix mix pairs of images, but {odd}: take another --batch-size")
 
 
 def _remove_old_run(out: Path) -> None:
@@ -161,11 +154,9 @@ def _stopped(stopped: Stopped, trainer: Trainer, request: Request, out: Path) ->
     if request.strategy != Request.strategy:
         options["--strategy"] = request.strategy
     command = "".join(f" {option} {value}" for option, value in options.items() if value is not None)
-    print(
-        f"orepa: stopped in epoch {trainer.epoch + 1}, step {trainer.step}, nothing is lost. "
-        f"To continue: orepa train --resume{command}",
-        file=sys.stderr,
-    )
+    place = f"epoch {trainer.epoch + 1}, step {trainer.step}"
+    message = f"orepa: stopped in {place}, nothing is lost. To continue: orepa train --resume{command}"
+    print(message, file=sys.stderr)
     return 128 + stopped.number
 
 
@@ -194,9 +185,7 @@ def _evaluate(trainer: Trainer, out: Path) -> None:
     }
     write_json(out / METRICS, metrics)
     print(f"\n{evaluation}\n\n{evaluation.summary()}")
-    print(
-        "converted: plain convolutions; folded: their batch norms folded in as well, as orepa.convert does by default."
-    )
+    print("converted: plain convolutions; folded: with batch norms folded as well, as orepa.convert does by default.")
     if "ema" in checkpoint:
         print(f"all three: {weights}.")
     if skipped:

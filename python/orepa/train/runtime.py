@@ -60,10 +60,7 @@ def ignore_signals(_worker: int = 0) -> None:
 
 @contextlib.contextmanager
 def settings(threads: int | None, precision: str = "32-true") -> Iterator[None]:
-    """Compute on this number of CPU threads, None for PyTorch's default; for ``"64-true"`` with float64 as default dtype.
-
-    Fabric alone would round the network's output to float32.
-    """
+    """Set the number of CPU threads, and float64 as default dtype for ``"64-true"``: Fabric would round outputs to float32."""
     before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads or before)
     torch.set_default_dtype(torch.float64 if precision == "64-true" else dtype)
