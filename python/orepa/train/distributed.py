@@ -99,9 +99,9 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return whole tensors of model and optimizer on the CPU, in the first process. A collective: all have to call it."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options)  # first: it reshards what validation has left unsharded
     # torch would fill an empty optimizer state by a step with zero gradients, which changes the first momentum.
-    state = dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
-    return dcp.get_model_state_dict(model, options=options), state
+    return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
