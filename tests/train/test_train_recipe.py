@@ -151,6 +151,7 @@ def test_gradients_are_exchanged_once_per_step(monkeypatch: pytest.MonkeyPatch) 
         (("--grad-accum", 8), "two or more for each"),
         (("--batch-size", 9, "--mixup", 0.2), "mix pairs of images, but the 1 device(s) have 9 images each"),
         (("--strategy", "fsdp2", "--ema", 0.9), "take --strategy ddp"),
+        (("--sync-bn", "--devices", 2, "--accelerator", "cpu"), "--sync-bn with several processes needs GPUs"),
         (("--strategy", "fsdp2", "--precision", "64-true"), "--precision 32-true or bf16-mixed, got 64-true"),
     ],
 )

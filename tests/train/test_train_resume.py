@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from train_runs import FOLDER, OUTPUTS, SMALL, assert_same, assert_same_run, restless_trainer, steady, train
 
 from orepa.errors import UserError
 from orepa.train import files, loop
+from orepa.train.distributed import full_state, load_optimizer
 from orepa.train.files import load_checkpoint, write_atomically
 from orepa.train.report import Events
 from orepa.train.runtime import Stopped, StopRequest
@@ -242,6 +243,25 @@ def test_a_stop_during_validation_resumes_with_validation(monkeypatch: pytest.Mo
     second.run()
     assert_same(whole.module.state_dict(), second.module.state_dict())
     assert [record["val_loss"] for record in second.history] == [record["val_loss"] for record in whole.history]
+
+
+@pytest.mark.parametrize("by_position", [False, True], ids=["by name", "by position, as older checkpoints"])
+def test_the_optimizer_state_of_used_parameters_is_restored(by_position: bool) -> None:
+    """Those without gradients have no state; neither saving nor loading may give them any, as torch's functions do."""
+
+    def build() -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+        model = nn.ModuleDict({"unused": nn.Linear(3, 4), "used": nn.Linear(3, 4)})
+        return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+
+    model, optimizer = build()
+    assert full_state(model, optimizer)[1] == {} and not optimizer.state
+    model["used"](torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict() if by_position else full_state(model, optimizer)[1]
+    other, restored = build()
+    load_optimizer(other, restored, saved)
+    assert_same(restored.state_dict(), optimizer.state_dict())
+    assert len(restored.state) == 2
 
 
 # --- checkpoints by the clock -------------------------------------------------------------------------------------------------
