@@ -138,8 +138,8 @@ def training_extra() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(training_extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a finished run, beside its other files; to be read only."""
-    from orepa.analysis import evaluation
     from orepa.cli import main
+    from orepa.surgery import evaluation
 
     out = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -49,7 +49,7 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setenv("MPLBACKEND", "Agg")
     if all(importlib.util.find_spec(name) for name in TRAINING):
         # Only how often inference is timed at the end of a run.
-        monkeypatch.setattr("orepa.analysis.evaluation._ROUNDS", 2, raising=False)
+        monkeypatch.setattr("orepa.surgery.evaluation._ROUNDS", 2, raising=False)
     known, threads = set(orepa.topologies()), torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small gain nothing from more threads
     yield

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from orepa.errors import UserError
-from orepa.train.data import mix
+from orepa.train.data import derive_seed
 from orepa.train.images import ImageData, Source
 
 
@@ -51,7 +51,7 @@ def draw(data: ImageData, count: int, seed: int) -> ImageData:
         raise UserError(f"--train-images must be from 1 to {size}, got {count}")
     if count == size:
         return data
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(mix(seed, "training images"))).tolist()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "training images"))).tolist()
     by_class: dict[int, list[int]] = {}
     for index in order:
         by_class.setdefault(data.train.load(index)[1], []).append(index)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orepa.bench.cli import check_folders, count, names, require
 from orepa.errors import UserError
-from orepa.train.signals import Stopped
+from orepa.train.runtime import Stopped
 
 
 def main(argv: list[str] | None = None) -> int:

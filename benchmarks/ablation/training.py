@@ -26,12 +26,11 @@ from orepa.module_info import count_parameters
 from orepa.modules.orepa_conv import OREPAConv
 from orepa.timing import function, interleaved
 from orepa.train.config import DIGITS, Config
-from orepa.train.data import Loaders, load_data, mix, seed_everything
-from orepa.train.determinism import threads
+from orepa.train.data import Loaders, derive_seed, load_data, seed_everything
 from orepa.train.images import ImageData
 from orepa.train.loop import Diverged, Trainer
 from orepa.train.model import create_plain, default_cfg, model_arguments
-from orepa.train.signals import StopRequest
+from orepa.train.runtime import StopRequest, settings
 from orepa_kernels.backends.base import Request
 from orepa_kernels.dispatch import select
 
@@ -94,7 +93,7 @@ def run(ablation: AblationConfig, say: Callable[[str], None] = print) -> Results
     unknown = [name for name in ablation.rows if name not in known]
     if unknown or not ablation.rows:
         raise UserError(f"--rows must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    with threads(ablation.threads):
+    with settings(ablation.threads):
         return _run(ablation, say)
 
 
@@ -184,7 +183,7 @@ def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
 
 def build(name: str, config: Config, data: ImageData) -> nn.Module:
     """Build a variant with the initial values of a seed. Layers that it does not swap are the same in all variants."""
-    seed_everything(mix(config.seed, "initial values"))
+    seed_everything(derive_seed(config.seed, "initial values"))
     arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
     return variants()[name](create_plain(config.model, {**arguments, **NET_ARGUMENTS}, config.img_size))
 

@@ -40,7 +40,7 @@ from orepa.topology.catalogue import orepa as orepa_block
 from orepa.topology.lowering import SCALINGS
 from orepa.train.data import load_data
 from orepa.train.images import ImageData
-from orepa.train.signals import Stopped
+from orepa.train.runtime import Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ConvSpec(8, 8, (3, 3))

@@ -14,8 +14,8 @@ from torch import nn
 from train_runs import OUTPUTS, SMALL, Image, assert_same_run, timm, train
 
 import orepa
-from orepa.analysis import evaluation
 from orepa.cli import main
+from orepa.surgery import evaluation
 from orepa.train import loop
 from orepa.train.config import Config
 from orepa.train.data import Loaders

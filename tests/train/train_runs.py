@@ -23,8 +23,8 @@ for package in ("sklearn", "tensorboard", "matplotlib", "tqdm"):
 import sync_norm  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 
-from orepa.analysis import evaluation  # noqa: E402
 from orepa.cli import main  # noqa: E402
+from orepa.surgery import evaluation  # noqa: E402
 from orepa.train import loop, run  # noqa: E402
 from orepa.train.config import Config  # noqa: E402
 from orepa.train.data import Loaders  # noqa: E402

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..analysis.evaluation import evaluate_conversion
 from ..errors import CollectiveError, UserError
+from ..surgery.evaluation import evaluate_conversion
 from .config import DIGITS, Config, Request
 from .data import Loaders, derive_seed, kind_of_data, load_data, seed_everything
 from .distributed import make_fabric, world_size

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..module_info import count_parameters
-from ..surgery.convert import convert
 from ..timing import function, interleaved
+from .convert import convert
 
 _ROUNDS, _SECONDS = 25, 4.0  # of each timing, whichever ends first
 
