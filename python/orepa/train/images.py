@@ -33,7 +33,7 @@ class Source(Protocol):
         """Return the name of the image's file, for error messages."""
 
 
-@dataclass
+@dataclass(eq=False)
 class InMemory:
     """Images in an array."""
 
