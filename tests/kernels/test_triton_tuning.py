@@ -264,7 +264,7 @@ def test_other_values_are_refused(monkeypatch, value):
 def dense(o=6, i=4, groups=1):
     block = Block(o, i, (3, 3), (Dense(Operand("w", (o, i // groups, 3, 3))),), groups)
     tensors = [torch.randn(block.shape), torch.randn(block.shape)]
-    return block, forward_spec(block, tensors[:1], tensors[1], None), tensors
+    return block, forward_spec(block, tensors[:1], tensors[1]), tensors
 
 
 class Made:

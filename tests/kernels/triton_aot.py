@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ PRECISIONS = ("tf32x3", "tf32")
 #: how the tensors of a block may lie, as options of `structures`: the first is what training on a GPU has
 MEMORY: dict[str, dict[str, Any]] = {
     "channels_last": {},
-    "many blocks": {"listed": True},
+    "many blocks": {"batched": True},
     "32 groups": {"groups": 32},
     "contiguous": {"contiguous": True},
     "autocast": {"autocast": True},
@@ -121,9 +121,9 @@ def compile_and_listen(
 def source_of(function: Any, spec: Spec, constants: dict[str, Any]) -> ASTSource:
     """A kernel with the types of its arguments."""
     slots = len(spec.views)
-    signature: dict[str, Any] = {"addresses": "i64" if spec.listed else ("i64",) * slots}
+    signature: dict[str, Any] = {"addresses": "i64" if spec.batched else ("i64",) * slots}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    for slot in [()] if spec.listed else [(slot,) for slot in range(slots)]:
+    for slot in [()] if spec.batched else [(slot,) for slot in range(slots)]:
         attributes[(0, *slot)] = [["tt.divisibility", 16]]
     for position, name in enumerate(ADDRESSES[function.__name__], start=1):
         signature[name] = "i64"
@@ -158,7 +158,7 @@ def structures(
     size: int,
     *,
     groups: int = 1,
-    listed: bool = False,
+    batched: bool = False,
     contiguous: bool = False,
     autocast: bool = False,
     half: bool = False,
@@ -174,7 +174,7 @@ def structures(
         forward, backward = _structure(step.block, own, contiguous, *dtypes)
         if forward not in seen:
             seen.add(forward)
-            yield replace(forward, listed=listed), replace(backward, listed=listed)
+            yield replace(forward, batched=batched), replace(backward, batched=batched)
 
 
 def _structure(
@@ -185,7 +185,7 @@ def _structure(
     tensors = [t.to(memory_format=memory_format) if t.dim() == 4 else t.float() if t.dim() == 3 else t for t in tensors]
     kernel = torch.empty(block.shape, dtype=of_kernel, memory_format=memory_format)
     wanted = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
-    return forward_spec(block, tensors, kernel, None), backward_spec(block, tensors, kernel, wanted)
+    return forward_spec(block, tensors, kernel), backward_spec(block, tensors, kernel, wanted)
 
 
 def kernels_of(
@@ -201,7 +201,7 @@ def kernels_of(
     ):
         for config in dict.fromkeys(choices):
             constants, options = launch.split(config, SPEC=spec, PRECISION=precision)
-            tile = {**{k: v for k, v in constants.items() if k not in ("SPEC", "PRECISION")}, **options}
+            tile = {**asdict(config), **options}
             yield function.__name__, tile, compile_kernel(function, target, spec, constants, options)
     constants = {"SPEC": backward, "PARTS": launch.SUM_PARTS, "COUNT": launch.SUM_COUNT}
     yield add_parts.__name__, {}, compile_kernel(add_parts, target, backward, constants, launch.SUM_OPTIONS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -94,7 +94,7 @@ class _Launch:
         recorded = capturing(self.device)
         if recorded:
             self.keep()
-        if not self.spec.listed:
+        if not self.spec.batched:
             self.launch(own[0])
             return
         table = self._table([address for block in own for address in block], recorded)
@@ -207,10 +207,9 @@ class _Backward(_Launch):
 
 def split(config: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
     """A config as the kernel's constants, in the order of its parameters, and the compiler's options."""
-    values = asdict(config)
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = True  # Triton's default so far, about to change
-    return {**constants, **values}, options
+    return {**constants, "TILES": config}, options
 
 
 _forwards: _Cache[list[_Forward]] = _Cache(_LAUNCHERS)
@@ -222,7 +221,7 @@ def _by_structure(specs: Sequence[Spec]) -> list[tuple[Spec, list[int]]]:
     groups: dict[Spec, list[int]] = {}
     for index, spec in enumerate(specs):
         groups.setdefault(spec, []).append(index)
-    return [(replace(spec, listed=len(own) > 1), own) for spec, own in groups.items()]
+    return [(replace(spec, batched=len(own) > 1), own) for spec, own in groups.items()]
 
 
 def _made(
@@ -268,7 +267,7 @@ def forward(
         return []
     device = operands[0][0].device
     kernels = [torch.empty(block.shape, dtype=dtype, device=device, memory_format=memory_format) for block in blocks]
-    run(*_forward_launches(blocks, operands, kernels, folds), device)
+    run(*_forward_launches(blocks, operands, kernels), device)
     return kernels
 
 
@@ -276,13 +275,9 @@ def _forward_launches(
     blocks: Sequence[Block],
     operands: Sequence[Sequence[Tensor]],
     kernels: Sequence[Tensor],
-    folds: Sequence[Tensor | None],
 ) -> tuple[list[_Forward], list[tuple[int, ...]]]:
     """The launches that write kernels, and the addresses of each block."""
-    tensors = [
-        [*own, kernel] if fold is None else [*own, kernel, fold]
-        for own, kernel, fold in zip(operands, kernels, folds, strict=True)
-    ]
+    tensors = [[*own, kernel] for own, kernel in zip(operands, kernels, strict=True)]
     addresses = [addresses_of(own) for own in tensors]
     device = kernels[0].device
     key = (
@@ -292,7 +287,7 @@ def _forward_launches(
     )
 
     def make() -> list[_Forward]:
-        specs = [forward_spec(*of) for of in zip(blocks, operands, kernels, folds, strict=True)]
+        specs = [forward_spec(*own) for own in zip(blocks, operands, kernels, strict=True)]
         how = _Forward, configs.forward_config, configs.forward_choices
         return [_made(*how, spec, own, blocks, tensors, addresses) for spec, own in _by_structure(specs)]
 
@@ -310,7 +305,7 @@ def forward_again(
     def again(own: Sequence[Tensor]) -> Tensor:
         kernel = new()
         if not launches.run(own, (kernel,)):
-            launches.run_first(*_forward_launches((block,), (own,), (kernel,), (None,)))
+            launches.run_first(*_forward_launches((block,), (own,), (kernel,)))
         return kernel
 
     return again
