@@ -247,7 +247,7 @@ def _made(
             return lambda: launch(addresses)
 
         direction = "forward" if isinstance(config, configs.Forward) else "backward"
-        key = tuning.key_of(direction, spec, plans, own, precision)
+        key = tuning.cache_key(direction, spec, plans, own, precision)
         config = tuning.choose(choices_of(spec, device_kind.arch), config, key, device, run_of)
     return kind(spec, indices, plans, own, precision, config)
 
