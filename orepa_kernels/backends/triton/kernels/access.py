@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, SIM108
 """How kernels read what a launch passes: sizes and strides from the table, addresses, taps, factors.
 
 Common parameters:

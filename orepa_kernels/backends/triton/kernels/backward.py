@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, SIM102
 """The backward kernel: the gradient of every factor of every branch, from that of the kernel, ``dW``.
 
 One launch; the tile map gives each of its programs one of four roles: the two factors of a composed term, a separable term, and

@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005
 """Composed terms: two convolutions in sequence, ``K[o,i,p] = sum_m sum_q W2[o,m,q] * W1[m,i,p-q]`` (paper Eq. 3).
 
 The kernel and the gradients of both factors are matrix products. An identity that is part of W1 is not multiplied: W2, or the

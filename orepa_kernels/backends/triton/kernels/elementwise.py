@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005, SIM102
 """Dense terms, ``K = W``, and pointwise ones, ``K[o,i,p] = P[o,i] * F[o,p]``: average, prior, 1x1, identity.
 
 One role of the backward kernel serves all of them in one pass over the upstream gradient.

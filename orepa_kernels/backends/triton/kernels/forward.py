@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005
 """The forward kernel: the sum of a block's scaled, centred branches (paper Eq. 4), stored once.
 
 A program computes BO output channels x BI input channels x TAPS taps of one kernel. Sequences (paper Eq. 3) are matrix products

@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, N806, RUF005
 """Separable terms: ``K[o,i,p] = sum_e pw[o,c] * dw[c,p]`` with ``c = i*E + e``, and all gradients."""
 
 import triton

@@ -1,6 +1,3 @@
-# Triton's language, not Python: constants in capitals, static conditions apart from others, tuples grown by addition.
-# mypy: ignore-errors
-# ruff: noqa: N803, SIM102, SIM108
 """The second launch of the backward pass: the parts that programs left in the workspace, added in a fixed order."""
 
 import triton
