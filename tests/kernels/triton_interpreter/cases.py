@@ -152,8 +152,8 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
     monkeypatch.setattr(configs, "backward_choices", lambda *_: several(configs.BACKWARD_SMALL))
     monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
     monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
-    monkeypatch.setattr(tuning, "has_clock", lambda _: True)
-    monkeypatch.setattr(tuning, "kind_of", lambda _: f"the interpreter, {fastest} first")
+    monkeypatch.setattr(tuning, "can_time", lambda _: True)
+    monkeypatch.setattr(tuning, "device_name", lambda _: f"the interpreter, {fastest} first")
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setenv("OREPA_AUTOTUNE_CACHE", str(tmp_path))
     block = one_of_each()
@@ -439,7 +439,8 @@ def test_a_block_larger_than_a_term_keeps_out_what_is_not_its_own():
 
 
 def test_operators_under_opcheck_and_compile():
-    block = one_of_each()
+    terms = (Dense(operand("w", 3, 2, 3, 3), 0), Composed(operand("a", 4, 2, 1, 1), operand("b", 3, 4, 3, 3), True))
+    block = Block(3, 2, (3, 3), terms, 1, operand("scales", 1, 3))
     tensors = [t.requires_grad_() for t in tensors_of(block)]
     torch.library.opcheck(
         torch.ops.orepa_kernels.squeeze, (tensors, [block.text], "triton", F32, False), raise_exception=True
