@@ -110,7 +110,7 @@ _LOG = "ptxas.log"
 def compile_and_listen(
     source: ASTSource, target: str, options: dict[str, int], always: bool = False
 ) -> tuple[Any, str]:
-    """A kernel, and what ptxas printed, which is nothing where the kernel comes from the cache."""
+    """Compile a kernel; return it, and what ptxas printed: nothing where the kernel comes from the cache."""
     printed = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
         knobs.nvidia.dump_ptxas_log = True
@@ -120,7 +120,7 @@ def compile_and_listen(
 
 
 def source_of(function: Any, spec: Spec, constants: dict[str, Any]) -> ASTSource:
-    """A kernel with the types of its arguments."""
+    """Return a kernel with the types of its arguments."""
     slots = len(spec.views)
     signature: dict[str, Any] = {"addresses": "i64" if spec.batched else ("i64",) * slots}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -149,7 +149,7 @@ def _nvidia(log: str) -> tuple[int, int]:
 
 
 def catalogue() -> list[tuple[str, int]]:
-    """Every topology, with the kernel size that it is for; and the paper's block with larger kernels, more than 9 taps."""
+    """Return every topology with its kernel size, and the paper's block with larger kernels, more than 9 taps."""
     sizes = {name: 1 if name == "rep1x1" else 7 if name.endswith("stem") else 3 for name in orepa.topologies()}
     return [*sizes.items(), ("orepa", 5)]
 
@@ -164,7 +164,7 @@ def structures(
     autocast: bool = False,
     half: bool = False,
 ) -> Iterator[tuple[Spec, Spec]]:
-    """Forward and backward structures of a block of the catalogue and of those nested in it, 512 channels wide."""
+    """Yield the forward and backward structures of a block of the catalogue and of those nested in it, 512 channels wide."""
     conv = orepa.OREPAConv(512, 512, size, groups=groups, topology=topology, bias=False, device="meta")
     constants = {name for name, _ in conv.named_buffers()}
     plan = program((conv.plan,))
@@ -179,20 +179,20 @@ def structures(
 
 
 def _structure(
-    block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype, of_kernel: torch.dtype
+    block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype, kernel_dtype: torch.dtype
 ) -> tuple[Spec, Spec]:
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    tensors = [torch.empty(operand.shape, dtype=dtype) for operand in block.operands]
+    tensors = [torch.empty(operand.shape, dtype=dtype, device="meta") for operand in block.operands]
     tensors = [t.to(memory_format=memory_format) if t.dim() == 4 else t.float() if t.dim() == 3 else t for t in tensors]
-    kernel = torch.empty(block.shape, dtype=of_kernel, memory_format=memory_format)
-    wanted = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
-    return forward_spec(block, tensors, kernel), backward_spec(block, tensors, kernel, wanted)
+    kernel = torch.empty(block.shape, dtype=kernel_dtype, memory_format=memory_format, device="meta")
+    gradients = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
+    return forward_spec(block, tensors, kernel), backward_spec(block, tensors, kernel, gradients)
 
 
 def kernels_of(
     forward: Spec, backward: Spec, target: str, precision: str
 ) -> Iterator[tuple[str, dict[str, Any], Resources]]:
-    """Compile all that a launcher may: (kernel, its tile, what it needs)."""
+    """Compile all that a launcher may, and yield (kernel, its tile, what it needs)."""
     arch = 0 if target == "gfx942" else TARGETS[target].arch
     if not has_products(forward):
         precision = PRECISIONS[0]  # one kernel for all of them
@@ -209,5 +209,5 @@ def kernels_of(
 
 
 def has_products(spec: Spec) -> bool:
-    """Whether there is a matrix product in its kernels, whose precision can be chosen."""
+    """Return whether its kernels have a matrix product, whose precision can be chosen."""
     return any(branch.kind == "composed" for branch in spec.terms)
