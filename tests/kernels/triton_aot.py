@@ -115,7 +115,6 @@ def compile_and_listen(
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = knobs.compilation.always_compile or always
-        knobs.compilation.disable_line_info = True  # takes time, and no registers
         return triton.compile(source, target=TARGETS[target], options=options), printed.getvalue()
 
 
