@@ -124,13 +124,13 @@ class _Hopper:
         return TARGETS["sm_90"]
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_launch_asks_for_what_is_compiled_here(listed):
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_launch_asks_for_what_is_compiled_here(batched):
     """Triton's own look at the arguments of a launch must find the signature and the alignment that these tests assume."""
-    forward, _ = next(structures("plain", 3, listed=listed))
+    forward, _ = next(structures("plain", 3, batched=batched))
     constants, options = launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION="tf32x3")
     address = 1 << 40
-    own = address if listed else tuple(address + 4096 * slot for slot in range(len(forward.views)))
+    own = address if batched else tuple(address + 4096 * slot for slot in range(len(forward.views)))
     before = dict(vars(driver))
     driver.set_active(_Hopper())
     try:

@@ -45,7 +45,7 @@ def gpu(monkeypatch, tmp_path):
     folder = tmp_path / "some" / "cache"
     monkeypatch.setenv("OREPA_AUTOTUNE", "1")
     monkeypatch.setenv("OREPA_AUTOTUNE_CACHE", str(folder))
-    monkeypatch.setattr(tuning, "kind_of", lambda device: KIND)
+    monkeypatch.setattr(tuning, "device_name", lambda device: KIND)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     tuning._store.cache_clear()
     yield folder
@@ -140,7 +140,7 @@ ANOTHER_PROCESS = """
 import sys, torch
 from orepa_kernels.backends.triton import autotune as tuning
 from orepa_kernels.backends.triton import configs
-tuning.kind_of, tuning.capturing = (lambda device: sys.argv[1]), (lambda device: False)
+tuning.device_name, tuning.capturing = (lambda device: sys.argv[1]), (lambda device: False)
 choices = configs.FORWARD_LARGE[True], configs.FORWARD_SMALL
 def run_of(config):
     sys.exit("timed")
@@ -264,7 +264,7 @@ def test_other_values_are_refused(monkeypatch, value):
 def dense(o=6, i=4, groups=1):
     block = Block(o, i, (3, 3), (Dense(Operand("w", (o, i // groups, 3, 3))),), groups)
     tensors = [torch.randn(block.shape), torch.randn(block.shape)]
-    return block, forward_spec(block, tensors[:1], tensors[1], None), tensors
+    return block, forward_spec(block, tensors[:1], tensors[1]), tensors
 
 
 class Made:
@@ -294,7 +294,7 @@ def test_a_launch_asks_the_clock_only_where_that_is_asked_for(clock, gpu, monkey
         run()
         return clock.times[Made.called[-1]]
 
-    monkeypatch.setattr(tuning, "has_clock", lambda device: True)
+    monkeypatch.setattr(tuning, "can_time", lambda device: True)
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(Made, "called", [])
     for value in ("0", ""):
@@ -307,7 +307,7 @@ def test_a_launch_asks_the_clock_only_where_that_is_asked_for(clock, gpu, monkey
 
 def test_a_choice_is_for_one_structure_and_its_sizes():
     def key(block, spec, tensors, direction="forward", precision="tf32"):
-        return tuning.key_of(direction, spec, [block], [tensors], precision)
+        return tuning.cache_key(direction, spec, [block], [tensors], precision)
 
     block, spec, tensors = dense()
     keys = [
@@ -318,7 +318,7 @@ def test_a_choice_is_for_one_structure_and_its_sizes():
         key(*dense(7)),
         key(*dense(6, 8)),
         key(*dense(6, 8, groups=2)),
-        tuning.key_of("forward", spec, [block, block], [tensors, tensors], "tf32"),
+        tuning.cache_key("forward", spec, [block, block], [tensors, tensors], "tf32"),
     ]
     assert len(set(keys)) == len(keys)
     assert dense()[1] is not spec and key(*dense()) == keys[0]

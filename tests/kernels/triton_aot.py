@@ -9,7 +9,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ PRECISIONS = ("tf32x3", "tf32")
 #: how the tensors of a block may lie, as options of `structures`: the first is what training on a GPU has
 MEMORY: dict[str, dict[str, Any]] = {
     "channels_last": {},
-    "many blocks": {"listed": True},
+    "many blocks": {"batched": True},
     "32 groups": {"groups": 32},
     "contiguous": {"contiguous": True},
     "autocast": {"autocast": True},
@@ -110,7 +110,7 @@ _LOG = "ptxas.log"
 def compile_and_listen(
     source: ASTSource, target: str, options: dict[str, int], always: bool = False
 ) -> tuple[Any, str]:
-    """A kernel, and what ptxas printed, which is nothing where the kernel comes from the cache."""
+    """Compile a kernel; return it, and what ptxas printed: nothing where the kernel comes from the cache."""
     printed = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
         knobs.nvidia.dump_ptxas_log = True
@@ -119,11 +119,11 @@ def compile_and_listen(
 
 
 def source_of(function: Any, spec: Spec, constants: dict[str, Any]) -> ASTSource:
-    """A kernel with the types of its arguments."""
+    """Return a kernel with the types of its arguments."""
     slots = len(spec.views)
-    signature: dict[str, Any] = {"addresses": "i64" if spec.listed else ("i64",) * slots}
+    signature: dict[str, Any] = {"addresses": "i64" if spec.batched else ("i64",) * slots}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    for slot in [()] if spec.listed else [(slot,) for slot in range(slots)]:
+    for slot in [()] if spec.batched else [(slot,) for slot in range(slots)]:
         attributes[(0, *slot)] = [["tt.divisibility", 16]]
     for position, name in enumerate(ADDRESSES[function.__name__], start=1):
         signature[name] = "i64"
@@ -148,7 +148,7 @@ def _nvidia(log: str) -> tuple[int, int]:
 
 
 def catalogue() -> list[tuple[str, int]]:
-    """Every topology, with the kernel size that it is for; and the paper's block with larger kernels, more than 9 taps."""
+    """Return every topology with its kernel size, and the paper's block with larger kernels, more than 9 taps."""
     sizes = {name: 1 if name == "rep1x1" else 7 if name.endswith("stem") else 3 for name in orepa.topologies()}
     return [*sizes.items(), ("orepa", 5)]
 
@@ -158,12 +158,12 @@ def structures(
     size: int,
     *,
     groups: int = 1,
-    listed: bool = False,
+    batched: bool = False,
     contiguous: bool = False,
     autocast: bool = False,
     half: bool = False,
 ) -> Iterator[tuple[Spec, Spec]]:
-    """Forward and backward structures of a block of the catalogue and of those nested in it, 512 channels wide."""
+    """Yield the forward and backward structures of a block of the catalogue and of those nested in it, 512 channels wide."""
     conv = orepa.OREPAConv(512, 512, size, groups=groups, topology=topology, bias=False, device="meta")
     constants = {name for name, _ in conv.named_buffers()}
     plan = program((conv.plan,))
@@ -174,24 +174,24 @@ def structures(
         forward, backward = _structure(step.block, own, contiguous, *dtypes)
         if forward not in seen:
             seen.add(forward)
-            yield replace(forward, listed=listed), replace(backward, listed=listed)
+            yield replace(forward, batched=batched), replace(backward, batched=batched)
 
 
 def _structure(
-    block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype, of_kernel: torch.dtype
+    block: Block, constant: list[bool], contiguous: bool, dtype: torch.dtype, kernel_dtype: torch.dtype
 ) -> tuple[Spec, Spec]:
     memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    tensors = [torch.empty(operand.shape, dtype=dtype) for operand in block.operands]
+    tensors = [torch.empty(operand.shape, dtype=dtype, device="meta") for operand in block.operands]
     tensors = [t.to(memory_format=memory_format) if t.dim() == 4 else t.float() if t.dim() == 3 else t for t in tensors]
-    kernel = torch.empty(block.shape, dtype=of_kernel, memory_format=memory_format)
-    wanted = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
-    return forward_spec(block, tensors, kernel, None), backward_spec(block, tensors, kernel, wanted)
+    kernel = torch.empty(block.shape, dtype=kernel_dtype, memory_format=memory_format, device="meta")
+    gradients = [None if fixed else torch.empty_like(t) for fixed, t in zip(constant, tensors, strict=True)]
+    return forward_spec(block, tensors, kernel), backward_spec(block, tensors, kernel, gradients)
 
 
 def kernels_of(
     forward: Spec, backward: Spec, target: str, precision: str
 ) -> Iterator[tuple[str, dict[str, Any], Resources]]:
-    """Compile all that a launcher may: (kernel, its tile, what it needs)."""
+    """Compile all that a launcher may, and yield (kernel, its tile, what it needs)."""
     arch = 0 if target == "gfx942" else TARGETS[target].arch
     if not has_products(forward):
         precision = PRECISIONS[0]  # one kernel for all of them
@@ -201,12 +201,12 @@ def kernels_of(
     ):
         for config in dict.fromkeys(choices):
             constants, options = launch.split(config, SPEC=spec, PRECISION=precision)
-            tile = {**{k: v for k, v in constants.items() if k not in ("SPEC", "PRECISION")}, **options}
+            tile = {**asdict(config), **options}
             yield function.__name__, tile, compile_kernel(function, target, spec, constants, options)
     constants = {"SPEC": backward, "PARTS": launch.SUM_PARTS, "COUNT": launch.SUM_COUNT}
     yield add_parts.__name__, {}, compile_kernel(add_parts, target, backward, constants, launch.SUM_OPTIONS)
 
 
 def has_products(spec: Spec) -> bool:
-    """Whether there is a matrix product in its kernels, whose precision can be chosen."""
+    """Return whether its kernels have a matrix product, whose precision can be chosen."""
     return any(branch.kind == "composed" for branch in spec.terms)

@@ -1,19 +1,21 @@
 """Tile sizes per kind of block and GPU. Only what compiles without spilling registers is here (tests compile them all).
 
 The rules look at shapes alone, so the same block gets the same tiles, and the same bits, every time. Large tiles read each
-operand less often; they are for work that fills the GPU with them. The rest takes small ones. Where tuning is asked for, the
-clock decides between the same tiles instead (`tuning`).
+operand less often; they are for work that fills the GPU with them, and the rest takes small ones. With tuning on, the
+clock decides between the same tiles instead (`autotune`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeVar
 
 from ...plan import Block
 from .spec import ABSENT, Spec
 
-#: large tiles that a launch must have before it takes them: one per multiprocessor, roughly
+#: least number of tiles for which a launch takes large ones: one per multiprocessor, roughly
 _FILLED = 96
 
 
@@ -31,7 +33,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Tiles of the roles of a backward program, see `backward.squeeze_backward`."""
+    """Tiles of the roles of a backward program: of ``second`` BO x BM x TAPS, BI input channels at a time; of ``first``
+    FM x FI, FO output channels at a time; of element-wise terms EO x EI; of separable ones ROWS x SC, SO rows at a time."""
 
     BO: int
     BM: int
@@ -48,6 +51,8 @@ class Backward:
     num_warps: int
     num_stages: int
 
+
+Config = TypeVar("Config", Forward, Backward)
 
 _HOPPER = 90
 _X = 3  # the last dimension of a view
@@ -68,19 +73,24 @@ _FEW_TAPS = 9
 
 
 def forward_choices(spec: Spec, arch: int) -> tuple[Forward, ...]:
-    """The tiles for a structure on NVIDIA's ``arch``, largest first; elsewhere (0) the small one, large ones would spill."""
+    """Return the tiles for a structure, largest first.
+
+    Args:
+        spec: the structure.
+        arch: NVIDIA's; 0 elsewhere, where large tiles would spill.
+    """
     taps = 1 if _one_tap(spec) else FORWARD_SMALL.TAPS
     small = replace(FORWARD_SMALL, TAPS=taps)
     if arch == 0:
         return (small,)
     large = FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER]
-    if arch != _HOPPER and taps > 1 and _of_halves(spec):
+    if arch != _HOPPER and taps > 1 and _multiplies_halves(spec):
         large = replace(large, num_stages=2)  # with one more, Triton 3.7 spills
     return large, small
 
 
 def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
-    """The tiles for a structure on NVIDIA's ``arch``, largest first; elsewhere (0) the small ones, large ones would spill."""
+    """Return the tiles for a structure, largest first; see `forward_choices`."""
     large, small = BACKWARD_LARGE[arch == _HOPPER], BACKWARD_SMALL
     if max((branch.height2 * branch.width2 for branch in spec.terms), default=1) == 1:
         large, small = replace(large, TAPS=1), replace(small, TAPS=1)
@@ -95,43 +105,44 @@ def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
 
 
 def forward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Forward:
-    """The heuristic: the largest forward tile that fills the GPU, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
-    *larger, smallest = forward_choices(spec, arch)
-    filling = (tile for tile in larger if _programs(blocks, tile.BO, tile.BI, tile.TAPS) >= _FILLED)
-    return next(filling, smallest)
+    """Return the heuristic's choice: the largest forward tile that fills the GPU."""
+    choices = forward_choices(spec, arch)
+    return _largest_filling(blocks, choices, [tile.BI for tile in choices])
 
 
 def backward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Backward:
-    """The heuristic: the largest backward tiles that fill the GPU, on NVIDIA's ``arch`` (0 on other vendors' GPUs)."""
-    *larger, smallest = backward_choices(spec, arch)
-    filling = (tile for tile in larger if _programs(blocks, tile.BO, tile.BM, tile.TAPS) >= _FILLED)
-    return next(filling, smallest)
+    """Return the heuristic's choice: the largest backward tiles that fill the GPU."""
+    choices = backward_choices(spec, arch)
+    return _largest_filling(blocks, choices, [tile.BM for tile in choices])
+
+
+def _largest_filling(blocks: Sequence[Block], choices: Sequence[Config], widths: Sequence[int]) -> Config:
+    """Return the first of the tiles, BO x ``width`` x TAPS large, of which the kernels of blocks have enough."""
+    for tile, width in zip(choices[:-1], widths, strict=False):
+        programs = 0
+        for block in blocks:
+            out, per_group, *taps = block.shape
+            grid = (-(-(out // block.groups) // tile.BO), -(-per_group // width), -(-prod(taps) // tile.TAPS))
+            programs += block.groups * prod(grid)
+        if programs >= _FILLED:
+            return tile
+    return choices[-1]
 
 
 def _taps_innermost(spec: Spec) -> bool:
-    """Whether kernels are contiguous, not channels_last: their addresses along channels take more registers."""
+    """Return whether kernels are contiguous, not channels_last: their addresses along channels take more registers."""
     slots = {spec.upstream, *(slot for branch in spec.terms for slot in (branch.second, branch.d_second))}
     return any(spec.views[slot].unit == _X for slot in slots if slot != ABSENT)
 
 
-def _of_halves(spec: Spec) -> bool:
-    """Whether there are matrix products of tensors in half precision."""
+def _multiplies_halves(spec: Spec) -> bool:
+    """Return whether there are matrix products of tensors in half precision."""
     factors = [slot for branch in spec.terms for slot in (branch.first, branch.second) if slot != ABSENT]
     return any(spec.views[slot].dtype in ("bfloat16", "float16") for slot in factors)
 
 
 def _one_tap(spec: Spec) -> bool:
-    """Whether taps have nothing to share: there is one, or a sequence of two kernels larger than 1x1."""
+    """Return whether taps have nothing to share: there is one, or a sequence of two kernels larger than 1x1."""
     return spec.height * spec.width == 1 or any(
         branch.height1 * branch.width1 > 1 and branch.height2 * branch.width2 > 1 for branch in spec.terms
     )
-
-
-def _programs(blocks: Sequence[Block], rows: int, columns: int, taps: int) -> int:
-    """Tiles that cover the kernels of blocks."""
-    total = 0
-    for block in blocks:
-        out, per_group, height, width = block.shape
-        own = -(-(out // block.groups) // rows) * -(-per_group // columns) * -(-height * width // taps)
-        total += block.groups * own
-    return total

@@ -1,4 +1,4 @@
-"""Two repairs of Triton's interpreter, which runs these kernels on CPU tensors. Compiled kernels never come here."""
+"""Two repairs of Triton's interpreter, which runs these kernels on CPU tensors. Compiled kernels do not need them."""
 
 from __future__ import annotations
 

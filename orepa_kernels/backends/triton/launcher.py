@@ -257,7 +257,7 @@ def kernel_arguments(config: Any, **constants: Any) -> tuple[dict[str, Any], dic
     values = asdict(config)
     options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
     options["enable_fp_fusion"] = True  # Triton's default so far, about to change
-    return {**constants, **values}, options
+    return {**constants, "TILES": config}, options
 
 
 # --- prepared -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What a Triton kernel is compiled for: the structure of a block, without its sizes and addresses.
+"""What a Triton kernel is specialised on: the structure of a block, without its sizes and addresses.
 
-Blocks of one `Spec` share a launch. Everything in a `Spec` is known to the compiler, which so drops the branches that a
-block lacks; sizes, strides and addresses are read from a table (see `orepa_kernels.backends.triton.tile_map`).
+Blocks of one `Spec` share a launch. The compiler knows everything in a `Spec`, and drops the branches that a block lacks;
+sizes, strides and addresses are read from tables (see `orepa_kernels.backends.triton.tile_map`).
 """
 
 from __future__ import annotations
@@ -15,31 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...plan import (
-    Average,
-    Block,
-    Composed,
-    Dense,
-    Operand,
-    PointwiseFilter,
-    Separable,
-    kernel_size_of,
-    term_kernel_size,
-)
-from ...plan import Term as PlanTerm
+from ... import plan
+from ...plan import Block, Operand
 
-#: offsets beyond this need 64-bit arithmetic
+#: largest offset that 32-bit arithmetic reaches
 _INT32 = 2**31 - 1
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
-#: the slot of a tensor that is not there
+#: the slot of a tensor that does not exist
 ABSENT = -1
 
 
 @dataclass(frozen=True)
 class View:
-    """One tensor, as far as the compiler should know it. Its dimensions are (row, column, y, x).
+    """What the compiler knows of one tensor, whose dimensions are (row, column, y, x).
 
     Args:
         dtype: name in ``triton.language``.
@@ -56,7 +46,7 @@ class View:
 
 @dataclass(frozen=True)
 class Term:
-    """One branch of paper Eq. 4. Tensors are slots, numbers of a `Spec`'s views; a name with ``d_`` is a gradient's slot.
+    """One branch of paper Eq. 4. A slot is a tensor's index in `Spec.views`.
 
     Args:
         kind: ``"dense"``, ``"pointwise"`` (times a filter), ``"composed"`` or ``"separable"``.
@@ -69,6 +59,8 @@ class Term:
         height1, width1, height2, width2: of the factors of ``"composed"``.
         internal_multiple: a power of two, at most 16, that divides the internal channels per group.
         weight, pointwise, filter, first, second, depthwise: slots of the factors.
+        d_weight, ...: slots of their gradients.
+        filter_rows: whether each output channel has a filter; else one serves all.
     """
 
     kind: str
@@ -96,29 +88,23 @@ class Term:
     d_first: int = ABSENT
     d_second: int = ABSENT
     d_depthwise: int = ABSENT
-    filter_rows: bool = True  # one filter per output channel; else one for all
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the gradient of any factor is asked for."""
-        slots = (self.d_weight, self.d_pointwise, self.d_filter, self.d_first, self.d_second, self.d_depthwise)
-        return any(slot != ABSENT for slot in slots)
+    filter_rows: bool = True
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The structure of a block and of its tensors; the constant that every kernel is specialised on.
+    """The structure of a block and of its tensors: the constant that every kernel is specialised on.
 
     Args:
         height, width: of the kernel.
         terms: the branches.
-        views: per slot one tensor: the operands in plan order, then the kernel and the fold (forward), or the upstream
-            gradient and the gradients (backward).
+        views: the tensor of each slot: the operands in plan order, then the kernel (forward), or the upstream gradient and the
+            gradients (backward).
         in_multiple: a power of two, at most 16, that divides ``I/g``.
         wide: whether offsets within a tensor need 64 bits.
         scalar: whether ``scales`` is ``[B, 1]``.
-        scales, d_scales, kernel, fold, upstream: slots.
-        listed: whether addresses come from a table (several blocks) or as arguments (one).
+        scales, d_scales, kernel, upstream: slots.
+        batched: whether addresses come from a table (several blocks) or as arguments (one).
     """
 
     height: int
@@ -131,13 +117,21 @@ class Spec:
     scales: int
     d_scales: int
     kernel: int
-    fold: int
     upstream: int
-    listed: bool = False
+    batched: bool = False
+
+    def needs_scale_gradient(self, term: Term) -> bool:
+        """Return whether a term has a scale whose gradient is asked for."""
+        return self.d_scales != ABSENT and term.scale != ABSENT
+
+    def needs_gradient(self, term: Term) -> bool:
+        """Return whether the gradient of any factor of a term, or of its scale, is asked for."""
+        slots = (term.d_weight, term.d_pointwise, term.d_filter, term.d_first, term.d_second, term.d_depthwise)
+        return self.needs_scale_gradient(term) or any(slot != ABSENT for slot in slots)
 
     @functools.cached_property
     def digest(self) -> str:
-        """A name that is the same in every process: Triton's caches and symbols are named by it."""
+        """A name that is the same in every process, for Triton's caches and symbols."""
         values = tuple(getattr(self, field.name) for field in fields(self))
         return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
@@ -145,17 +139,15 @@ class Spec:
         return f"Spec_{self.digest}"
 
 
-def forward_spec(block: Block, operands: Sequence[Tensor], kernel: Tensor, fold: Tensor | None) -> Spec:
-    """The structure of a forward launch."""
-    tensors = [*operands, kernel] if fold is None else [*operands, kernel, fold]
-    count = len(operands)
-    return _spec(block, tensors, {}, kernel=count, fold=ABSENT if fold is None else count + 1)
+def forward_spec(block: Block, operands: Sequence[Tensor], kernel: Tensor) -> Spec:
+    """Return the structure of a forward launch."""
+    return _spec(block, [*operands, kernel], {}, kernel=len(operands))
 
 
 def backward_spec(
     block: Block, operands: Sequence[Tensor], upstream: Tensor, gradients: Sequence[Tensor | None]
 ) -> Spec:
-    """The structure of a backward launch; ``gradients`` has None for each operand whose gradient is not asked for."""
+    """Return the structure of a backward launch; ``gradients`` has None for each operand whose gradient is not asked for."""
     tensors, slots = [*operands, upstream], {}
     for operand, gradient in zip(block.operands, gradients, strict=True):
         if gradient is not None:
@@ -165,7 +157,7 @@ def backward_spec(
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Strides over (row, column, y, x); 0 where there is nothing to step over."""
+    """Return a tensor's strides over (row, column, y, x); 0 for a dimension of size 1."""
     steps = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     if len(steps) == 3:  # a filter has no columns
         steps.insert(1, 0)
@@ -174,7 +166,7 @@ def strides(tensor: Tensor) -> tuple[int, int, int, int]:
 
 
 def multiple(*values: int) -> int:
-    """The largest of 16, 8, 4 and 1 that divides all values."""
+    """Return the largest of 16, 8, 4 and 1 that divides all values."""
     return next(m for m in (16, 8, 4, 1) if all(value % m == 0 for value in values))
 
 
@@ -190,12 +182,7 @@ def _span(tensor: Tensor) -> int:
 
 
 def _spec(
-    block: Block,
-    tensors: Sequence[Tensor],
-    gradients: dict[str, int],
-    kernel: int = ABSENT,
-    fold: int = ABSENT,
-    upstream: int = ABSENT,
+    block: Block, tensors: Sequence[Tensor], gradients: dict[str, int], *, kernel: int = ABSENT, upstream: int = ABSENT
 ) -> Spec:
     slots = {operand.name: slot for slot, operand in enumerate(block.operands)}
     scales = block.scales
@@ -210,50 +197,40 @@ def _spec(
         scales=ABSENT if scales is None else slots[scales.name],
         d_scales=ABSENT if scales is None else gradients.get(scales.name, ABSENT),
         kernel=kernel,
-        fold=fold,
         upstream=upstream,
     )
 
 
-def _term(block: Block, term: PlanTerm, slots: dict[str, int], gradients: dict[str, int]) -> Term:
-    def slot(name: str, factor: object) -> dict[str, Any]:
-        if not isinstance(factor, Operand):
-            return {}
-        return {name: slots[factor.name], f"d_{name}": gradients.get(factor.name, ABSENT)}
-
-    height, width = term_kernel_size(term)
-    scale = ABSENT if term.scale is None else term.scale
-    top, left = (block.kernel_size[0] - height) // 2, (block.kernel_size[1] - width) // 2
-    place = (scale, height, width, top, left)
-    if isinstance(term, Dense):
-        return Term("dense", *place, **slot("weight", term.weight))
-    if isinstance(term, PointwiseFilter):
-        rows = isinstance(term.filter, Average) or term.filter.shape[0] > 1
-        factors = {**slot("pointwise", term.pointwise), **slot("filter", term.filter)}
-        return Term("pointwise", *place, filter_rows=rows, **factors)
-    if isinstance(term, Composed):
-        (height1, width1), (height2, width2) = kernel_size_of(term.first), kernel_size_of(term.second)
+def _term(block: Block, term: plan.Term, slots: dict[str, int], gradients: dict[str, int]) -> Term:
+    height, width = plan.term_kernel_size(term)
+    values: dict[str, Any] = {
+        "scale": ABSENT if term.scale is None else term.scale,
+        "height": height,
+        "width": width,
+        "top": (block.kernel_size[0] - height) // 2,
+        "left": (block.kernel_size[1] - width) // 2,
+    }
+    factors: dict[str, object]
+    if isinstance(term, plan.Dense):
+        kind, factors = "dense", {"weight": term.weight}
+    elif isinstance(term, plan.PointwiseFilter):
+        kind, factors = "pointwise", {"pointwise": term.pointwise, "filter": term.filter}
+        values["filter_rows"] = isinstance(term.filter, plan.Average) or term.filter.shape[0] > 1
+    elif isinstance(term, plan.Composed):
+        kind, factors = "composed", {"first": term.first, "second": term.second}
         internal, per_group = term.first.shape[0] // block.groups, block.in_channels // block.groups
-        return Term(
-            "composed",
-            *place,
-            repeats=internal // per_group if term.identity else 0,
-            height1=height1,
-            width1=width1,
-            height2=height2,
-            width2=width2,
-            internal_multiple=multiple(internal),
-            **{**slot("first", term.first), **slot("second", term.second)},
-        )
-    assert isinstance(term, Separable)
-    expand = term.depthwise.shape[0] // block.in_channels
-    if (
-        term.pointwise is None
-    ):  # one filter per output channel, on one input channel: a pointwise term without a pointwise
-        return Term("pointwise", *place, expand=expand, **slot("filter", term.depthwise))
-    return Term(
-        "separable",
-        *place,
-        expand=expand,
-        **{**slot("depthwise", term.depthwise), **slot("pointwise", term.pointwise)},
-    )
+        values["height1"], values["width1"] = plan.kernel_size_of(term.first)
+        values["height2"], values["width2"] = plan.kernel_size_of(term.second)
+        values["internal_multiple"] = multiple(internal)
+        values["repeats"] = internal // per_group if term.identity else 0
+    else:
+        assert isinstance(term, plan.Separable)
+        values["expand"] = term.depthwise.shape[0] // block.in_channels
+        if term.pointwise is None:  # one filter per output channel, on one input channel: a filter without a pointwise
+            kind, factors = "pointwise", {"filter": term.depthwise}
+        else:
+            kind, factors = "separable", {"depthwise": term.depthwise, "pointwise": term.pointwise}
+    for name, factor in factors.items():
+        if isinstance(factor, Operand):
+            values |= {name: slots[factor.name], f"d_{name}": gradients.get(factor.name, ABSENT)}
+    return Term(kind, **values)

@@ -5,22 +5,32 @@ process, because Triton decides at its import whether to interpret. To run it al
 """
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from once import patch_once
+from fast_interpreter import speed_up
 from torch.autograd import grad
 
 import orepa
 from orepa import OREPAConv
-from orepa_kernels import IMPULSE, Average, Block, Composed, Dense, Operand, PointwiseFilter, Separable, squeeze
+from orepa_kernels import (
+    IMPULSE,
+    Average,
+    Block,
+    Composed,
+    Dense,
+    Operand,
+    PointwiseFilter,
+    Separable,
+    dispatch,
+    squeeze,
+)
 from orepa_kernels.backends.triton import autotune as tuning
 from orepa_kernels.backends.triton import configs, spec
 from orepa_kernels.backends.triton import launcher as launch
 
-patch_once()
+speed_up()
 
 F32, F64 = torch.float32, torch.float64
 LIMIT = 5e-6
@@ -38,10 +48,10 @@ def tensors_of(block):
     return [torch.randn(x.shape) for x in block.operands]
 
 
-def reference(block, tensors, upstream, fold=None):
+def reference(block, tensors, upstream):
     """Kernel and gradients in float64."""
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    (kernel,) = squeeze([block], [wide], folds=[None if fold is None else fold.double()], backend="reference")
+    (kernel,) = squeeze([block], [wide], backend="reference")
     return kernel.detach(), grad(kernel, wide, upstream.double(), allow_unused=True)
 
 
@@ -142,8 +152,8 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
     monkeypatch.setattr(configs, "backward_choices", lambda *_: several(configs.BACKWARD_SMALL))
     monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
     monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
-    monkeypatch.setattr(tuning, "has_clock", lambda _: True)
-    monkeypatch.setattr(tuning, "kind_of", lambda _: f"the interpreter, {fastest} first")
+    monkeypatch.setattr(tuning, "can_time", lambda _: True)
+    monkeypatch.setattr(tuning, "device_name", lambda _: f"the interpreter, {fastest} first")
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setenv("OREPA_AUTOTUNE_CACHE", str(tmp_path))
     block = one_of_each()
@@ -155,7 +165,7 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
     taken.clear()
     monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
     monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
-    sys.modules["orepa_kernels.backends"]._SHORTCUTS.clear()
+    dispatch._SHORTCUTS.clear()
     after = run_list([block], [tensors])
     assert launches == ["squeeze_forward"] * 4 + ["squeeze_backward", "add_parts"] * 4
     assert [taken[3], taken[7]] == [own[0 if fastest == "first" else -1] for own in choices.values()]
@@ -315,16 +325,6 @@ def test_half_precision_is_one_rounding_of_the_float32_result(dtype):
     check(block, [t.float() for t in tensors], dtype=dtype)
 
 
-def test_folds():
-    block = one_of_each(2)
-    tensors, fold = tensors_of(block), torch.randn(block.out_channels)
-    with torch.no_grad():
-        (got,) = squeeze([block], [tensors], folds=[fold], dtype=torch.bfloat16, backend="triton")
-        (wide,) = squeeze([block], [tensors], folds=[fold], backend="triton")
-    exact, _ = reference(block, tensors, torch.randn(block.shape), fold)
-    assert relative(wide, exact) <= LIMIT and torch.equal(got, rounded(wide, torch.bfloat16))
-
-
 # --- many blocks ------------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +439,8 @@ def test_a_block_larger_than_a_term_keeps_out_what_is_not_its_own():
 
 
 def test_operators_under_opcheck_and_compile():
-    block = one_of_each()
+    terms = (Dense(operand("w", 3, 2, 3, 3), 0), Composed(operand("a", 4, 2, 1, 1), operand("b", 3, 4, 3, 3), True))
+    block = Block(3, 2, (3, 3), terms, 1, operand("scales", 1, 3))
     tensors = [t.requires_grad_() for t in tensors_of(block)]
     torch.library.opcheck(
         torch.ops.orepa_kernels.squeeze, (tensors, [block.text], "triton", F32, False), raise_exception=True
