@@ -89,7 +89,7 @@ def test_amd_is_not_shut_out(topology, size):
 def test_without_products_there_is_no_precision():
     """Where `kernels_of` compiles one kernel for all precisions, they have one."""
     forward, _ = next(structures("plain", 3))
-    split = [launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION=precision) for precision in PRECISIONS]
+    split = [launch.kernel_arguments(configs.FORWARD_SMALL, forward, precision) for precision in PRECISIONS]
     one, other = (
         compile_and_listen(source_of(squeeze_forward, forward, constants), "sm_80", options)[0].asm["ptx"]
         for constants, options in split
@@ -101,7 +101,7 @@ def test_resources_are_those_of_the_kernel_wherever_it_comes_from(monkeypatch, t
     """Compiled now, asked for again, and out of a cache that another program has filled; and spills would be seen."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     forward, _ = next(structures("orepa", 3))
-    constants, options = launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION="tf32x3")
+    constants, options = launch.kernel_arguments(configs.FORWARD_SMALL, forward, "tf32x3")
     kernel = squeeze_forward, "sm_80", forward, constants
     found = [compile_kernel(*kernel, options) for _ in range(2)]
     (kept,) = tmp_path.rglob("ptxas.log")
@@ -128,7 +128,7 @@ class _Hopper:
 def test_a_launch_asks_for_what_is_compiled_here(batched):
     """Triton's own look at the arguments of a launch must find the signature and the alignment that these tests assume."""
     forward, _ = next(structures("plain", 3, batched=batched))
-    constants, options = launch.split(configs.FORWARD_SMALL, SPEC=forward, PRECISION="tf32x3")
+    constants, options = launch.kernel_arguments(configs.FORWARD_SMALL, forward, "tf32x3")
     address = 1 << 40
     own = address if batched else tuple(address + 4096 * slot for slot in range(len(forward.views)))
     before = dict(vars(driver))

@@ -13,7 +13,7 @@ import torch
 
 import orepa_kernels
 from orepa import OREPAConv
-from orepa_kernels import Block, Dense, Operand
+from orepa_kernels import Block, Dense, Operand, dispatch
 from orepa_kernels.backends.triton import autotune as tuning
 from orepa_kernels.backends.triton import configs
 from orepa_kernels.backends.triton.spec import forward_spec
@@ -275,7 +275,7 @@ class Made:
     def __init__(self, spec, indices, blocks, tensors, precision, config):
         self.config = config
 
-    def __call__(self, addresses):
+    def __call__(self, addresses, capturing):
         self.called.append(self.config)
 
 
@@ -284,9 +284,8 @@ def made():
     from orepa_kernels.backends.triton import launcher as launch
 
     block, spec, tensors = dense()
-    addresses = [tuple(tensor.data_ptr() for tensor in tensors)]
     choices = (LARGE, MEDIUM, SMALL)
-    return launch._made(Made, lambda *_: LARGE, lambda *_: choices, spec, [0], [block], [tensors], addresses)
+    return launch.make_launch(Made, lambda *_: LARGE, lambda *_: choices, spec, [0], [block], [tensors])
 
 
 def test_a_launch_asks_the_clock_only_where_that_is_asked_for(clock, gpu, monkeypatch):
@@ -343,11 +342,9 @@ def test_without_the_clock_the_largest_tile_that_fills_the_gpu(monkeypatch, fill
     not orepa_kernels.backends()["triton"] or not torch.cuda.is_available(), reason="triton does not run here"
 )
 def test_tuned_launches_on_a_gpu(monkeypatch, tmp_path):
-    from orepa_kernels.backends.triton import launcher as launch
 
     def run():
-        monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
-        monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+        monkeypatch.setattr(dispatch.calls, "_calls", {})
         forget()
         conv.zero_grad()
         kernel = conv.squeeze()

@@ -200,7 +200,7 @@ def kernels_of(
         (squeeze_backward, backward, configs.backward_choices(backward, arch)),
     ):
         for config in dict.fromkeys(choices):
-            constants, options = launch.split(config, SPEC=spec, PRECISION=precision)
+            constants, options = launch.kernel_arguments(config, spec, precision)
             tile = {**asdict(config), **options}
             yield function.__name__, tile, compile_kernel(function, target, spec, constants, options)
     constants = {"SPEC": backward, "PARTS": launch.SUM_PARTS, "COUNT": launch.SUM_COUNT}

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ...plan import Block
 from ...version import __version__
-from .configs import Backward, Forward
+from .configs import Backward, Config, Forward
 from .device import capturing, device_of
 from .spec import Spec
 

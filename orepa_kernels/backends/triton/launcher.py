@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ from ...guards import float32_precision
 from ...plan import Block
 from ..base import Gradients, Layout, Prepared, Signature, empty_factory, split
 from ..memory import alloc_persistent
-from . import autotune as tuning
-from . import configs
-from . import tile_map as tables
+from . import autotune, configs, tile_map
 from .device import INTERPRETING, device_of, launch_state, on_device, stream_of
 from .kernels.backward import squeeze_backward
 from .kernels.forward import squeeze_forward
@@ -142,7 +140,7 @@ class Launch:
     def __call__(self, addresses: Sequence[tuple[int, ...]], capturing: bool) -> None:
         """Launch, with the addresses of all blocks of the call. The device is the current one."""
         mine = [addresses[index] for index in self.indices]
-        if self.spec.listed:
+        if self.spec.batched:
             self.run(self._table([address for block in mine for address in block], capturing).data_ptr())
         else:
             self.run(mine[0])
@@ -206,11 +204,11 @@ class ForwardLaunch(Launch):
         config: configs.Forward,
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
-        tiles = tables.forward_tiles(blocks, spec, tensors, config)
-        rows = [tables.block_words(block, spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
+        tiles = tile_map.forward_tiles(blocks, spec, tensors, config)
+        rows = [tile_map.block_words(block, spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
         uploaded = self.upload([word for row in rows for word in row], torch.int64), self.upload(tiles, torch.int32)
-        constants, options = kernel_arguments(config, SPEC=spec, PRECISION=precision)
-        programs = len(tiles) // tables.TILE_WORDS
+        constants, options = kernel_arguments(config, spec, precision)
+        programs = len(tiles) // tile_map.TILE_WORDS
         self.run = CompiledKernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
 
 
@@ -227,10 +225,10 @@ class BackwardLaunch(Launch):
         config: configs.Backward,
     ) -> None:
         super().__init__(spec, indices, tensors[0][0].device)
-        plan = tables.backward_tables(blocks, spec, tensors, config)
+        plan = tile_map.backward_tables(blocks, spec, tensors, config)
         uploaded = self.upload(plan.words, torch.int64), self.upload(plan.tiles, torch.int32)
-        constants, options = kernel_arguments(config, SPEC=spec, PRECISION=precision)
-        programs = len(plan.tiles) // tables.TILE_WORDS
+        constants, options = kernel_arguments(config, spec, precision)
+        programs = len(plan.tiles) // tile_map.TILE_WORDS
         self.run = self._run_both
         self._parts = CompiledKernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
         workspace = Layout((max(1, plan.workspace),), (1,), torch.float32)
@@ -252,12 +250,11 @@ class BackwardLaunch(Launch):
             self._sums(addresses, address)
 
 
-def kernel_arguments(config: Any, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a config as the kernel's constants, in the order of its parameters, and the compiler's options."""
-    values = asdict(config)
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+def kernel_arguments(config: Any, spec: Spec, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the kernel's constants, in the order of its parameters, and the compiler's options."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = True  # Triton's default so far, about to change
-    return {**constants, "TILES": config}, options
+    return {"SPEC": spec, "PRECISION": precision, "TILES": config}, options
 
 
 # --- prepared -----------------------------------------------------------------------------------------------------------
@@ -369,10 +366,10 @@ class PreparedLaunches(Prepared):
     def _make_forward(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[ForwardLaunch]:
         operands = split(self._blocks, tensors)
         rows = zip(self._blocks, operands, kernels, strict=True)
-        specs = {index: forward_spec(*row, None) for index, row in enumerate(rows)}
+        specs = {index: forward_spec(*row) for index, row in enumerate(rows)}
         slots = [[*part, kernel] for part, kernel in zip(operands, kernels, strict=True)]
         tiles = configs.forward_config, configs.forward_choices
-        return [self._make(ForwardLaunch, *tiles, *shared, slots) for shared in _by_structure(specs)]
+        return [make_launch(ForwardLaunch, *tiles, *shared, self._blocks, slots) for shared in _by_structure(specs)]
 
     def _make_backward(
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], gradients: Gradients
@@ -385,33 +382,44 @@ class PreparedLaunches(Prepared):
             if output is not None and made:
                 specs[index] = backward_spec(block, operands, output, part)
         tiles = configs.backward_config, configs.backward_choices
-        return [self._make(BackwardLaunch, *tiles, *shared, slots) for shared in _by_structure(specs)]
+        return [make_launch(BackwardLaunch, *tiles, *shared, self._blocks, slots) for shared in _by_structure(specs)]
 
-    def _make(
-        self,
-        kind: Callable[..., Any],
-        config_of: Callable[[Sequence[Block], Spec, int], Any],
-        choices_of: Callable[[Spec, int], Sequence[Any]],
-        spec: Spec,
-        indices: Sequence[int],
-        slots: Sequence[Sequence[Tensor]],
-    ) -> Any:
-        """The launch of those blocks that have one structure, with the tiles of the heuristics or of the clock."""
-        blocks, tensors = [self._blocks[index] for index in indices], [slots[index] for index in indices]
-        device_kind = device_of(self._device)
-        precision = device_kind.precision()
-        config = config_of(blocks, spec, device_kind.arch)
-        if tuning.enabled():
-            addresses = [tuple(map(Tensor.data_ptr, part)) for part in slots]
 
-            def run_of(candidate: Any) -> Callable[[], object]:
-                launch = kind(spec, indices, blocks, tensors, precision, candidate)
-                return lambda: launch(addresses, False)
+def make_launch(
+    kind: Callable[..., Launch],
+    config_of: Callable[[Sequence[Block], Spec, int], configs.Config],
+    choices_of: Callable[[Spec, int], Sequence[configs.Config]],
+    spec: Spec,
+    indices: Sequence[int],
+    blocks: Sequence[Block],
+    slots: Sequence[Sequence[Tensor]],
+) -> Any:
+    """Make the launch of those blocks of a call that have one structure, with the tiles of the heuristics or of the clock.
 
-            direction = "forward" if isinstance(config, configs.Forward) else "backward"
-            key = tuning.key_of(direction, spec, blocks, tensors, precision)
-            config = tuning.choose(choices_of(spec, device_kind.arch), config, key, self._device, run_of)
-        return kind(spec, indices, blocks, tensors, precision, config)
+    Args:
+        kind: `ForwardLaunch` or `BackwardLaunch`.
+        config_of, choices_of: the heuristics, and all tiles that there are.
+        spec: the structure.
+        indices: which of the blocks.
+        blocks: all of the call.
+        slots: per block, its tensors as in the spec.
+    """
+    chosen, tensors = [blocks[index] for index in indices], [slots[index] for index in indices]
+    device = tensors[0][0].device
+    device_kind = device_of(device)
+    precision = device_kind.precision()
+    config = config_of(chosen, spec, device_kind.arch)
+    if autotune.enabled():
+        addresses = [tuple(map(Tensor.data_ptr, part)) for part in slots]
+
+        def prepare(candidate: configs.Config) -> Callable[[], object]:
+            launch = kind(spec, indices, chosen, tensors, precision, candidate)
+            return lambda: launch(addresses, False)
+
+        direction = "forward" if isinstance(config, configs.Forward) else "backward"
+        key = autotune.cache_key(direction, spec, chosen, tensors, precision)
+        config = autotune.choose(choices_of(spec, device_kind.arch), config, key, device, prepare)
+    return kind(spec, indices, chosen, tensors, precision, config)
 
 
 def _by_structure(specs: dict[int, Spec]) -> list[tuple[Spec, list[int]]]:
@@ -419,4 +427,4 @@ def _by_structure(specs: dict[int, Spec]) -> list[tuple[Spec, list[int]]]:
     groups: dict[Spec, list[int]] = {}
     for index, spec in specs.items():
         groups.setdefault(spec, []).append(index)
-    return [(replace(spec, listed=len(indices) > 1), indices) for spec, indices in groups.items()]
+    return [(replace(spec, batched=len(indices) > 1), indices) for spec, indices in groups.items()]

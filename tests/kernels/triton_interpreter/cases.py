@@ -26,6 +26,7 @@ from orepa_kernels import (
     dispatch,
     squeeze,
 )
+from orepa_kernels.backends.base import Signature
 from orepa_kernels.backends.triton import autotune as tuning
 from orepa_kernels.backends.triton import configs, spec
 from orepa_kernels.backends.triton import launcher as launch
@@ -125,8 +126,7 @@ def test_large_tiles(arch, monkeypatch):
     choices = configs.forward_config, configs.backward_config
     monkeypatch.setattr(configs, "forward_config", lambda blocks, own, _: choices[0](blocks, own, arch))
     monkeypatch.setattr(configs, "backward_config", lambda blocks, own, _: choices[1](blocks, own, arch))
-    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
-    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    monkeypatch.setattr(dispatch.calls, "_calls", {})
     block = one_of_each(1, o=67, i=33, t=66)
     check(block, tensors_of(block))
 
@@ -146,12 +146,13 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
         return times[-1]
 
     times, taken = [], []
-    split = launch.split
-    monkeypatch.setattr(launch, "split", lambda config, **own: (taken.append(config), split(config, **own))[1])
+    arguments = launch.kernel_arguments
+    monkeypatch.setattr(
+        launch, "kernel_arguments", lambda config, *rest: (taken.append(config), arguments(config, *rest))[1]
+    )
     monkeypatch.setattr(configs, "forward_choices", lambda *_: several(configs.FORWARD_SMALL))
     monkeypatch.setattr(configs, "backward_choices", lambda *_: several(configs.BACKWARD_SMALL))
-    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
-    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    monkeypatch.setattr(dispatch.calls, "_calls", {})
     monkeypatch.setattr(tuning, "can_time", lambda _: True)
     monkeypatch.setattr(tuning, "device_name", lambda _: f"the interpreter, {fastest} first")
     monkeypatch.setattr(tuning, "measure", measure)
@@ -163,9 +164,7 @@ def test_tuned_launches_write_what_others_do(fastest, launches, monkeypatch, tmp
     monkeypatch.setenv("OREPA_AUTOTUNE", "1")
     launches.clear()
     taken.clear()
-    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
-    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
-    dispatch._SHORTCUTS.clear()
+    monkeypatch.setattr(dispatch.calls, "_calls", {})
     after = run_list([block], [tensors])
     assert launches == ["squeeze_forward"] * 4 + ["squeeze_backward", "add_parts"] * 4
     assert [taken[3], taken[7]] == [own[0 if fastest == "first" else -1] for own in choices.values()]
@@ -299,8 +298,7 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch):
     tensors = tensors_of(block)
     narrow = check(block, tensors)
     monkeypatch.setattr(spec, "_INT32", 0)
-    monkeypatch.setattr(launch, "_forwards", launch._Cache(8))
-    monkeypatch.setattr(launch, "_backwards", launch._Cache(8))
+    monkeypatch.setattr(dispatch.calls, "_calls", {})
     assert torch.equal(check(block, tensors), narrow)
 
 
@@ -339,13 +337,13 @@ def run_list(blocks, tensors):
 def launches(monkeypatch):
     """The names of the kernels launched."""
     names = []
-    call = launch.Kernel.__call__
+    call = launch.CompiledKernel.__call__
 
     def counted(self, *arguments):
         names.append(self._function.__name__)
         call(self, *arguments)
 
-    monkeypatch.setattr(launch.Kernel, "__call__", counted)
+    monkeypatch.setattr(launch.CompiledKernel, "__call__", counted)
     return names
 
 
@@ -414,18 +412,17 @@ def test_calls_made_again_give_the_bits_of_the_first(layout):
     block = one_of_each()
     operands, upstream = [layout(t) for t in tensors_of(block)], torch.randn(block.shape)
     needed = [index != 3 for index in range(len(operands))]
-    how = F32, torch.contiguous_format
-    (kernel,) = launch.forward([block], [operands], *how, [None])
-    (gradients,) = launch.backward([block], [operands], [upstream], [needed])
-    forward = launch.forward_again(block, operands, *how)
-    backward = launch.backward_again(upstream.device, block, needed)
+    signature = Signature.of(operands, F32, torch.contiguous_format)
+    first = launch.PreparedLaunches([block], signature)
+    (kernel,), gradients = first.forward(operands), first.backward(operands, [upstream], needed)
+    prepared = launch.PreparedLaunches([block], signature)
     for _ in range(2):
-        assert torch.equal(forward(operands), kernel)
-        for again, first in zip(backward(operands, upstream), gradients, strict=True):
+        assert torch.equal(prepared.forward(operands)[0], kernel)
+        for again, first in zip(prepared.backward(operands, [upstream], needed), gradients, strict=True):
             assert (again is None) == (first is None)
             assert again is None or (torch.equal(again, first) and again.stride() == first.stride())
     other = [t + 1 for t in operands]
-    assert not torch.equal(forward(other), kernel)
+    assert not torch.equal(prepared.forward(other)[0], kernel)
 
 
 def test_a_block_larger_than_a_term_keeps_out_what_is_not_its_own():
