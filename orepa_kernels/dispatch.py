@@ -30,8 +30,8 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "OREPA_BACKEND"
 
 _REGISTRY: dict[str, Backend] = {}
-#: asked on first use, once: finding out may load a driver (a plain dict, because torch.compile cannot trace functools.cache)
-_AVAILABLE: dict[str, Support] = {}
+#: why not available; asked on first use, as that may load a driver (torch.compile cannot trace functools.cache)
+_REASONS: dict[str, str] = {}
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def register(backend: Backend) -> Backend:
     if backend.name not in NAMES:
         raise ValueError(f"backend name must be one of {', '.join(NAMES)}, got {backend.name!r}")
     _REGISTRY[backend.name] = backend
-    _AVAILABLE.pop(backend.name, None)
+    _REASONS.pop(backend.name, None)
     calls.clear()
     return backend
 
@@ -112,20 +112,14 @@ def names_on(device: torch.device) -> list[str]:
 def _available(name: str) -> Support:
     if name not in _REGISTRY:
         return Support(False, f"not part of this build, which has: {', '.join(n for n in NAMES if n in _REGISTRY)}")
-    if torch.compiler.is_compiling():
-        reason = _why_not_available(name)
-        return Support(not reason, reason)
-    return _ask(name)
-
-
-def _ask(name: str) -> Support:
-    if name not in _AVAILABLE:
-        _AVAILABLE[name] = _REGISTRY[name].available()
-    return _AVAILABLE[name]
+    reason = _why_not_available(name)
+    return Support(not reason, reason)
 
 
 def _why_not_available(name: str) -> str:
-    return _ask(name).reason
+    if name not in _REASONS:
+        _REASONS[name] = _REGISTRY[name].available().reason
+    return _REASONS[name]
 
 
 # What `torch.compiler.assume_constant_result` does, without its import of the compiler: torch.compile shall take the

@@ -24,55 +24,34 @@ Key: TypeAlias = tuple[int, str]
 
 @dataclass(frozen=True)
 class Step:
-    """One flat block: every factor of its terms is an operand, and no two factors share one.
-
-    Args:
-        block: the plan.
-        inputs: where each of ``block.operands`` comes from.
-        output: where its kernel goes.
-        level: -1 for a constant (no inputs), 0 where it needs operands and constants only, and so on.
-    """
+    """One flat block: every factor of its terms is an operand, and no two factors share one."""
 
     block: Block
-    inputs: tuple[Key, ...]
-    output: Key
-    level: int
+    inputs: tuple[Key, ...]  # where each of ``block.operands`` comes from
+    output: Key  # where its kernel goes
+    level: int  # -1 for a constant (no inputs), 0 where it needs operands and constants only, and so on
 
 
 @dataclass(frozen=True)
 class Program:
-    """How to squeeze several blocks at once.
+    """How to squeeze several blocks at once."""
 
-    Args:
-        inputs: the operands of all blocks, in order.
-        constants: nested blocks without an operand, such as an average.
-        inner: the other nested blocks, level by level.
-        last: one step per block: the kernels asked for.
-        flat: where one launch does it all and takes the operands as they come, the blocks of ``last``; else None.
-    """
-
-    inputs: tuple[Key, ...]
-    constants: tuple[Step, ...]
-    inner: tuple[tuple[Step, ...], ...]
-    last: tuple[Step, ...]
-    flat: tuple[Block, ...] | None
+    inputs: tuple[Key, ...]  # the operands of all blocks, in order
+    constants: tuple[Step, ...]  # nested blocks without an operand, such as an average
+    inner: tuple[tuple[Step, ...], ...]  # the other nested blocks, level by level
+    last: tuple[Step, ...]  # one step per block: the kernels to return
 
 
 def program(blocks: Sequence[Block]) -> Program:
     """Return the steps of several blocks, as few levels deep as they depend on each other."""
-    inputs = tuple((index, operand.name) for index, block in enumerate(blocks) for operand in block.operands)
-    if all(_is_flat(block) for block in blocks):
-        last = [Step(b, tuple((n, o.name) for o in b.operands), (n, "#0"), 0) for n, b in enumerate(blocks)]
-        return Program(inputs, (), (), tuple(last), tuple(blocks))
     steps = [_steps(index, block) for index, block in enumerate(blocks)]
     nested = [step for by_block in steps for step in by_block[:-1]]
     depth = max((step.level for step in nested), default=-1) + 1
     return Program(
-        inputs=inputs,
+        inputs=tuple((index, operand.name) for index, block in enumerate(blocks) for operand in block.operands),
         constants=tuple(step for step in nested if step.level < 0),
         inner=tuple(tuple(step for step in nested if step.level == level) for level in range(depth)),
         last=tuple(by_block[-1] for by_block in steps),
-        flat=None,
     )
 
 
@@ -136,12 +115,9 @@ def _flat(term: Term, operand_of: Callable[[Operand | Block], Operand]) -> Term:
 
 def prepare(backend: Backend, blocks: Sequence[Block], signature: Signature) -> Prepared:
     """Prepare blocks, nested or not."""
-    if backend.traceable:  # computes nested blocks as they are
+    if backend.traceable or all(map(_is_flat, blocks)):  # a traceable backend computes nested blocks as they are
         return backend.prepare(blocks, signature)
-    steps = program(blocks)
-    if steps.flat is not None:
-        return backend.prepare(steps.flat, signature)
-    return _PreparedProgram(backend, steps, signature)
+    return _PreparedProgram(backend, program(blocks), signature)
 
 
 class _PreparedProgram(Prepared):

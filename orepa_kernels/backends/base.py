@@ -50,21 +50,13 @@ SUPPORTED = Support(True)
 
 @dataclass(frozen=True)
 class Request:
-    """One block to squeeze, as far as the choice of a backend depends on it.
-
-    Args:
-        block: the plan.
-        device: of the operands.
-        dtype: of the operands; float64 where a filter is.
-        out_dtype: of the kernel.
-        plain: whether operands are ordinary tensors with memory that may be read; see `orepa_kernels.guards.is_plain`.
-    """
+    """One block to squeeze, as far as the choice of a backend depends on it."""
 
     block: Block
     device: torch.device
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    plain: bool = True
+    dtype: torch.dtype  # of the operands; float64 where a filter is
+    out_dtype: torch.dtype  # of the kernel
+    plain: bool = True  # whether raw memory may be read, see `orepa_kernels.guards.is_plain`
 
 
 class Layout(NamedTuple):
@@ -88,19 +80,12 @@ def layout_of(tensor: Tensor) -> Layout:
 
 @dataclass(frozen=True)
 class Signature:
-    """What calls have in common that run the same prepared launch. Holds no tensor.
+    """What calls have in common that run the same prepared launch. Holds no tensor."""
 
-    Args:
-        layouts: of the operands of all blocks, one after the other.
-        device: of all operands and kernels.
-        dtype: of the kernels.
-        memory_format: of the kernels.
-    """
-
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Layout, ...]  # of the operands of all blocks, one after the other
     device: torch.device
-    dtype: torch.dtype
-    memory_format: torch.memory_format
+    dtype: torch.dtype  # of the kernels
+    memory_format: torch.memory_format  # of the kernels
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], dtype: torch.dtype, memory_format: torch.memory_format) -> Signature:
@@ -163,31 +148,6 @@ class Prepared(ABC):
         Returns:
             Per operand the gradient, with the shape, dtype and strides of ``torch.empty_like(operand)``, or None.
         """
-
-
-class PreparedEach(Prepared):
-    """Blocks that are computed one after the other.
-
-    Args:
-        blocks: the plans.
-        parts: what was prepared for each.
-    """
-
-    def __init__(self, blocks: Sequence[Block], parts: Sequence[Prepared]) -> None:
-        self._blocks, self._parts = blocks, parts
-
-    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(self._parts, split(self._blocks, tensors), strict=True)
-        return [kernel for part, operands in pairs for kernel in part.forward(operands)]
-
-    def backward(
-        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
-    ) -> Gradients:
-        gradients: Gradients = []
-        operands, wanted = split(self._blocks, tensors), split(self._blocks, needed)
-        for index, part in enumerate(self._parts):
-            gradients += part.backward(operands[index], [upstream[index]], wanted[index])
-        return gradients
 
 
 class Backend(ABC):

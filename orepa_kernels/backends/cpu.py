@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan import Block
 from . import native
-from .base import SUPPORTED, Backend, Gradients, Prepared, PreparedEach, Signature, Support, empty_factory
+from .base import SUPPORTED, Backend, Gradients, Prepared, Signature, Support, empty_factory, split
 
 
 class CpuBackend(Backend):
@@ -46,11 +46,27 @@ class CpuBackend(Backend):
         return native.supports_block(block)
 
     def prepare(self, blocks: Sequence[Block], signature: Signature) -> Prepared:
-        parts = [_PreparedBlock(block, part) for block, part in zip(blocks, signature.split(blocks), strict=True)]
-        return parts[0] if len(parts) == 1 else PreparedEach(blocks, parts)
+        return _PreparedBlocks(blocks, signature)
 
 
-class _PreparedBlock(Prepared):
+class _PreparedBlocks(Prepared):
+    """Blocks that are computed one after the other."""
+
+    def __init__(self, blocks: Sequence[Block], signature: Signature) -> None:
+        self._blocks = blocks
+        self._parts = [_PreparedBlock(*part) for part in zip(blocks, signature.split(blocks), strict=True)]
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [part.forward(own) for part, own in zip(self._parts, split(self._blocks, tensors), strict=True)]
+
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> Gradients:
+        rows = zip(self._parts, split(self._blocks, tensors), upstream, split(self._blocks, needed), strict=True)
+        return [g for part, operands, output, wanted in rows for g in part.backward(operands, output, wanted)]
+
+
+class _PreparedBlock:
     """One block, ready for compiled code."""
 
     def __init__(self, block: Block, signature: Signature) -> None:
@@ -63,19 +79,15 @@ class _PreparedBlock(Prepared):
         self._new_kernel, self._kernel_steps = empty_factory(kernel, signature.device), native.steps(kernel)
         self._gradients: dict[tuple[bool, ...], native.PackedGradients] = {}
 
-    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         kernel = self._new_kernel()
         _alive, views = self._operands.pack(tensors)
-        self._run_forward(
-            self._plan, views, [kernel.data_ptr(), *self._kernel_steps], self._type, torch.get_num_threads()
-        )
-        return [kernel]
+        target = [kernel.data_ptr(), *self._kernel_steps]
+        self._run_forward(self._plan, views, target, self._type, torch.get_num_threads())
+        return kernel
 
-    def backward(
-        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
-    ) -> Gradients:
-        (gradient,) = upstream
-        if gradient is None or not any(needed):
+    def backward(self, tensors: Sequence[Tensor], upstream: Tensor | None, needed: Sequence[bool]) -> Gradients:
+        if upstream is None or not any(needed):
             return [None] * len(tensors)
         gradients = [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
         packed = self._gradients.get(tuple(needed))
@@ -83,7 +95,7 @@ class _PreparedBlock(Prepared):
             packed = self._gradients[tuple(needed)] = native.PackedGradients(self._block, gradients, self._compute)
         _alive, views = self._operands.pack(tensors)
         buffers, targets = packed.pack(gradients)
-        gradient = native.collapsed(gradient)
-        self._run_backward(self._plan, views, targets, native.view(gradient), self._type, torch.get_num_threads())
+        upstream = native.collapsed(upstream)
+        self._run_backward(self._plan, views, targets, native.view(upstream), self._type, torch.get_num_threads())
         packed.copy_back(gradients, buffers)
         return gradients

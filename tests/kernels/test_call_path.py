@@ -54,7 +54,7 @@ def raw_cuda(stacks):
         patch.setattr(native, "_C", module)
         patch.setattr(cuda, "_where", lambda device: (0, 0, 0))
         patch.setattr(cuda.CudaBackend, "supports", lambda *_: dispatch.Support(True))
-        patch.setattr(dispatch, "_AVAILABLE", {"cuda": dispatch.Support(True)})
+        patch.setattr(dispatch, "_REASONS", {"cuda": ""})
         patch.setattr(dispatch.calls, "_calls", {})
         yield
 

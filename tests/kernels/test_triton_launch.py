@@ -18,7 +18,7 @@ from triton_stub import pretend
 from orepa import OREPAConv
 from orepa_kernels import squeeze
 from orepa_kernels.backends.base import Signature
-from orepa_kernels.backends.triton import device
+from orepa_kernels.backends.triton import compiled_kernel, device
 from orepa_kernels.backends.triton import launcher as launch
 from orepa_kernels.dispatch import calls
 
@@ -80,7 +80,7 @@ def tell(monkeypatch, name, told):
 def test_launches_around_the_runner_say_what_the_runner_says(launched, conv, monkeypatch):
     run(conv)  # by Triton's front end
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "_hooked", lambda: True)
+        patch.setattr(compiled_kernel, "_hooked", lambda: True)
         run(conv)  # by Triton's runner
     run(conv)
     count = len(launched) // 3

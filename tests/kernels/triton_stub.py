@@ -74,7 +74,7 @@ def pretend(launched: Callable[..., object] = NOTHING) -> Iterator[None]:
         state = device.LaunchState(0, torch._C._cuda_getDevice, torch.cuda.is_current_stream_capturing)
         put(launch, "launch_state", lambda _: state)
         put(dispatch.calls, "_calls", {})
-        put(dispatch, "_AVAILABLE", {})
+        put(dispatch, "_REASONS", {})
         for function in KERNELS:  # not what was compiled for another launcher
             put(function, "device_caches", defaultdict(function.create_binder))
         # Up to Triton 3.6 each launcher is compiled for its signature, later there is one for all.

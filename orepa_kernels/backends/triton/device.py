@@ -21,17 +21,11 @@ OLDEST = (8, 0)
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device.
+    """A kind of device."""
 
-    Args:
-        kind: ``"cuda"``, ``"hip"``, ``"xpu"`` or ``"interpreter"``.
-        arch: compute capability times ten on NVIDIA, else 0.
-        name: architecture name where the vendor has one (``"gfx942"``), else empty.
-    """
-
-    kind: str
-    arch: int = 0
-    name: str = ""
+    kind: str  # "cuda", "hip", "xpu" or "interpreter"
+    arch: int = 0  # compute capability times ten on NVIDIA
+    name: str = ""  # architecture where the vendor has one ("gfx942")
 
     def precision(self) -> str:
         """Return the precision of matrix products that ``torch.get_float32_matmul_precision()`` asks for.
@@ -60,17 +54,11 @@ def device_of(device: torch.device) -> Device:
 
 @dataclass(frozen=True)
 class LaunchState:
-    """What has to be asked before every launch on a device, with as few calls as that takes.
+    """What has to be asked before every launch on a device, with as few calls as that takes."""
 
-    Args:
-        index: of the device.
-        current: the index of the device that launches go to.
-        capturing: whether a graph records the launches of this stream.
-    """
-
-    index: int | None
-    current: Callable[[], int | None]
-    capturing: Callable[[], bool]
+    index: int | None  # of the device
+    current: Callable[[], int | None]  # the index of the device that launches go to
+    capturing: Callable[[], bool]  # whether a graph records the launches of this stream
 
 
 def launch_state(device: torch.device) -> LaunchState:

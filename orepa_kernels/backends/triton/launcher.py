@@ -1,4 +1,3 @@
-# mypy: disable-error-code="import-untyped, import-not-found"
 """Launches blocks: everything that does not change from call to call is prepared once.
 
 A repeated call costs the host the addresses of its tensors and the launch. The rest is in `PreparedLaunches`: tile maps and
@@ -13,22 +12,22 @@ capturing, as every recipe for graphs says.
 
 from __future__ import annotations
 
-import contextlib
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
-from triton.runtime import driver
 
 from ...guards import float32_precision
 from ...plan import Block
 from ..base import Gradients, Layout, Prepared, Signature, empty_factory, split
 from ..memory import alloc_persistent
 from . import autotune, configs, tile_map
+from .compiled_kernel import CompiledKernel
 from .device import INTERPRETING, device_of, launch_state, on_device, stream_of
 from .kernels.backward import squeeze_backward
 from .kernels.forward import squeeze_forward
@@ -50,92 +49,37 @@ SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _pinned: list[Tensor] = []
 _captured: set[Launch] = set()
 
-#: holds the hooks of profilers; a module attribute, which Triton never replaces
-_runtime = knobs.runtime
-
-
-# --- one kernel ---------------------------------------------------------------------------------------------------------
-
-
-class CompiledKernel:
-    """A Triton kernel with its grid and all arguments that do not change: the first call goes through Triton's front end.
-
-    Args:
-        function: the kernel, whose parameters are addresses, then tables, then a workspace where it has one, then constants.
-        programs: how many run.
-        tables: addresses of tables on the device, which have to live as long as this.
-        constants: by name, in the order of the parameters.
-        options: the compiler's.
-        index: of the device, which is current whenever this is called.
-    """
-
-    def __init__(
-        self,
-        function: Any,
-        programs: int,
-        tables: Sequence[int],
-        constants: dict[str, Any],
-        options: dict[str, int],
-        index: int | None,
-    ) -> None:
-        self._function, self._options, self._index = function, options, index
-        self._programs, self._tables = programs, tuple(tables)
-        self._named, self._constants = constants, tuple(constants.values())
-        self._tail = self._tables + self._constants
-        self._compiled: Any = None
-        #: how to run what was compiled: the launcher, what finds a device's stream, the function's handle, what it needs
-        self._direct: tuple[Callable[..., object], Callable[[int | None], int], object, object] | None = None
-
-    def __call__(self, addresses: int | tuple[int, ...], *workspace: int) -> None:
-        """Launch on the current stream; addresses of tensors are integers, in one tuple, or that of a table of them."""
-        direct = self._direct
-        if direct is None or _hooked():
-            self._by_triton(addresses, *self._tables, *workspace)
-            return
-        # As Inductor launches its kernels. Triton's runner would ask for the device first, and make what hooks want to know.
-        run, stream_of_index, handle, metadata = direct
-        tail = (*self._tables, *workspace, *self._constants) if workspace else self._tail
-        run(self._programs, 1, 1, stream_of_index(self._index), handle, metadata, None, None, None, addresses, *tail)
-
-    def _by_triton(self, *arguments: object) -> None:
-        grid = (self._programs, 1, 1)
-        if self._compiled is not None:
-            # Without the front end's look at each argument: all that it could find out is part of our key.
-            self._compiled[grid](*arguments, *self._constants)
-            return
-        compiled = self._compiled = self._function[grid](*arguments, **self._named, **self._options)
-        if compiled is None:  # the interpreter compiles nothing
-            return
-        with contextlib.suppress(AttributeError):  # a Triton that keeps them elsewhere; its runner will know where
-            stream_of_index = driver.active.get_current_stream
-            self._direct = compiled.run, stream_of_index, compiled.function, compiled.packed_metadata
-
-
-def _hooked() -> bool:
-    """Whether launch hooks are set. A hook is a chain, which may be empty, or (Triton 3.4) a function or None."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
 # --- launches of blocks of one structure --------------------------------------------------------------------------------
 
 
 class Launch:
-    """What blocks of one structure share, forward and backward: tables on the device, and compiled kernels.
+    """What ``blocks`` of one structure share, which have ``indices`` in the call: tables on the device, compiled kernels.
 
-    Args:
-        spec: the structure.
-        indices: which blocks of the call.
-        device: of all tensors.
+    ``tensors`` are per block those of the spec; ``config`` has the tiles.
     """
 
     #: launches, with the addresses of one block, or that of a table of those of many
     run: Callable[[int | tuple[int, ...]], None]
 
-    def __init__(self, spec: Spec, indices: Sequence[int], device: torch.device) -> None:
-        self.spec, self.indices, self.device = spec, indices, device
+    def __init__(
+        self,
+        spec: Spec,
+        indices: Sequence[int],
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        precision: str,
+        config: Any,
+    ) -> None:
+        self.spec, self.indices, self.device = spec, indices, tensors[0][0].device
         self._tables: list[Tensor] = []
         self._addresses: dict[int, AddressTables] = {}
+        self._prepare(blocks, tensors, precision, config)
+
+    @abstractmethod
+    def _prepare(
+        self, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], precision: str, config: Any
+    ) -> None:
+        """Fill the tables and set `run`."""
 
     def __call__(self, addresses: Sequence[tuple[int, ...]], capturing: bool) -> None:
         """Launch, with the addresses of all blocks of the call. The device is the current one."""
@@ -145,11 +89,21 @@ class Launch:
         else:
             self.run(mine[0])
 
-    def upload(self, words: Sequence[int], dtype: torch.dtype) -> int:
-        """Return the address of constant words on the device; they live as long as this does."""
-        copy = alloc_persistent(self.device, lambda: torch.tensor(words, dtype=dtype, device="cpu").to(self.device))
-        self._tables.append(copy)
-        return copy.data_ptr()
+    def _kernel(
+        self,
+        function: Any,
+        words: Sequence[int],
+        tiles: Sequence[int],
+        tile_words: int,
+        arguments: tuple[dict[str, Any], dict[str, Any]],
+    ) -> CompiledKernel:
+        """A kernel with one program per tile; its tables are on the device as long as this lives."""
+        addresses = []
+        for table, dtype in ((words, torch.int64), (tiles, torch.int32)):
+            host = torch.tensor(table, dtype=dtype, device="cpu")
+            self._tables.append(alloc_persistent(self.device, partial(host.to, self.device)))
+            addresses.append(self._tables[-1].data_ptr())
+        return CompiledKernel(function, len(tiles) // tile_words, addresses, *arguments, self.device.index)
 
     def _table(self, words: list[int], capturing: bool) -> Tensor:
         """Addresses on the device."""
@@ -192,55 +146,36 @@ def _host_table(words: Sequence[int], device: torch.device) -> Tensor:
 
 
 class ForwardLaunch(Launch):
-    """The forward launch of blocks of one structure; ``tensors`` per block as the spec's slots."""
+    """The forward launch of blocks of one structure."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        indices: Sequence[int],
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        precision: str,
-        config: configs.Forward,
+    def _prepare(
+        self, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], precision: str, config: configs.Forward
     ) -> None:
-        super().__init__(spec, indices, tensors[0][0].device)
-        tiles = tile_map.forward_tiles(blocks, spec, tensors, config)
-        rows = [tile_map.block_words(block, spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
-        uploaded = self.upload([word for row in rows for word in row], torch.int64), self.upload(tiles, torch.int32)
-        constants, options = kernel_arguments(config, spec, precision)
-        programs = len(tiles) // tile_map.TILE_WORDS
-        self.run = CompiledKernel(squeeze_forward, programs, uploaded, constants, options, self.device.index)
+        tiles = tile_map.forward_tiles(blocks, self.spec, tensors, config)
+        rows = [tile_map.block_words(block, self.spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
+        words = [word for row in rows for word in row]
+        arguments = kernel_arguments(config, self.spec, precision)
+        self.run = self._kernel(squeeze_forward, words, tiles, tile_map.TILE_WORDS, arguments)
 
 
 class BackwardLaunch(Launch):
-    """The two backward launches of blocks of one structure; ``tensors`` per block as the spec's slots."""
+    """The two backward launches of blocks of one structure."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        indices: Sequence[int],
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        precision: str,
-        config: configs.Backward,
+    def _prepare(
+        self, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], precision: str, config: configs.Backward
     ) -> None:
-        super().__init__(spec, indices, tensors[0][0].device)
-        plan = tile_map.backward_tables(blocks, spec, tensors, config)
-        uploaded = self.upload(plan.words, torch.int64), self.upload(plan.tiles, torch.int32)
-        constants, options = kernel_arguments(config, spec, precision)
-        programs = len(plan.tiles) // tile_map.TILE_WORDS
+        plan = tile_map.backward_tables(blocks, self.spec, tensors, config)
+        arguments = kernel_arguments(config, self.spec, precision)
         self.run = self._run_both
-        self._parts = CompiledKernel(squeeze_backward, programs, uploaded, constants, options, self.device.index)
+        self._parts = self._kernel(squeeze_backward, plan.words, plan.tiles, tile_map.TILE_WORDS, arguments)
         workspace = Layout((max(1, plan.workspace),), (1,), torch.float32)
         self._new_workspace = empty_factory(workspace, self.device)
-        sum_tiles = plan.sum_tiles(SUM_COUNT)
         self._sums: CompiledKernel | None = None
+        sum_tiles = plan.sum_tiles(SUM_COUNT)
         if sum_tiles:
             jobs = [word for job in plan.jobs for word in job]
-            uploaded = self.upload(jobs, torch.int64), self.upload(sum_tiles, torch.int32)
-            constants = {"SPEC": spec, "PARTS": SUM_PARTS, "COUNT": SUM_COUNT}
-            programs = len(sum_tiles) // 2
-            self._sums = CompiledKernel(add_parts, programs, uploaded, constants, SUM_OPTIONS, self.device.index)
+            constants = {"SPEC": self.spec, "PARTS": SUM_PARTS, "COUNT": SUM_COUNT}
+            self._sums = self._kernel(add_parts, jobs, sum_tiles, 2, (constants, SUM_OPTIONS))
 
     def _run_both(self, addresses: int | tuple[int, ...]) -> None:
         workspace = self._new_workspace()
@@ -394,15 +329,10 @@ def make_launch(
     blocks: Sequence[Block],
     slots: Sequence[Sequence[Tensor]],
 ) -> Any:
-    """Make the launch of those blocks of a call that have one structure, with the tiles of the heuristics or of the clock.
+    """Make the launch of those blocks of a call, by their ``indices``, that have one structure.
 
-    Args:
-        kind: `ForwardLaunch` or `BackwardLaunch`.
-        config_of, choices_of: the heuristics, and all tiles that there are.
-        spec: the structure.
-        indices: which of the blocks.
-        blocks: all of the call.
-        slots: per block, its tensors as in the spec.
+    Tiles are those of the heuristic ``config_of``, or with tuning the fastest of ``choices_of``. ``slots`` are per block the
+    tensors of the spec.
     """
     chosen, tensors = [blocks[index] for index in indices], [slots[index] for index in indices]
     device = tensors[0][0].device
