@@ -1,6 +1,6 @@
-"""Run ``orepa bench squeeze`` with the authors' code as one more provider, imported from a checkout, never copied.
+"""Run `benchmarks/squeeze.py` with the authors' code as one more provider, imported from a checkout, never copied.
 
-    python benchmarks/authors.py DIR [options of orepa bench squeeze]
+    python benchmarks/authors.py DIR [options of benchmarks/squeeze.py]
 
 Known differences are made up for: their depthwise rows of a grouped block lie in another order. Where their block is not the
 same function (the deep stem composes by cross-correlation, priors beyond 3x3 are uninitialised), it is skipped and says so.
@@ -8,7 +8,6 @@ same function (the deep stem composes by cross-correlation, priors beyond 3x3 ar
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import squeeze
 import torch
 from torch import Tensor, nn
 
-from orepa.bench.cli import add_squeeze_options, run_squeeze
 from orepa.bench.problem import Problem
-from orepa.bench.providers import Built, Provider, all_providers, build_squeezer
+from orepa.bench.providers import Built, Provider, build_squeezer
 from orepa.errors import UserError
 
 #: what their classes call our operands
@@ -136,21 +135,16 @@ def _names(folder: Path) -> list[str]:
 
 def providers(folder: Path) -> Mapping[str, Provider]:
     """Return all providers, the authors' after ours of the same formulation."""
-    others = dict(all_providers())
+    others = squeeze.all_providers()
     return {"eager": others.pop("eager"), "authors": Authors(folder), **others}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = squeeze.parser_of(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkout of the authors' repository")
-    add_squeeze_options(parser)
     args = parser.parse_args(argv)
-    try:
-        return run_squeeze(args, partial(providers, args.folder))
-    except UserError as error:
-        print(f"authors: error: {error}", file=sys.stderr)
-        return 2
+    return squeeze.run(args, partial(providers, args.folder))
 
 
 if __name__ == "__main__":

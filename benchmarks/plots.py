@@ -1,14 +1,21 @@
-"""Draw results: squeezes over block size with the floors, training steps as bars."""
+"""Draw a result file of ``orepa bench``: squeezes over block size with the floors, training steps as bars.
+
+python benchmarks/plots.py FILE.json FILE.png
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..train.files import write_atomically
-from .results import Results, Row
-from .tables import by_case, distinct
+from orepa.bench.cli import check_folders, require
+from orepa.bench.results import Results, Row, load
+from orepa.bench.tables import by_case, distinct
+from orepa.errors import UserError
+from orepa.train.files import write_atomically
 
 
 def plot(results: Results, path: Path) -> None:
@@ -95,3 +102,23 @@ def bars(axes: Any, rows: list[Row]) -> None:
     axes.barh([row.provider for row in rows], median, xerr=reach, color="C0")
     axes.set_xlabel("ms per step and its spread")
     axes.invert_yaxis()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw a file; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, metavar="FILE.json")
+    parser.add_argument("picture", type=Path, metavar="FILE.png")
+    args = parser.parse_args(argv)
+    try:
+        require("matplotlib")
+        check_folders(args.picture)
+        plot(load(args.results), args.picture)
+    except UserError as error:
+        print(f"plots: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

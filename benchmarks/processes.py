@@ -18,9 +18,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..errors import UserError
-from .results import STATUSES, Results, Row
-from .runner import Save, Say
+from orepa.bench.results import STATUSES, Results, Row
+from orepa.bench.runner import Save, Say
+from orepa.errors import UserError
 
 #: what one process does, pickled. It calls ``save`` with all results whenever there are more, and with complete ones last.
 Job = Callable[[Say, Save], object]

@@ -1,18 +1,30 @@
-"""Count the least work that a block takes: its matrix products, its arithmetic, and the bytes that must move."""
+"""Count the least work that a block takes, and print the rates of result files of ``orepa bench squeeze``.
+
+    python benchmarks/roofline.py FILE.json
+
+Counted are the matrix products, the arithmetic, and the bytes that must move.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from orepa.bench.problem import Problem, Shape, SqueezeCase
+from orepa.bench.results import Results, load
+from orepa.bench.tables import Table, describe, render
+from orepa.errors import UserError
 from orepa_kernels import Block, Composed, Dense, Separable
 
 #: arithmetic of each mode in forward passes: the gradients of one product are two products
 PASSES = {"forward": 1, "backward": 2, "both": 3}
-MODES = tuple(PASSES)
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def products(block: Block) -> list[Product]:
 
 
 def flops(block: Block, mode: str) -> int:
-    """Return the arithmetic of the matrix products and the depthwise separable branches in one of `MODES`."""
+    """Return the arithmetic of the matrix products and the depthwise separable branches in one of `PASSES`."""
     total = sum(product.flops for product in products(block))
     for term in (term for nested in _blocks(block) for term in nested.terms):
         if isinstance(term, Separable) and term.pointwise is not None:
@@ -64,7 +76,7 @@ def minimum_bytes(
     Args:
         block: the plan.
         constants: names of the operands that have no gradient.
-        mode: one of `MODES`.
+        mode: one of `PASSES`.
         dtype: of the operands.
         out_dtype: of the kernel.
     """
@@ -89,3 +101,50 @@ def _blocks(block: Block) -> Iterator[Block]:
         for part in parts:
             if isinstance(part, Block):
                 yield from _blocks(part)
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------------
+
+
+def amount(provider: str, problem: Problem, mode: str) -> dict[str, int]:
+    """Return the ``flops`` and ``bytes`` that a provider's rates refer to: the least that its work takes."""
+    size = minimum_bytes(problem.plan, problem.constants, mode, torch.float32, problem.out_dtype)
+    if provider == "gemms":
+        return {"flops": PASSES[mode] * sum(product.flops for product in products(problem.plan))}
+    return {"bytes": size} if provider == "copy" else {"flops": flops(problem.plan, mode), "bytes": size}
+
+
+def rates_table(results: Results) -> Table:
+    """Return the bytes and the arithmetic per second of the squeezes in a result file."""
+    table = []
+    for row in results.timed:
+        c, seconds = row.case, row.median_us * 1e-6
+        shape = Shape(c["out"], c["in"], c["k"], c["groups"])
+        amounts = amount(row.provider, _problem(SqueezeCase(shape, c["topology"], c["dtype"])), row.mode)
+        cells = [f"{amounts[what] / seconds / 1e9:,.1f}" if what in amounts else "" for what in ("bytes", "flops")]
+        table.append([describe(c), row.provider, row.mode, row.launch, *cells])
+    return ["block", "provider", "mode", "launch", "GB/s", "GFLOP/s"], table
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(case: SqueezeCase) -> Problem:
+    return Problem(case)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the rates of a file; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, metavar="FILE.json")
+    try:
+        results = load(parser.parse_args(argv).results)
+        if results.benchmark != "squeeze":
+            raise UserError(f"rates are those of squeezes, not of the benchmark {results.benchmark!r}")
+        print(render(*rates_table(results), text=4))
+    except UserError as error:
+        print(f"roofline: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

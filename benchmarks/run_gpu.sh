@@ -82,12 +82,12 @@ if [[ $only != tests ]]; then
     bench_end=$((SECONDS + 480))
     if [[ $dry ]]; then
         tiny=(--device cpu --threads 1 --processes 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
-        measure squeeze-fp32 120 "${bench[@]}" squeeze --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
+        measure squeeze-fp32 120 "$python" benchmarks/squeeze.py --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
         measure step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
             --variants plain,orepa-reference --rounds 2 --seconds 1 --out "$out/step-r18.json"
     else
         # Not compile-max-autotune, which would take most of the time to tune matrix products.
-        squeeze=("${bench[@]}" squeeze --device cuda --providers eager,compile,reference,triton,cuda,gemms,copy)
+        squeeze=("$python" benchmarks/squeeze.py --device cuda --providers eager,compile,reference,triton,cuda,gemms,copy)
         measure squeeze-fp32 150 "${squeeze[@]}" --seconds 60 --out "$out/squeeze-fp32.json"
         measure step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
             --variants plain,orepa-reference,orepa-triton,orepa-cuda,orepa-compile,dbb-offline --out "$out/step-r18.json"
@@ -95,7 +95,7 @@ if [[ $only != tests ]]; then
         measure squeeze-bf16 100 "${squeeze[@]}" --dtypes bf16 --precision high --seconds 40 --out "$out/squeeze-bf16.json"
         measure step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
             --variants plain,orepa-reference,orepa-triton,orepa-cuda --out "$out/step-r50.json"
-        measure squeeze-models 150 "${bench[@]}" squeeze --device cuda --models all --mode both --seconds 60 \
+        measure squeeze-models 150 "$python" benchmarks/squeeze.py --device cuda --models all --mode both --seconds 60 \
             --providers eager,triton,cuda,reference,gemms,copy --out "$out/squeeze-models.json"
     fi
 fi

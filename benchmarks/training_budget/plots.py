@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orepa.bench.plots import bars, finish
+from plots import bars, finish
+
 from orepa.bench.results import Results, Row
 from training_budget.tables import PARTS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orepa.bench import tables
-from orepa.bench.cli import add_step_options, finish, run_step, step_config
+from orepa.bench.cli import add_step_options, check_folders, finish, require, run_step, step_config
 from orepa.errors import UserError
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print tables, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", choices=("components",), help="branches one by one, online against offline")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw times and memory")
     add_step_options(parser)
     args = parser.parse_args(argv)
     try:
@@ -41,11 +42,15 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.sweep and args.variants is not None:
         raise UserError("--sweep has variants of its own; leave out --variants")
+    require(*(("matplotlib",) if args.plot else ()))
+    check_folders(args.plot)
     config = step_config(args)
     if args.sweep:
         config = replace(config, cases=[pair for case, _ in config.cases for pair in sweep(case)], timed=None)
     results = run_step(args, config, probe=memory.probe)
-    code = finish(results, args, plots.plot)
+    if args.plot:
+        plots.plot(results, args.plot)
+    code = finish(results, args.out, args.plot)
     if results.timed:
         print(f"\nmemory at the peak, MB\n\n{tables.render(*memory_table(results), text=2)}")
     paper = paper_table(results)

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
+import squeeze as script
 import torch
+from roofline import amount, flops, minimum_bytes, products
 from torch import Tensor
 
 import orepa
@@ -19,10 +21,8 @@ from orepa.bench.providers import (
     Eager,
     Kernels,
     Provider,
-    all_providers,
     configure_inductor,
 )
-from orepa.bench.roofline import flops, minimum_bytes, products
 from orepa.errors import UserError
 from orepa.timing import LEAST_ROUNDS, CpuStopwatch, Task, function, interleaved, nothing, saved_bytes, summary
 
@@ -152,14 +152,14 @@ def orepa_backends() -> dict[str, object]:
 
 
 def test_floors_do_their_products() -> None:
-    gemms = all_providers()["gemms"]
+    gemms = script.all_providers()["gemms"]
     w = problem_of(Shape(6, 4, 3, 2))
     built = gemms.build(w)
     assert built.squeeze is None and gemms.floor
     for mode in ("forward", "backward", "both"):
         built.tasks[mode].run(built.tasks[mode].prepare())
     assert gemms.why_not(problem_of(SMALL, "plain"))
-    assert gemms.amount(w, "both")["flops"] == 3 * sum(p.flops for p in products(w.plan))
+    assert amount("gemms", w, "both")["flops"] == 3 * sum(p.flops for p in products(w.plan))
 
 
 class Planted(Provider):

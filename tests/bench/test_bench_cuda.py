@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from squeeze import all_providers
 
 from orepa import timing
 from orepa.bench import squeeze as bench
 from orepa.bench.check import Truth
 from orepa.bench.problem import Problem, Shape, SqueezeCase
-from orepa.bench.providers import Eager, all_providers
+from orepa.bench.providers import Eager
 from orepa.timing import Task, nothing
 
 

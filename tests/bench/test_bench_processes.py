@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from compare import compare
+from processes import merge
 
-from orepa.bench import processes
-from orepa.bench.processes import merge
 from orepa.bench.results import Results, Row, load
 from orepa.bench.runner import Save, Say
 from orepa.errors import UserError
@@ -124,7 +124,7 @@ def test_what_the_user_can_put_right_is_passed_on() -> None:
 def test_a_killed_parent_leaves_no_worker(tmp_path: Path) -> None:
     code = (
         "from functools import partial; from pathlib import Path; import test_bench_processes as t\n"
-        "from orepa.bench import processes\n"
+        "import processes\n"
         "if __name__ == '__main__':\n"
         f"    processes.run([partial(t.sleeps, Path({str(tmp_path / 'pid')!r}))], t.silent, print)\n"
     )

@@ -12,13 +12,16 @@ from types import ModuleType
 from typing import Any
 
 import compare as compare_script
+import plots
 import pytest
+import roofline
+import squeeze as script
 from compare import compare
 from test_bench import Clock, FakeWatch, Planted, Slower, config
 
 from orepa.bench import machine, tables
 from orepa.bench import squeeze as bench
-from orepa.bench.providers import Eager, all_providers
+from orepa.bench.providers import Eager
 from orepa.bench.results import Results, Row, load
 from orepa.cli import main
 from orepa.errors import UserError
@@ -154,7 +157,7 @@ def test_what_the_host_takes_is_shown_where_it_was_measured(capsys: pytest.Captu
 
 
 def test_a_run_against_itself_is_no_difference() -> None:
-    run = bench.run(config(rounds=5), {"eager": Eager(), "copy": all_providers()["copy"]})
+    run = bench.run(config(rounds=5), {"eager": Eager(), "copy": script.all_providers()["copy"]})
     comparison = compare(run, run)
     assert [pair.verdict for pair in comparison.pairs] == ["no difference"] * 6
     one = "was measured in one process: what differs between processes is not in its spread"
@@ -219,9 +222,7 @@ def test_squeeze_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     options = (
         "--shapes 6,4,3;8,4,1 --dtypes fp32,bf16 --providers eager,gemms,copy,cuda --rounds 2 --seconds 1 --processes 2"
     )
-    assert (
-        main(["bench", "squeeze", *options.split(), "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
-    )
+    assert script.main([*options.split(), "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
     text = capsys.readouterr().out
     for word in (
         "4->6 3x3",
@@ -241,8 +242,12 @@ def test_squeeze_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert found.settings["processes"] == 2 and "the medians of 2 processes" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
-    assert main(["bench", "show", str(out), "--plot", str(picture)]) == 0
+    assert main(["bench", "show", str(out)]) == 0
+    assert plots.main([str(out), str(picture)]) == 0
     assert "4->6 3x3" in capsys.readouterr().out and picture.exists()
+    assert roofline.main([str(out)]) == 0
+    rates = capsys.readouterr().out
+    assert "GFLOP/s" in rates and rates in text
     assert compare_script.main([str(out), str(out)]) == 0
     assert "no difference in any of 36 measurements" in capsys.readouterr().out
 
@@ -251,7 +256,6 @@ def test_a_wrong_provider_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     providers = {"eager": Eager(), "planted": Planted(lambda kernel: kernel * 1.01)}
     monkeypatch.setattr("orepa.bench.providers.all_providers", lambda: providers)
     options = ["--shapes", "6,4,3", "--rounds", "1", "--seconds", "0.1", "--mode", "forward", "--device", "cpu"]
-    options += ["--processes", "1"]  # the planted provider is known to this one only
     assert main(["bench", "squeeze", *options]) == 1
     text = capsys.readouterr().out
     assert "WRONG" in text and "planted: wrong: the kernel is off by 1.0e-02" in text
@@ -268,10 +272,8 @@ def test_a_wrong_provider_is_loud(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("--topology magic", "--topology must be among"),
         ("--shapes 8,8,2 --topology orepa", "does not fit"),
         ("--out nowhere/a.json", "there is no folder"),
-        ("--plot nowhere/a.png", "there is no folder"),
         ("--rounds 0", "whole number"),
         ("--seconds nan", "above 0"),
-        ("--processes 0", "whole number"),
         ("--shapes 8,8,3 --models all", "not allowed with"),
     ],
 )
@@ -287,9 +289,24 @@ def test_mistakes_are_one_line(options: str, message: str, capsys: pytest.Captur
     assert line.startswith("orepa: error: ") and message in line
 
 
+@pytest.mark.parametrize(
+    ("options", "message"), [("--plot nowhere/a.png", "there is no folder"), ("--processes 0", "whole number")]
+)
+def test_mistakes_in_the_script_are_one_line(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    try:
+        code = script.main(options.split(" "))
+    except SystemExit as end:
+        code = end.code  # type: ignore[assignment]
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("squeeze: error: ") and message in line
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["bench", "squeeze", "--plot", "a.png"]) == 2
+    assert script.main(["--plot", "a.png"]) == 2
     assert "scipy, matplotlib" in capsys.readouterr().err
 
 

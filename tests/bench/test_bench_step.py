@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plots
 import pytest
 import torch
 from torch import nn
@@ -147,7 +148,7 @@ def test_there_are_no_graphs_on_the_cpu() -> None:
 def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, png = tmp_path / "a.json", tmp_path / "a.png"
     options = f"--models {CASE.model} --inputs 2x32,3x64 --rounds 1 --seconds 0.01 --threads 1".split()
-    options += ["--variants", "plain,orepa-cpu,dbb-offline", "--out", str(out), "--plot", str(png)]
+    options += ["--variants", "plain,orepa-cpu,dbb-offline", "--out", str(out)]
     assert main(["bench", "step", *options]) == 0
     printed = capsys.readouterr().out
     for text in ("orepa-cpu", "images/s", "batch 2, 32 px", "batch 3, 64 px"):
@@ -157,6 +158,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     assert [row.provider for row in results.rows] == ["plain", "orepa-cpu", "dbb-offline"] * 2
     assert [(row.case["batch"], row.case["size"]) for row in results.rows] == [(2, 32)] * 3 + [(3, 64)] * 3
     assert results.environment["busy_cores_of_others"] is None or results.environment["busy_cores_of_others"] >= 0
+    assert plots.main([str(out), str(png)]) == 0
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert main(["bench", "show", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]

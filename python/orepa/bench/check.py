@@ -7,9 +7,8 @@ plus rounding noise. Errors are relative, in the Frobenius norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +69,10 @@ class Truth:
 
     def mistake(self, errors: Errors) -> str:
         """Return what is wrong, in a sentence, or an empty string."""
-        named = [("the kernel", errors.weight, self.eager.weight)]
-        named += [(f"the gradient of {n}", e, self.eager.gradients[n]) for n, e in errors.gradients.items()]
-        for what, error, eager in named:
-            allowed = 2 * eager + NOISE[self._weight.device.type]
-            if not error <= allowed:  # NaN is not
-                return f"{what} is off by {error:.1e} relative to float64, where {allowed:.1e} is allowed"
-        return ""
+        noise = NOISE[self._weight.device.type]
+        named = [("the kernel", errors.weight, 2 * self.eager.weight + noise)]
+        named += [(f"the gradient of {n}", e, 2 * self.eager.gradients[n] + noise) for n, e in errors.gradients.items()]
+        return _excess(named, "{} is off by {:.1e} relative to float64, where {:.1e} is allowed")
 
 
 @dataclass(frozen=True)
@@ -92,35 +88,29 @@ class StepOutput:
         ours, theirs = ([o.gradients[name] for name in other.gradients] for o in (self, other))
         return {"logits": _distance([self.logits], [other.logits]), "gradients": _distance(ours, theirs)}
 
+    def compare(self, twin: StepOutput, exact: StepOutput | None) -> tuple[dict[str, float], str]:
+        """Compare with the output of the same weights.
 
-@dataclass(frozen=True)
-class Twin:
-    """What variants with the same weights must agree with.
+        Args:
+            twin: at the same precision.
+            exact: the twin in float32, where that is more. Its distance is what the lower precision costs: this output may
+                be twice as far from the twin.
 
-    Args:
-        output: at the precision that is measured.
-        exact: the same in float32, where that is more. Its distance is what the lower precision costs: others may be twice
-            as far from the twin.
-    """
-
-    output: StepOutput
-    exact: StepOutput | None = None
-
-    def mistake(self, output: StepOutput, facts: dict[str, Any]) -> str:
-        """Return what is wrong, in a sentence, or an empty string; add ``logits_error`` and ``gradients_error`` to facts."""
-        unmatched = sorted(output.gradients.keys() ^ self.output.gradients.keys())
+        Returns:
+            The `differences`, and what is wrong, in a sentence, or an empty string.
+        """
+        unmatched = sorted(self.gradients.keys() ^ twin.gradients.keys())
         if unmatched:
-            return f"only one of the two has gradients of {', '.join(unmatched[:3])}"
-        costs = self.output.differences(self.exact) if self.exact else dict.fromkeys(ALLOWED, 0.0)
-        errors = output.differences(self.output)
-        facts |= {f"{what}_error": error for what, error in errors.items()}
-        for what, error in errors.items():
-            allowed = ALLOWED[what] + 2 * costs[what]
-            if not error <= allowed:  # NaN is not
-                return (
-                    f"its {what} differ by {error:.1e} from those of the same weights, where {allowed:.0e} is allowed"
-                )
-        return ""
+            return {}, f"only one of the two has gradients of {', '.join(unmatched[:3])}"
+        costs = twin.differences(exact) if exact else dict.fromkeys(ALLOWED, 0.0)
+        errors = self.differences(twin)
+        named = [(what, error, ALLOWED[what] + 2 * costs[what]) for what, error in errors.items()]
+        return errors, _excess(named, "its {} differ by {:.1e} from those of the same weights, where {:.0e} is allowed")
+
+
+def _excess(named: Iterable[tuple[str, float, float]], sentence: str) -> str:
+    """Return the sentence for the first (name, error, allowed error) that is above what is allowed."""
+    return next((sentence.format(*one) for one in named if not one[1] <= one[2]), "")  # NaN is above everything
 
 
 def _expect(what: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:

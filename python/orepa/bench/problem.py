@@ -15,7 +15,6 @@ from ..modules.linear_block import LinearBlock
 from ..modules.orepa_conv import default_topology
 from ..topology.language import ConvSpec, declaration
 from ..topology.lowering import lower
-from . import roofline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -167,12 +166,6 @@ class Problem:
     def constants(self) -> frozenset[str]:
         """Names of the operands that have none: fixed filters."""
         return frozenset(name for name, t in self.operands.items() if not t.requires_grad)
-
-    def flops(self, mode: str) -> int:
-        return roofline.flops(self.plan, mode)
-
-    def bytes(self, mode: str) -> int:
-        return roofline.minimum_bytes(self.plan, self.constants, mode, torch.float32, self.out_dtype)
 
 
 def _random(shape: torch.Size | tuple[int, ...], generator: torch.Generator, around_one: bool = False) -> Tensor:

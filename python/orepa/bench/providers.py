@@ -1,11 +1,10 @@
-"""Provide every way to squeeze that a user could pick, and two lower bounds (floors), behind one interface."""
+"""Provide every way to squeeze that a user could pick, behind one interface."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from orepa_kernels.reference import identity, squeeze_block
 
 from ..timing import Task, function
 from .problem import Problem
-from .roofline import PASSES, products
 
 Operands = Mapping[str, Tensor]
+#: the tasks of every provider
+MODES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class Provider:
     def why_not(self, problem: Problem) -> str:
         """Return why this provider does not support a problem, or an empty string."""
         return ""
-
-    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
-        """Return the ``flops`` and ``bytes`` that rates refer to: by default, the least that a squeeze takes."""
-        return {"flops": problem.flops(mode), "bytes": problem.bytes(mode)}
 
     def squeezer(self, problem: Problem) -> Callable[[], Tensor]:
         """Return a function that computes the kernel ``[O, I/g, k, k]`` in ``problem.out_dtype``, with its graph."""
@@ -192,63 +188,9 @@ def backend_refusal(name: str, request: Request) -> str:
     return ""
 
 
-# --- floors ---------------------------------------------------------------------------------------------------------------
-
-
-class Gemms(Provider):
-    """The float32 matrix products alone, by the vendor's library, into allocated memory, and those of their gradients."""
-
-    name, floor = "gemms", True
-
-    def why_not(self, problem: Problem) -> str:
-        return "" if products(problem.plan) else "the block composes no layers, so it has no matrix product"
-
-    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
-        return {"flops": PASSES[mode] * sum(product.flops for product in products(problem.plan))}
-
-    def build(self, problem: Problem) -> Built:
-        forward: list[Callable[[], Any]] = []
-        backward: list[Callable[[], Any]] = []
-        for p in products(problem.plan):
-            shapes = ((p.batch, p.m, p.k), (p.batch, p.k, p.n), (p.batch, p.m, p.n))
-            a, b, c = (torch.randn(shape, device=problem.case.device) for shape in shapes)
-            product: Callable[..., Any] = torch.bmm
-            if p.batch == 1:  # the plain product has less overhead than a batch of one
-                a, b, c, product = a[0], b[0], c[0], torch.mm
-            forward.append(partial(product, a, b, out=c))
-            backward.append(partial(product, c, b.mT, out=torch.zeros_like(a)))
-            backward.append(partial(product, a.mT, c, out=torch.zeros_like(b)))
-        return _floor(forward, backward)
-
-
-class Copy(Provider):
-    """A copy that moves as many bytes as the squeeze has to: half of them read, half of them written."""
-
-    name, floor = "copy", True
-
-    def amount(self, problem: Problem, mode: str) -> dict[str, int]:
-        return {"bytes": problem.bytes(mode)}
-
-    def build(self, problem: Problem) -> Built:
-        def copy(size: int) -> Callable[[], Any]:
-            source = torch.ones(size, dtype=torch.uint8, device=problem.case.device)
-            target = torch.zeros_like(source)
-            return partial(target.copy_, source)
-
-        return _floor(*([copy(problem.bytes(mode) // 2)] for mode in ("forward", "backward")))
-
-
-def _floor(forward: list[Callable[[], Any]], backward: list[Callable[[], Any]]) -> Built:
-    def task(calls: list[Callable[[], Any]]) -> Task:
-        return function(lambda: [call() for call in calls])
-
-    return Built({"forward": task(forward), "backward": task(backward), "both": task(forward + backward)})
-
-
 def all_providers() -> dict[str, Provider]:
-    """Return every provider of this package by name, in the order in which tables show them."""
+    """Return every provider by name, in the order in which tables show them."""
     # Without CUDA graphs of its own: every provider is captured in one.
     tuned = Compiled("compile-max-autotune", "max-autotune-no-cudagraphs")
-    kernels = [Kernels(name) for name in reversed(NAMES)]
-    providers: list[Provider] = [Eager(), Compiled("compile", "default"), tuned, *kernels, Gemms(), Copy()]
+    providers = [Eager(), Compiled("compile", "default"), tuned, *(Kernels(name) for name in reversed(NAMES))]
     return {provider.name: provider for provider in providers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ Save = Callable[[Results], object]  # gets all results whenever there are more
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """How to measure: ``seconds`` of timing over all cases and processes; everything else comes on top.
+    """How to measure: ``seconds`` of timing over all cases; everything else comes on top.
 
-    A candidate gets ``rounds`` samples in each process where the time suffices, and at least `orepa.timing.LEAST_ROUNDS`.
+    A candidate gets ``rounds`` samples where the time suffices, and at least `orepa.timing.LEAST_ROUNDS`.
 
     Raises:
         UserError: no CUDA device, or graphs on the CPU.
@@ -35,7 +35,7 @@ class BenchConfig:
     launches: Sequence[str] = ("plain",)  # on CUDA "graph" as well
     rounds: int = 50
     seconds: float = 60.0
-    processes: int = 1  # of which `run` is one
+    timed: Sequence[str] | None = None  # names of candidates, where others only serve to check these
     out: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,32 +52,25 @@ class BenchConfig:
 
 @dataclass
 class Candidate:
-    """A provider or variant, built and checked for one case; see `orepa.bench.results.Row`."""
+    """A provider or variant on one case; see `orepa.bench.results.Row`."""
 
     name: str
+    floor: bool = False
     tasks: Mapping[str, Task] = field(default_factory=dict)  # by mode; none where the status is not "ok"
     status: str = "ok"
     reason: str = ""
-    floor: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
-    facts_of_mode: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def build_safely(name: str, build: Callable[[], Candidate], floor: bool = False) -> Candidate:
-    """Build a candidate; one that breaks is a result like any other, and the rest goes on."""
-    try:
-        return build()
-    except UserError:
-        raise
-    except Exception as error:
-        return Candidate(name, status="failed", reason=_first_line(error), floor=floor)
+#: Builds and checks a candidate: fills in its tasks and facts, and returns its status and reason. Compilation happens here.
+Build = Callable[[Candidate], tuple[str, str]]
 
 
 def run(
     config: BenchConfig,
     results: Results,
     cases: Sequence[Any],
-    build: Callable[[Any], Sequence[Candidate]],
+    candidates_of: Callable[[Any], Iterable[tuple[Candidate, Build]]],
     say: Say,
     stopwatch: Stopwatch | None = None,
     save: Save | None = None,
@@ -89,7 +82,7 @@ def run(
         config: how to measure.
         results: to complete.
         cases: what to measure; each has a method ``as_dict``.
-        build: makes the candidates of a case. Whatever compiles does so here, before any clock runs.
+        candidates_of: returns the candidates of a case; they are built in this order, before any clock runs.
         say: hears of the progress.
         stopwatch: for plain launches; by default that of the device.
         save: by default writes ``config.out``.
@@ -100,10 +93,12 @@ def run(
     for launch in config.launches:
         default = CpuStopwatch() if config.device == "cpu" else CudaStopwatch(graphed=launch == "graph")
         watches[launch] = stopwatch if stopwatch and launch == "plain" else default
-    left, others = config.seconds / config.processes, OtherWork()
+    left, others = config.seconds, OtherWork()
     for index, case in enumerate(cases):
         torch._dynamo.reset()  # one case after the other would hit the limit of recompilations, and run uncompiled
-        candidates = build(case)
+        candidates = [_built(candidate, build, f"{case}", say) for candidate, build in candidates_of(case)]
+        if config.timed is not None:
+            candidates = [c for c in candidates if c.name in config.timed or c.status != "ok"]
         for number, mode in enumerate(config.modes):
             say(f"{case}: timing {mode}")
             share = left / (len(cases) - index) / (len(config.modes) - number) / len(watches)
@@ -126,6 +121,18 @@ def run(
     return results
 
 
+def _built(candidate: Candidate, build: Build, case: str, say: Say) -> Candidate:
+    """Build a candidate; one that breaks is a result like any other, and the rest goes on."""
+    say(f"{case}: building and checking {candidate.name}")
+    try:
+        candidate.status, candidate.reason = build(candidate)
+    except UserError:
+        raise
+    except Exception as error:
+        candidate.status, candidate.reason = "failed", _first_line(error)
+    return candidate
+
+
 def _rows(
     case: Any, candidates: Sequence[Candidate], mode: str, launch: str, on_host: bool
 ) -> tuple[dict[str, Row], dict[str, Task]]:
@@ -133,7 +140,7 @@ def _rows(
     rows: dict[str, Row] = {}
     tasks: dict[str, Task] = {}
     for c in candidates:
-        facts = {**c.facts, **c.facts_of_mode.get(mode, {})}
+        facts = dict(c.facts)
         row = rows[c.name] = Row(case.as_dict(), c.name, mode, launch, c.status, c.reason, floor=c.floor, facts=facts)
         if c.status == "ok":
             try:

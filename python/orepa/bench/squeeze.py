@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,9 @@ from . import runner
 from .check import Truth
 from .machine import environment
 from .problem import DEFAULT, DTYPES, Problem, Shape, SqueezeCase
-from .providers import Provider
+from .providers import MODES, Provider
 from .results import Results
-from .roofline import MODES
-from .runner import Candidate, Save, Say
+from .runner import Build, Candidate, Save, Say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +49,6 @@ class SqueezeConfig(runner.BenchConfig):
         pairs = ((dtype, shape) for dtype in self.dtypes for shape in self.shapes)
         return [SqueezeCase(shape, self.topology or shape.topology, dtype, self.device) for dtype, shape in pairs]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data, for JSON."""
-        return {**asdict(self), "shapes": [str(s) for s in self.shapes], "out": None}
-
 
 def run(
     config: SqueezeConfig,
@@ -62,41 +57,34 @@ def run(
     stopwatch: Stopwatch | None = None,
     save: Save | None = None,
 ) -> Results:
-    """Check and time every provider on every case, in this process: see `orepa.bench.runner.run`."""
+    """Check and time every provider on every case: see `orepa.bench.runner.run`."""
 
-    def build(case: SqueezeCase) -> list[Candidate]:
+    def candidates_of(case: SqueezeCase) -> Iterator[tuple[Candidate, Build]]:
         problem = Problem(case)
         truth = Truth(problem)
-        candidates = []
         for name, provider in providers.items():
-            say(f"{case}: building and checking {name}")
-            candidates.append(runner.build_safely(name, partial(_build, provider, problem, truth), provider.floor))
-        return candidates
+            yield Candidate(name, provider.floor), partial(_build, provider, problem, truth)
 
-    settings = {**config.as_dict(), "providers": list(providers)}
-    results = Results("squeeze", environment(config.device), settings)
-    return runner.run(config, results, config.cases, build, say, stopwatch, save, on_host=True)
+    settings: dict[str, Any] = {**asdict(config), "shapes": [str(s) for s in config.shapes], "out": None}
+    results = Results("squeeze", environment(config.device), {**settings, "providers": list(providers)})
+    return runner.run(config, results, config.cases, candidates_of, say, stopwatch, save, on_host=True)
 
 
-def _build(provider: Provider, problem: Problem, truth: Truth) -> Candidate:
+def _build(provider: Provider, problem: Problem, truth: Truth, candidate: Candidate) -> tuple[str, str]:
     """Build and check a provider, forward and backward."""
-    candidate = Candidate(provider.name, floor=provider.floor)
-    candidate.reason = provider.why_not(problem)
-    if candidate.reason:
-        candidate.status = "skipped"
-        return candidate
+    reason = provider.why_not(problem)
+    if reason:
+        return "skipped", reason
     built = provider.build(problem)
     if built.squeeze is not None:
         errors = truth.errors(built)
         candidate.facts = {"weight_error": errors.weight, "gradient_error": errors.gradient}
-        candidate.reason = truth.mistake(errors)
-        if candidate.reason:
-            candidate.status = "wrong"
-            return candidate
+        mistake = truth.mistake(errors)
+        if mistake:
+            return "wrong", mistake
         operands = [*problem.operands.values(), *built.parameters]
         candidate.facts["saved_bytes"] = saved_bytes(built.squeeze, operands)
     for task in built.tasks.values():
         task.run(task.prepare())
     candidate.tasks = built.tasks
-    candidate.facts_of_mode = {mode: provider.amount(problem, mode) for mode in built.tasks}
-    return candidate
+    return "ok", ""

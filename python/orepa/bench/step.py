@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from ..module_info import count_parameters
 from ..timing import Stopwatch, function
 from ..train.model import create_plain, model_arguments
 from . import runner
-from .check import StepOutput, Twin
+from .check import StepOutput
 from .machine import environment
 from .providers import configure_inductor
 from .results import Results
-from .runner import Candidate, Say
+from .runner import Build, Candidate, Say
 from .variants import Variant, perturb
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,6 @@ class StepConfig(runner.BenchConfig):
 
     modes: Sequence[str] = ("step",)
     cases: Sequence[tuple[StepCase, Sequence[Variant]]]  # twins before the variants that refer to them
-    timed: Sequence[str] | None = None  # names of variants, where others only serve to check these
     rounds: int = 20
 
 
@@ -119,7 +118,7 @@ def run(
     say: Say = lambda _text: None,
     stopwatch: Stopwatch | None = None,
     compiler: Callable[[nn.Module], Any] | None = None,
-    probe: Probe | None = None,
+    probe: Probe = lambda _device: lambda _step, _eager: {},
 ) -> Results:
     """Check and time every variant of every case: see `orepa.bench.runner.run`.
 
@@ -137,23 +136,18 @@ def run(
     variants = dict(config.cases)
     compiler = compiler or functools.partial(torch.compile, dynamic=False)
 
-    def build(case: StepCase) -> list[Candidate]:
+    def candidates_of(case: StepCase) -> Iterator[tuple[Candidate, Build]]:
         configure_inductor()
-        bench = _Bench(case, compiler, probe or (lambda _device: lambda _step, _eager: {}))
-        candidates = []
+        builder = _Builder(case, compiler, probe)
         for variant in variants[case]:
-            say(f"{case}: building and checking {variant.name}")
-            candidate = runner.build_safely(variant.name, functools.partial(bench.build, variant))
-            if config.timed is None or variant.name in config.timed or candidate.status != "ok":
-                candidates.append(candidate)
-        return candidates
+            yield Candidate(variant.name), functools.partial(builder.build, variant)
 
     results = Results("step", environment(config.device), dict(settings))
-    return runner.run(config, results, list(variants), build, say, stopwatch)
+    return runner.run(config, results, list(variants), candidates_of, say, stopwatch)
 
 
-class _Bench:
-    """One case: its batch, its plain model, and the twins built so far."""
+class _Builder:
+    """One case: its batch, its plain model, and the weights and outputs of the twins built so far."""
 
     def __init__(self, case: StepCase, compiler: Callable[[nn.Module], Any], probe: Probe) -> None:
         self._case, self._compiler, self._probe = case, compiler, probe
@@ -163,39 +157,40 @@ class _Bench:
         images = torch.randn(case.batch, 3, case.size, case.size)
         self._images = images.to(case.device, memory_format=self._format)
         self._labels = torch.randint(CLASSES, (case.batch,)).to(case.device)
-        self._twins: dict[str, tuple[dict[str, Any], Twin]] = {}  # weights and outputs
+        self._twins: dict[str, tuple[dict[str, Tensor], StepOutput, StepOutput | None]] = {}
 
-    def build(self, variant: Variant) -> Candidate:
+    def build(self, variant: Variant, candidate: Candidate) -> tuple[str, str]:
         """Build and check a variant; whatever compiles does so here."""
-        case, autocast = self._case, AUTOCAST[self._case.autocast]
+        autocast = AUTOCAST[self._case.autocast]
         gc.collect()
-        probe = self._probe(case.device)
+        probe = self._probe(self._case.device)
         torch.manual_seed(0)
         model = variant.build(self._plain).train()
         perturb(model, torch.Generator().manual_seed(0))
-        weights, twin = self._twins.get(variant.twin, (None, None))
-        if weights is not None:
-            model.load_state_dict(weights)
+        twin = self._twins.get(variant.twin)
+        if twin:
+            model.load_state_dict(twin[0])
         elif variant.twin != variant.name:
-            reason = f"{variant.twin}, which it is checked against, did not run"
-            return Candidate(variant.name, status="skipped", reason=reason)
-        model = model.to(case.device, memory_format=self._format)  # type: ignore[call-overload]
+            return "skipped", f"{variant.twin}, which it is checked against, did not run"
+        model = model.to(self._case.device, memory_format=self._format)  # type: ignore[call-overload]
         reason = variant.why_not(model, autocast)
         if reason:
-            return Candidate(variant.name, status="skipped", reason=reason)
+            return "skipped", reason
         weights = {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
         step = TrainingStep(model, self._images, self._labels, autocast, self._compiler if variant.compiled else None)
         output = step.output()
-        facts: dict[str, Any] = {"parameter_count": count_parameters(model), "loss": output.loss}
+        candidate.facts = {"parameter_count": count_parameters(model), "loss": output.loss}
         if not math.isfinite(output.loss):
-            mistake = f"its loss is {output.loss}"
+            return "wrong", f"its loss is {output.loss}"
+        if twin:
+            errors, mistake = output.compare(*twin[1:])
+            candidate.facts |= {f"{what}_error": error for what, error in errors.items()}
+            if mistake:
+                return "wrong", mistake
         else:
-            mistake = twin.mistake(output, facts) if twin else ""
-        if mistake:
-            return Candidate(variant.name, status="wrong", reason=mistake, facts=facts)
-        if variant.twin == variant.name:
             exact = TrainingStep(model, self._images, self._labels).output() if autocast else None
-            self._twins[variant.name] = (weights, Twin(output, exact))
+            self._twins[variant.name] = weights, output, exact
         step()  # gives the optimizer its state
-        facts |= probe(step, not variant.compiled)
-        return Candidate(variant.name, {"step": function(step)}, facts=facts)
+        candidate.facts |= probe(step, not variant.compiled)
+        candidate.tasks = {"step": function(step)}
+        return "ok", ""

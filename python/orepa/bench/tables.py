@@ -13,6 +13,14 @@ Style = Literal["terminal", "markdown"]
 Table = tuple[list[str], list[list[str]]]
 #: the baseline of the squeeze's ratios
 BASELINE = "eager"
+#: facts of a squeeze to show: their columns, units and formats
+_FACTS = {
+    "launches": ("launches", 1, "{:.0f}"),
+    "host_us": ("host µs", 1, "{:.1f}"),
+    "saved_bytes": ("saved MB", 1e6, "{:.2f}"),
+    "weight_error": ("error of W", 1, "{:.1e}"),
+    "gradient_error": ("of gradients", 1, "{:.1e}"),
+}
 
 
 def render(columns: Sequence[str], rows: Iterable[Sequence[str]], style: Style = "terminal", text: int = 1) -> str:
@@ -30,10 +38,8 @@ def render(columns: Sequence[str], rows: Iterable[Sequence[str]], style: Style =
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(f"{c:<{w}}" if i < text else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        for cells in lines
-    )
+    formats = [f"{{:{'<' if i < text else '>'}{width}}}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(formats).format(*cells) for cells in lines)
 
 
 def number(value: float) -> str:
@@ -60,7 +66,30 @@ def describe(case: dict[str, Any]) -> str:
     return " ".join([*words, *map(str, case.values())])
 
 
-# --- the squeeze ----------------------------------------------------------------------------------------------------------
+def by_case(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """Group rows that may be compared, by provider."""
+    groups: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.where, {})[row.provider] = row
+    return list(groups.values())
+
+
+def base_of(rows: Sequence[Row], row: Row) -> Row | None:
+    """Return the plain model on the same work."""
+    return next((r for r in rows if r.where == row.where and r.provider == PLAIN and r.status == "ok"), None)
+
+
+def ratio(row: Row, base: Row | None) -> str:
+    """Return how many times the base's time a row takes."""
+    return f"{row.median_us / base.median_us:.2f}" if base else ""
+
+
+def distinct(values: Iterable[str]) -> list[str]:
+    """Return each value once, in the order of the first."""
+    return list(dict.fromkeys(values))
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
 
 
 def squeeze_table(results: Results, launch: str, modes: Sequence[str]) -> Table:
@@ -88,25 +117,15 @@ def _cell(row: Row, base: Row | None) -> str:
 
 
 def details_table(results: Results) -> Table:
-    """Return rates, memory saved for the backward pass, and errors against float64."""
+    """Return launches and host time where they were measured, memory saved for the backward pass, and errors."""
     modes = distinct(row.mode for row in results.timed)
     rows = [row for row in results.timed if row.mode == ("both" if "both" in modes else modes[-1])]
-    on_gpu = any("launches" in row.facts for row in rows)
-    columns = [*("block", "provider"), *(("launch", "launches", "host µs") if on_gpu else ())]
-    columns += ["GB/s", "GFLOP/s", "saved MB", "error of W", "of gradients"]
+    shown = {name: how for name, how in _FACTS.items() if any(name in row.facts for row in rows)}
     table = []
     for row in rows:
-        f, seconds = row.facts, row.median_us * 1e-6
-        host = [row.launch, str(f.get("launches", "")), f"{f['host_us']:.1f}" if "host_us" in f else ""]
-        cells = [describe(row.case), row.provider, *(host if on_gpu else [])]
-        cells += [f"{f[what] / seconds / 1e9:,.1f}" if what in f else "" for what in ("bytes", "flops")]
-        cells += [f"{f['saved_bytes'] / 1e6:.2f}" if "saved_bytes" in f else ""]
-        cells += [f"{f[what]:.1e}" if what in f else "" for what in ("weight_error", "gradient_error")]
-        table.append(cells)
-    return columns, table
-
-
-# --- the training step ----------------------------------------------------------------------------------------------------
+        cells = [form.format(row.facts[n] / unit) if n in row.facts else "" for n, (_, unit, form) in shown.items()]
+        table.append([describe(row.case), row.provider, row.launch, *cells])
+    return ["block", "provider", "launch", *(head for head, _, _ in shown.values())], table
 
 
 def step_table(rows: Sequence[Row]) -> Table:
@@ -125,24 +144,6 @@ def step_table(rows: Sequence[Row]) -> Table:
     return ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"], table
 
 
-def by_case(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    """Group rows that may be compared, by provider."""
-    groups: dict[Any, dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(row.where, {})[row.provider] = row
-    return list(groups.values())
-
-
-def base_of(rows: Sequence[Row], row: Row) -> Row | None:
-    """Return the plain model on the same work."""
-    return next((r for r in rows if r.where == row.where and r.provider == PLAIN and r.status == "ok"), None)
-
-
-def ratio(row: Row, base: Row | None) -> str:
-    """Return how many times the base's time a row takes."""
-    return f"{row.median_us / base.median_us:.2f}" if base else ""
-
-
 # --- all of a file --------------------------------------------------------------------------------------------------------
 
 
@@ -150,16 +151,14 @@ def show(results: Results) -> None:
     """Print the tables of a result file, how it was measured, and why something is missing."""
     for launch in distinct(row.launch for row in results.rows):
         rows = [row for row in results.rows if row.launch == launch]
-        graph = ", replayed from a CUDA graph" if launch == "graph" else ""
-        print(f"{results.benchmark}{graph}: medians ± spread\n")
-        if results.benchmark == "step":
-            print(render(*step_table(rows), text=2), end="\n\n")
-        else:
-            modes = distinct(row.mode for row in rows)
-            print(render(*squeeze_table(results, launch, modes), text=1 + (len(modes) > 1)), end="\n\n")
+        modes = distinct(row.mode for row in rows)
+        print(f"{results.benchmark}{', replayed from a CUDA graph' * (launch == 'graph')}: medians ± spread\n")
+        step = results.benchmark == "step"
+        table = step_table(rows) if step else squeeze_table(results, launch, modes)
+        print(render(*table, text=2 if step or len(modes) > 1 else 1), end="\n\n")
     if results.benchmark != "step" and results.timed:
-        print("rates, memory saved for the backward pass, errors against float64\n")
-        print(render(*details_table(results), text=2), end="\n\n")
+        print("memory saved for the backward pass, errors against float64\n")
+        print(render(*details_table(results), text=3), end="\n\n")
     print(conditions(results))
     e = results.environment
     busy = e.get("busy_cores_of_others")
@@ -178,10 +177,8 @@ def conditions(results: Results) -> str:
         words.append(f"{e['busy_cores_of_others']} cores busy with other programs")
     spread = "half the distance from the 20th to the 80th percentile"
     if results.processes > 1:
-        spread = (
-            "half of what the 20th to 80th percentile and a 95% confidence interval from the medians of "
-            f"{results.processes} processes span"
-        )
+        spread = "half of what the 20th to 80th percentile and a 95% confidence interval from the medians of "
+        spread += f"{results.processes} processes span"
     return f"{', '.join(words)}. Medians, ± {spread}."
 
 
@@ -195,8 +192,3 @@ def problems(results: Results) -> list[str]:
     return [f"lost: {line}" for line in results.lost] + [
         what if len(where) == count else f"{what} [{', '.join(sorted(where))}]" for what, where in cases.items()
     ]
-
-
-def distinct(values: Iterable[str]) -> list[str]:
-    """Return each value once, in the order of the first."""
-    return list(dict.fromkeys(values))
