@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 
 from orepa.bench.step import StepCase
 from orepa.bench.variants import PLAIN, Variant, copy_of, on_3x3
@@ -14,8 +14,18 @@ BRANCHES = ("origin", "avg", "conv1x1_kxk", "conv1x1", "prior", "dws")
 STEM = "deep stem"
 
 
-def sweep(case: StepCase) -> list[tuple[StepCase, list[Variant]]]:
-    """Return one case per number of components, each with plain, online and offline; see `orepa.bench.step.StepConfig`.
+@dataclass(frozen=True)
+class ComponentsCase(StepCase):
+    """A case whose blocks have some of their components only."""
+
+    components: str = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.components}"
+
+
+def sweep(case: StepCase) -> list[tuple[ComponentsCase, list[Variant]]]:
+    """Return one case per number of components, each with plain, online and offline; see `orepa.bench.runner.BenchConfig`.
 
     Args:
         case: what to train.
@@ -31,7 +41,8 @@ def sweep(case: StepCase) -> list[tuple[StepCase, list[Variant]]]:
             # A stem of nested blocks has no place for norms inside: it runs unsqueezed, as its branches are.
             on_3x3("offline", on_stem, topology=with_norms(branches(names)), offline=True),
         ]
-        cases.append((replace(case, components=f"{count}: {'+' if count > 1 else ''}{last}"), variants))
+        components = f"{count}: {'+' if count > 1 else ''}{last}"
+        cases.append((ComponentsCase(**{**asdict(case), "components": components}), variants))
     return cases
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orepa.bench import tables
-from orepa.bench.cli import add_step_options, check_folders, finish, require, run_step, step_config
+from orepa.bench.cli import add_step_options, check_folders, finish, require, say, step_config
 from orepa.errors import UserError
 
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from orepa.bench import step
     from training_budget import memory, plots
     from training_budget.components import sweep
     from training_budget.tables import memory_table, paper_table
@@ -47,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     config = step_config(args)
     if args.sweep:
         config = replace(config, cases=[pair for case, _ in config.cases for pair in sweep(case)], timed=None)
-    results = run_step(args, config, probe=memory.probe)
+    results = step.run(config, say, probe=memory.probe)
     if args.plot:
         plots.plot(results, args.plot)
     code = finish(results, args.out, args.plot)

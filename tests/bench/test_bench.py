@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import squeeze as script
 import torch
 from roofline import amount, flops, minimum_bytes, products
+from squeeze import MODELS, model_shapes
 from torch import Tensor
 
 import orepa
 from orepa.bench import squeeze as bench
 from orepa.bench.check import Truth
-from orepa.bench.problem import MODELS, Problem, Shape, SqueezeCase, model_shapes, parse_shapes
+from orepa.bench.problem import Problem, Shape, SqueezeCase, parse_shapes
 from orepa.bench.providers import (
+    MODES,
     Compiled,
     Eager,
     Kernels,
     Provider,
     configure_inductor,
 )
+from orepa.bench.runner import BenchConfig
 from orepa.errors import UserError
 from orepa.timing import LEAST_ROUNDS, CpuStopwatch, Task, function, interleaved, nothing, saved_bytes, summary
 
@@ -48,8 +52,11 @@ class FakeWatch:
         return 1
 
 
-def config(**changes: object) -> bench.SqueezeConfig:
-    return bench.SqueezeConfig(**{"shapes": [SMALL], "rounds": 3, "seconds": 1.0, **changes})  # type: ignore[arg-type]
+def config(
+    shapes: Sequence[Shape] = (SMALL,), device: str = "cpu", dtypes: Sequence[str] = ("fp32",), **changes: Any
+) -> BenchConfig:
+    cases = [SqueezeCase(shape, shape.topology, dtype, device) for dtype in dtypes for shape in shapes]
+    return BenchConfig(cases=cases, device=device, **{"modes": MODES, "rounds": 3, "seconds": 1.0, **changes})
 
 
 # --- shapes and work ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from squeeze import all_providers
+from test_bench import config
 
 from orepa import timing
 from orepa.bench import squeeze as bench
@@ -153,9 +154,9 @@ def test_launches_are_counted() -> None:
 def test_everything_runs_on_cuda() -> None:
     shapes = [Shape(32, 16, 3), Shape(16, 16, 1), Shape(16, 3, 7), Shape(16, 16, 3, 4)]
     launches, dtypes = ("graph", "plain"), ("fp32", "bf16")
-    config = bench.SqueezeConfig(shapes=shapes, dtypes=dtypes, device="cuda", launches=launches, rounds=5, seconds=5)
+    chosen = config(shapes, "cuda", dtypes, launches=launches, rounds=5, seconds=5)
     providers = {name: p for name, p in all_providers().items() if "max-autotune" not in name}
-    results = bench.run(config, providers)
+    results = bench.run(chosen, providers)
     assert not [row for row in results.rows if row.status in ("wrong", "failed")], results.rows
     assert {row.launch for row in results.timed} == {"graph", "plain"}
     eager = [row for row in results.timed if row.provider == "eager" and row.launch == "plain"]

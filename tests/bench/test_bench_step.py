@@ -16,6 +16,7 @@ pytest.importorskip("timm")
 
 from orepa.bench import step
 from orepa.bench.results import load
+from orepa.bench.runner import BenchConfig
 from orepa.bench.variants import OREPA, Variant, all_variants, choose, squeezing
 from orepa.cli import main
 from orepa.errors import UserError
@@ -41,10 +42,8 @@ def plain_model(name: str = CASE.model) -> nn.Module:
 
 def measure_all(variants: list[Variant], **options: Any) -> step.Results:
     cases = [(options.pop("case", CASE), variants)]
-    config = step.StepConfig(
-        cases=cases, timed=options.pop("timed", None), rounds=1, seconds=1e-3, out=options.pop("out", None)
-    )
-    return step.run(config, {}, **options)
+    how = {name: options.pop(name, None) for name in ("timed", "out")}
+    return step.run(BenchConfig(cases=cases, modes=["step"], rounds=1, seconds=1e-3, **how), **options)
 
 
 # --- right before fast --------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def test_other_precisions_and_layouts(autocast: str, layout: str) -> None:
 
 def test_there_are_no_graphs_on_the_cpu() -> None:
     with pytest.raises(UserError, match="no CUDA graphs on the CPU"):
-        step.run(step.StepConfig(cases=[(CASE, [])], launches=("graph",)), {})
+        step.run(BenchConfig(cases=[(CASE, [])], modes=["step"], launches=("graph",)))
 
 
 # --- what the user sees -------------------------------------------------------------------------------------------------

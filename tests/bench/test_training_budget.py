@@ -20,6 +20,7 @@ from training_budget.paper import TABLE_4
 from training_budget.plots import plot
 
 from orepa.bench import step
+from orepa.bench.runner import BenchConfig
 from orepa.bench.step import TrainingStep
 from orepa.bench.tables import show
 from orepa.bench.variants import OREPA, PLAIN, all_variants
@@ -180,7 +181,8 @@ def test_a_sweep_has_its_own_variants(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_sweep_is_drawn_over_its_components(tmp_path: Path) -> None:
     planned = [(case, variants[:2]) for case, variants in sweep(CASE)[:2]]
-    results = step.run(step.StepConfig(cases=planned, rounds=1, seconds=1e-3), {}, probe=memory.probe)
+    config = BenchConfig(cases=planned, modes=["step"], rounds=1, seconds=1e-3)
+    results = step.run(config, probe=memory.probe)
     assert {row.case["components"] for row in results.timed} == {"1: origin", "2: +avg"}
     plot(results, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

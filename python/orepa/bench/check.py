@@ -53,11 +53,7 @@ class Truth:
         self.eager = self.errors(Eager().build(problem))
 
     def errors(self, built: Built) -> Errors:
-        """Run a provider, forward and backward, once.
-
-        Raises:
-            ValueError: the kernel or a gradient has a wrong shape or dtype.
-        """
+        """Run a provider, forward and backward, once; a ValueError for a wrong shape or dtype."""
         assert built.squeeze is not None  # a floor computes no kernel
         kernel = built.squeeze()
         _expect("the kernel", kernel, self._weight.shape, self._problem.out_dtype)
@@ -89,15 +85,9 @@ class StepOutput:
         return {"logits": _distance([self.logits], [other.logits]), "gradients": _distance(ours, theirs)}
 
     def compare(self, twin: StepOutput, exact: StepOutput | None) -> tuple[dict[str, float], str]:
-        """Compare with the output of the same weights.
+        """Return the `differences` from the output of the same weights, and what is wrong, in a sentence, or "".
 
-        Args:
-            twin: at the same precision.
-            exact: the twin in float32, where that is more. Its distance is what the lower precision costs: this output may
-                be twice as far from the twin.
-
-        Returns:
-            The `differences`, and what is wrong, in a sentence, or an empty string.
+        ``exact`` is the twin in float32, where that is more precise: this output may be twice as far from the twin.
         """
         unmatched = sorted(self.gradients.keys() ^ twin.gradients.keys())
         if unmatched:

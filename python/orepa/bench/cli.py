@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .providers import Provider
     from .results import Results
-    from .squeeze import SqueezeConfig
-    from .step import StepConfig
+    from .runner import BenchConfig
+
+    Providers = Mapping[str, Provider]
 
 _SQUEEZE = """One squeeze, forward and backward, against everything a user could pick instead. Providers are the plain
 einsum formulation, torch.compile of it, and every backend that runs here. Each is first checked against float64; one that is
@@ -32,12 +33,7 @@ def add_commands(commands: Any) -> None:
     for name, run, text, add_options in (
         ("squeeze", _squeeze, _SQUEEZE, add_squeeze_options),
         ("step", _step, _STEP, add_step_options),
-        (
-            "show",
-            _show,
-            "The tables of a result file.",
-            lambda p: p.add_argument("file", type=Path, metavar="FILE.json"),
-        ),
+        ("show", _show, "The tables of a result file.", _add_show_options),
     ):
         parser = inner.add_parser(name, help=text.partition(".")[0], description=text)
         parser.set_defaults(run=run)
@@ -47,10 +43,7 @@ def add_commands(commands: Any) -> None:
 def add_squeeze_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `squeeze_config` reads."""
     add = parser.add_argument
-    blocks = parser.add_mutually_exclusive_group()
-    blocks.add_argument("--shapes", metavar="O,I,k[,g];...", help="blocks (default: 3x3, 64 to 512 channels)")
-    text = "the blocks of: resnet18, resnet50, resnext50_32x4d, repvgg_a0; or all"
-    blocks.add_argument("--models", metavar="NAMES", help=text)
+    add("--shapes", metavar="O,I,k[,g];...", help="blocks (default: 3x3, 64 to 512 channels)")
     add("--topology", metavar="NAME", help="of all blocks (default: what `prepare` chooses by size)")
     add("--dtypes", default="fp32", metavar="LIST", help="of the kernels: fp32,bf16,fp16 (default: fp32)")
     add("--mode", choices=("forward", "backward", "both", "all"), default="all", help="default: all")
@@ -73,6 +66,10 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     _add_common_options(parser, rounds=20, seconds=60.0)
 
 
+def _add_show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+
+
 def _add_common_options(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE.json", help="results with raw samples, written as they come")
@@ -83,70 +80,48 @@ def _add_common_options(parser: argparse.ArgumentParser, rounds: int, seconds: f
     add("--seconds", type=above_0, default=seconds, metavar="X", help=text)
 
 
-# --- commands -------------------------------------------------------------------------------------------------------------
-
-
 def _squeeze(args: argparse.Namespace) -> int:
     from . import providers, squeeze
 
     return finish(squeeze.run(*squeeze_config(args, providers.all_providers()), say), args.out)
 
 
-def squeeze_config(
-    args: argparse.Namespace, providers: Mapping[str, Provider]
-) -> tuple[SqueezeConfig, Mapping[str, Provider]]:
-    """Return what to measure and the chosen providers, and set up torch in this process.
-
-    Raises:
-        UserError: an option that cannot be met.
-    """
+def squeeze_config(args: argparse.Namespace, providers: Providers) -> tuple[BenchConfig, Providers]:
+    """Return what to measure and the chosen providers, and set up torch; a UserError for what cannot be met."""
     import torch
 
-    from .problem import DEFAULT, model_shapes, parse_shapes
+    from ..topology.language import topologies
+    from .problem import DEFAULT, DTYPES, SqueezeCase, parse_shapes
     from .providers import MODES
-    from .squeeze import SqueezeConfig
 
     chosen = _pick("--providers", args.providers, providers)
+    dtypes = _pick("--dtypes", args.dtypes, DTYPES)
+    if args.topology not in (None, *topologies()):
+        raise UserError(f"--topology must be among {', '.join(topologies())}, got {args.topology!r}")
+    shapes, device = parse_shapes(args.shapes) if args.shapes else DEFAULT, _device(args)
+    cases = [SqueezeCase(s, args.topology or s.topology, dtype, device) for dtype in dtypes for s in shapes]
+    for case in cases:
+        case.plan()  # reports a misfit before an hour of measuring
     torch.set_float32_matmul_precision(args.precision)
-    common = _set_up(args)
-    shapes = parse_shapes(args.shapes) if args.shapes else model_shapes(names(args.models)) if args.models else DEFAULT
-    config = SqueezeConfig(
-        shapes=shapes,
-        topology=args.topology,
-        dtypes=names(args.dtypes),
-        modes=MODES if args.mode == "all" else (args.mode,),
-        launches={"cpu": ("plain",), "cuda": ("graph", "plain")}[common["device"]],
-        **common,
-    )
+    config = _config(args, cases, MODES if args.mode == "all" else (args.mode,), cuda_graph=None)
     return config, {name: providers[name] for name in chosen}
 
 
 def _step(args: argparse.Namespace) -> int:
-    return finish(run_step(args, step_config(args)), args.out)
-
-
-def run_step(args: argparse.Namespace, config: StepConfig, **options: Any) -> Results:
-    """Measure training steps; ``options`` go to `orepa.bench.step.run`."""
     from . import step
 
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float, bool)) and k != "command"}
-    return step.run(config, settings, say, **options)
+    return finish(step.run(step_config(args), say), args.out)
 
 
-def step_config(args: argparse.Namespace) -> StepConfig:
-    """Return what to measure, and set up torch in this process.
-
-    Raises:
-        UserError: an option that cannot be met, or a package that is missing.
-    """
+def step_config(args: argparse.Namespace) -> BenchConfig:
+    """Return what to measure, and set up torch; a UserError for what cannot be met."""
     require("timm", extras="bench,models")
-    from .step import StepCase, StepConfig
+    from .step import StepCase
     from .variants import all_variants, choose
 
     variants = all_variants()
     timed = _pick("--variants", args.variants, variants)
-    common = _set_up(args)
-    device = common["device"]
+    device = _device(args)
     if args.inputs and (args.batch_sizes or args.img_size):
         raise UserError("--inputs stands for --batch-sizes and --img-size together: leave these out")
     sizes, px = {"cpu": ("8", 64), "cuda": ("64,256", 224)}[device]
@@ -157,11 +132,32 @@ def step_config(args: argparse.Namespace) -> StepConfig:
         raise UserError(f"{option}, batches from 2 on, got {args.inputs or args.batch_sizes!r}")
     layout = "channels_last" if args.channels_last else "contiguous"
     cases = [StepCase(m, n, px, args.autocast, layout, device) for m in names(args.models) for n, px in pairs]
-    graphs = args.cuda_graph or {"cpu": "off", "cuda": "both"}[device]
+    return _config(args, [(case, choose(timed, variants)) for case in cases], ("step",), args.cuda_graph, timed)
+
+
+def _config(
+    args: argparse.Namespace, cases: Sequence[Any], modes: Sequence[str], cuda_graph: str | None, timed: Any = None
+) -> BenchConfig:
+    """Set the number of threads; return a config with the options that all benchmarks share."""
+    import torch
+
+    from .runner import BenchConfig
+
+    check_folders(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args)
+    graphs = cuda_graph or {"cpu": "off", "cuda": "both"}[device]
     launches = {"on": ("graph",), "off": ("plain",), "both": ("graph", "plain")}[graphs]
-    return StepConfig(
-        cases=[(case, choose(timed, variants)) for case in cases], timed=timed, launches=launches, **common
-    )
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float, bool)) and k != "command"}
+    how = {"device": device, "launches": launches, "rounds": args.rounds, "seconds": args.seconds, "out": args.out}
+    return BenchConfig(cases=cases, modes=modes, timed=timed, settings=settings, **how)
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -184,15 +180,8 @@ def finish(results: Results, *written: Path | None) -> int:
     return 1 if results.lost or any(row.status == "wrong" for row in results.rows) else 0
 
 
-# --- options --------------------------------------------------------------------------------------------------------------
-
-
 def require(*packages: str, extras: str = "bench") -> None:
-    """Refuse politely where a package is missing.
-
-    Raises:
-        UserError: naming the packages and the extras that bring them.
-    """
+    """Raise a UserError where a package is missing, naming the extras that bring it."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         install = f'pip install "orepa-kernels[{extras}]"'
@@ -200,11 +189,7 @@ def require(*packages: str, extras: str = "bench") -> None:
 
 
 def check_folders(*paths: Path | None) -> None:
-    """Refuse files that could not be written after minutes of measuring.
-
-    Raises:
-        UserError: a folder does not exist.
-    """
+    """Raise a UserError where a folder does not exist, rather than after minutes of measuring."""
     for path in paths:
         if path and not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
@@ -215,7 +200,7 @@ def names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _pick(option: str, text: str | None, among: Mapping[str, Any]) -> list[str]:
+def _pick(option: str, text: str | None, among: Collection[str]) -> list[str]:
     """Return the names in a list, by default all, in the order of ``among``."""
     selected = list(among) if text is None else names(text)
     if not selected or any(name not in among for name in selected):
@@ -235,17 +220,6 @@ def above_0(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return float(text)
-
-
-def _set_up(args: argparse.Namespace) -> dict[str, Any]:
-    """Set the number of threads; return the part of a config that all benchmarks share."""
-    import torch
-
-    check_folders(args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return {"device": device, "rounds": args.rounds, "seconds": args.seconds, "out": args.out}
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -65,8 +66,8 @@ class OtherWork:
 def _clocks() -> tuple[float, float, float] | None:
     """Processor seconds of all processes and of this one, and the wall clock; only Linux tells."""
     try:
-        with open("/proc/stat") as file:
-            user, nice, system, _, _, *rest = (int(field) for field in file.readline().split()[1:9])
+        first = Path("/proc/stat").read_text().splitlines()[0]
+        user, nice, system, _, _, *rest = map(int, first.split()[1:9])
     except (OSError, ValueError):
         return None
     busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
@@ -80,16 +81,13 @@ def _commit() -> str:
     if not (root / ".git").exists() or here.parents[2] != root / "python":
         return "unknown"
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return described.stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or "unknown"

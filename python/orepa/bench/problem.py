@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ class Shape:
     @property
     def topology(self) -> str:
         """The block that `orepa.prepare` puts there by default."""
-        return default_topology((self.kernel_size, self.kernel_size))
+        return default_topology(self.spec.kernel_size)
 
     @property
     def spec(self) -> ConvSpec:
@@ -43,17 +42,10 @@ class Shape:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Parse blocks such as ``"64,64,3;128,64,3,2"``: each ``O,I,k`` or ``O,I,k,g``.
-
-    Raises:
-        UserError: naming the part that is no block.
-    """
+    """Parse blocks such as ``"64,64,3;128,64,3,2"``, each ``O,I,k`` or ``O,I,k,g``; a UserError names what is no block."""
     shapes = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
-        try:
-            numbers = [int(n) for n in part.split(",")]
-        except ValueError:
-            numbers = []
+        numbers = [int(n) if n.strip().isdecimal() else 0 for n in part.split(",")]
         if len(numbers) not in (3, 4) or min(numbers) < 1:
             raise UserError(f"--shapes takes O,I,k or O,I,k,g, several separated by ';', got {part!r}")
         shape = Shape(*numbers)
@@ -65,41 +57,8 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-#: The distinct convolutions of timm's models that a norm follows, in the model's order.
-MODELS = {
-    "resnet18": parse_shapes(
-        "64,3,7; 64,64,3; 128,64,3; 128,128,3; 128,64,1; 256,128,3; 256,256,3; 256,128,1; 512,256,3; 512,512,3; 512,256,1"
-    ),
-    "resnet50": parse_shapes(
-        "64,3,7; 64,64,1; 64,64,3; 256,64,1; 64,256,1; 128,256,1; 128,128,3; 512,128,1; 512,256,1; 128,512,1; 256,512,1;"
-        "256,256,3; 1024,256,1; 1024,512,1; 256,1024,1; 512,1024,1; 512,512,3; 2048,512,1; 2048,1024,1; 512,2048,1"
-    ),
-    "resnext50_32x4d": parse_shapes(
-        "64,3,7; 128,64,1; 128,128,3,32; 256,128,1; 256,64,1; 128,256,1; 256,256,1; 256,256,3,32; 512,256,1; 256,512,1;"
-        "512,512,1; 512,512,3,32; 1024,512,1; 512,1024,1; 1024,1024,1; 1024,1024,3,32; 2048,1024,1; 1024,2048,1"
-    ),
-    "repvgg_a0": parse_shapes(
-        "48,3,3; 48,3,1; 48,48,3; 48,48,1; 96,48,3; 96,48,1; 96,96,3; 96,96,1; 192,96,3; 192,96,1; 192,192,3; 192,192,1;"
-        "1280,192,3; 1280,192,1"
-    ),
-}
 #: the default: the 3x3 block over the widths of a ResNet
 DEFAULT = tuple(Shape(c, c, 3) for c in (64, 128, 256, 512))
-
-
-def model_shapes(names: Iterable[str]) -> tuple[Shape, ...]:
-    """Return the distinct blocks of some of `MODELS` together, or with ``"all"`` of all.
-
-    Raises:
-        UserError: a name that is not in `MODELS`.
-    """
-    chosen: dict[Shape, None] = {}
-    for name in names:
-        if name != "all" and name not in MODELS:
-            raise UserError(f"--models must be all or among {', '.join(MODELS)}, got {name!r}")
-        for model in MODELS if name == "all" else (name,):
-            chosen.update(dict.fromkeys(MODELS[model]))
-    return tuple(chosen)
 
 
 @dataclass(frozen=True)
@@ -120,11 +79,7 @@ class SqueezeCase:
         return f"{self.shape} {self.topology} {self.dtype}"
 
     def plan(self) -> Block:
-        """Lower the block; no tensor is made.
-
-        Raises:
-            UserError: the topology does not fit the shape.
-        """
+        """Lower the block; no tensor is made. A UserError where the topology does not fit the shape."""
         spec = self.shape.spec
         try:
             return lower(declaration(self.topology)(spec).linearize(), spec).plan

@@ -67,9 +67,6 @@ def build_squeezer(squeeze: Callable[[], Tensor], parameters: Sequence[Tensor], 
     return Built(tasks, squeeze, parameters, **more)
 
 
-# --- squeezers ------------------------------------------------------------------------------------------------------------
-
-
 def kxk(p: Operands, groups: int) -> Tensor:
     """Compose `orepa`, and `repvgg_dense` without the 1x1 branch (paper Eq. 4), one einsum per branch."""
     scales = p["scales"]

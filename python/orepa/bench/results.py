@@ -86,11 +86,7 @@ class Results:
         return [row for row in self.rows if row.status == "ok"]
 
     def save(self, path: Path) -> None:
-        """Write the file; whatever happens, it is either the old or the new one.
-
-        Raises:
-            UserError: the file system refuses.
-        """
+        """Write the file, atomically; a UserError where the file system refuses."""
         rows = [{**asdict(row), **({"summary": row.summary} if row.processes else {})} for row in self.rows]
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self), "rows": rows}
         text = json.dumps(_plain(content), indent=1, allow_nan=False)
@@ -100,11 +96,7 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Read a result file.
-
-    Raises:
-        UserError: it is missing, no JSON, or not what `Results.save` writes; the message says which.
-    """
+    """Read a result file; a UserError says whether it is missing, no JSON, or not what `Results.save` writes."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

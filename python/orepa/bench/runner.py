@@ -22,32 +22,27 @@ Save = Callable[[Results], object]  # gets all results whenever there are more
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """How to measure: ``seconds`` of timing over all cases; everything else comes on top.
+    """What to measure, and how; a UserError where there is no CUDA device, and for graphs on the CPU.
 
-    A candidate gets ``rounds`` samples where the time suffices, and at least `orepa.timing.LEAST_ROUNDS`.
-
-    Raises:
-        UserError: no CUDA device, or graphs on the CPU.
+    Timing takes ``seconds`` over all cases; everything else comes on top. A candidate gets ``rounds`` samples where the time
+    suffices, and at least `orepa.timing.LEAST_ROUNDS`.
     """
 
-    device: str = "cpu"  # or "cuda"
+    cases: Sequence[Any]  # each has ``as_dict``; of steps, pairs of a case and its variants, twins first
     modes: Sequence[str]  # the tasks of each candidate
+    device: str = "cpu"  # or "cuda"
     launches: Sequence[str] = ("plain",)  # on CUDA "graph" as well
     rounds: int = 50
     seconds: float = 60.0
     timed: Sequence[str] | None = None  # names of candidates, where others only serve to check these
-    out: Path | None = field(default=None, compare=False)
+    out: Path | None = None  # written whenever there are more results
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the user's options, for the file
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA device here")
         if self.device == "cpu" and "graph" in self.launches:
             raise UserError("--cuda-graph: there are no CUDA graphs on the CPU")
-
-    def save(self, results: Results) -> None:
-        """Write results to ``out``, if there is one."""
-        if self.out:
-            results.save(self.out)
 
 
 @dataclass
@@ -67,45 +62,42 @@ Build = Callable[[Candidate], tuple[str, str]]
 
 
 def run(
-    config: BenchConfig,
     results: Results,
-    cases: Sequence[Any],
+    config: BenchConfig,
     candidates_of: Callable[[Any], Iterable[tuple[Candidate, Build]]],
     say: Say,
     stopwatch: Stopwatch | None = None,
     save: Save | None = None,
-    on_host: bool = False,
 ) -> Results:
     """Fill in the rows of a benchmark.
 
     Args:
-        config: how to measure.
         results: to complete.
-        cases: what to measure; each has a method ``as_dict``.
-        candidates_of: returns the candidates of a case; they are built in this order, before any clock runs.
+        config: what to measure, and how.
+        candidates_of: returns the candidates of a case, to be built in this order, before any clock runs.
         say: hears of the progress.
         stopwatch: for plain launches; by default that of the device.
         save: by default writes ``config.out``.
-        on_host: whether to count launches, and time the host, on CUDA.
     """
-    save = save or config.save
+    save = save or (lambda results: results.save(config.out) if config.out else None)
     watches: dict[str, Stopwatch] = {}
     for launch in config.launches:
-        default = CpuStopwatch() if config.device == "cpu" else CudaStopwatch(graphed=launch == "graph")
-        watches[launch] = stopwatch if stopwatch and launch == "plain" else default
+        watches[launch] = CpuStopwatch() if config.device == "cpu" else CudaStopwatch(graphed=launch == "graph")
+    if stopwatch:
+        watches["plain"] = stopwatch
     left, others = config.seconds, OtherWork()
-    for index, case in enumerate(cases):
+    for index, case in enumerate(config.cases):
         torch._dynamo.reset()  # one case after the other would hit the limit of recompilations, and run uncompiled
-        candidates = [_built(candidate, build, f"{case}", say) for candidate, build in candidates_of(case)]
+        candidates = [_built(candidate, build) for candidate, build in candidates_of(case)]
         if config.timed is not None:
             candidates = [c for c in candidates if c.name in config.timed or c.status != "ok"]
         for number, mode in enumerate(config.modes):
             say(f"{case}: timing {mode}")
-            share = left / (len(cases) - index) / (len(config.modes) - number) / len(watches)
+            share = left / (len(config.cases) - index) / (len(config.modes) - number) / len(watches)
             began = time.perf_counter()
             for launch, watch in watches.items():
                 with others:
-                    rows, tasks = _rows(case, candidates, mode, launch, on_host and config.device == "cuda")
+                    rows, tasks = _rows(case, candidates, mode, launch, config.device)
                     for name, samples in interleaved(tasks, config.rounds, share, watch).items() if tasks else ():
                         rows[name].processes = [samples]
                 results.rows += rows.values()
@@ -121,9 +113,8 @@ def run(
     return results
 
 
-def _built(candidate: Candidate, build: Build, case: str, say: Say) -> Candidate:
+def _built(candidate: Candidate, build: Build) -> Candidate:
     """Build a candidate; one that breaks is a result like any other, and the rest goes on."""
-    say(f"{case}: building and checking {candidate.name}")
     try:
         candidate.status, candidate.reason = build(candidate)
     except UserError:
@@ -134,7 +125,7 @@ def _built(candidate: Candidate, build: Build, case: str, say: Say) -> Candidate
 
 
 def _rows(
-    case: Any, candidates: Sequence[Candidate], mode: str, launch: str, on_host: bool
+    case: Any, candidates: Sequence[Candidate], mode: str, launch: str, device: str
 ) -> tuple[dict[str, Row], dict[str, Task]]:
     """Return a row for each candidate, and the tasks of those to time."""
     rows: dict[str, Row] = {}
@@ -144,9 +135,8 @@ def _rows(
         row = rows[c.name] = Row(case.as_dict(), c.name, mode, launch, c.status, c.reason, floor=c.floor, facts=facts)
         if c.status == "ok":
             try:
-                if on_host and launch == "plain":
-                    facts["launches"] = _launches(c.tasks[mode])
-                    facts["host_us"] = host_us(c.tasks[mode])
+                if device == "cuda" and launch == "plain" and mode != "step":  # it takes 100 runs: too long for steps
+                    facts |= {"launches": _launches(c.tasks[mode]), "host_us": host_us(c.tasks[mode])}
                 tasks[c.name] = capture(c.tasks[mode]) if launch == "graph" else c.tasks[mode]
             except Exception as error:  # one that cannot be captured still has its plain launches
                 row.status, row.reason = "failed", _first_line(error)
@@ -159,5 +149,4 @@ def _launches(task: Task) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .check import StepOutput
 from .machine import environment
 from .providers import configure_inductor
 from .results import Results
-from .runner import Build, Candidate, Say
+from .runner import BenchConfig, Build, Candidate, Say
 from .variants import Variant, perturb
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,22 +40,12 @@ class StepCase:
     autocast: str = "none"  # a key of `AUTOCAST`
     layout: str = "contiguous"  # or "channels_last"
     device: str = "cpu"
-    components: str = ""  # of the blocks, where they are added one by one
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "components" or value}
+        return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.batch} x {self.size} px{f', {self.components}' if self.components else ''}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepConfig(runner.BenchConfig):
-    """What to measure, and how."""
-
-    modes: Sequence[str] = ("step",)
-    cases: Sequence[tuple[StepCase, Sequence[Variant]]]  # twins before the variants that refer to them
-    rounds: int = 20
+        return f"{self.model}, {self.batch} x {self.size} px"
 
 
 class TrainingStep:
@@ -113,8 +103,7 @@ Probe = Callable[[str], Callable[[TrainingStep, bool], dict[str, Any]]]
 
 
 def run(
-    config: StepConfig,
-    settings: Mapping[str, Any],
+    config: BenchConfig,
     say: Say = lambda _text: None,
     stopwatch: Stopwatch | None = None,
     compiler: Callable[[nn.Module], Any] | None = None,
@@ -122,16 +111,8 @@ def run(
 ) -> Results:
     """Check and time every variant of every case: see `orepa.bench.runner.run`.
 
-    Args:
-        config: what to measure.
-        settings: the user's options, for the file.
-        say: hears of the progress.
-        stopwatch: for plain launches.
-        compiler: of models; by default `torch.compile`.
-        probe: of more facts.
-
-    Raises:
-        UserError: a model that timm cannot build, or a file that cannot be written.
+    ``compiler`` is that of models, by default `torch.compile`; ``probe`` measures more facts. A UserError for a model that
+    timm cannot build, or a file that cannot be written.
     """
     variants = dict(config.cases)
     compiler = compiler or functools.partial(torch.compile, dynamic=False)
@@ -140,10 +121,11 @@ def run(
         configure_inductor()
         builder = _Builder(case, compiler, probe)
         for variant in variants[case]:
+            say(f"{case}: building and checking {variant.name}")
             yield Candidate(variant.name), functools.partial(builder.build, variant)
 
-    results = Results("step", environment(config.device), dict(settings))
-    return runner.run(config, results, list(variants), candidates_of, say, stopwatch)
+    results = Results("step", environment(config.device), dict(config.settings))
+    return runner.run(results, replace(config, cases=list(variants)), candidates_of, say, stopwatch)
 
 
 class _Builder:

@@ -24,14 +24,7 @@ _FACTS = {
 
 
 def render(columns: Sequence[str], rows: Iterable[Sequence[str]], style: Style = "terminal", text: int = 1) -> str:
-    """Return a table as text.
-
-    Args:
-        columns: their heads.
-        rows: cells.
-        style: ``"terminal"`` pads all cells, ``"markdown"`` does not.
-        text: number of leading columns that hold text, left-aligned on a terminal; all others hold numbers.
-    """
+    """Return a table as text; on a terminal, the leading ``text`` columns are left-aligned, all others hold numbers."""
     lines = [list(columns), *map(list, rows)]
     if style == "markdown":
         lines.insert(1, ["---", *["---:"] * (len(columns) - 1)])
@@ -89,9 +82,6 @@ def distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------------
-
-
 def squeeze_table(results: Results, launch: str, modes: Sequence[str]) -> Table:
     """Return the medians of every block, a column per provider, with ratios to `BASELINE`."""
     rows = [row for row in results.rows if row.launch == launch and row.mode in modes]
@@ -142,9 +132,6 @@ def step_table(rows: Sequence[Row]) -> Table:
         if row.status != "skipped":
             table.append(cells)
     return ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"], table
-
-
-# --- all of a file --------------------------------------------------------------------------------------------------------
 
 
 def show(results: Results) -> None:

@@ -24,15 +24,13 @@ PLAIN, OREPA = "plain", "orepa-reference"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a model.
-
-    Its twin is the variant whose weights it gets, and whose outputs and gradients it therefore must have; its own name where
-    there is none.
-    """
+    """One way to train a model."""
 
     name: str  # unique, as the user types it
     build: Callable[[nn.Module], nn.Module]  # makes a new model from the plain one, which stays as it is
-    twin: str
+    twin: (
+        str  # variant whose weights it gets, and whose outputs and gradients it must have; its name where there is none
+    )
     compiled: bool = False  # whether `torch.compile` runs over the whole model
     backend: str = ""  # of the squeeze, where it has one
 
@@ -66,8 +64,7 @@ def perturb(model: nn.Module, generator: torch.Generator) -> None:
 def all_variants() -> dict[str, Variant]:
     """Return all variants by name, in the order in which tables show them.
 
-    DBB and RepVGG, offline, stand in place of the 3x3 convolutions. OREPA also takes the stem and the 1x1 ones, as its paper
-    does. Models are compiled whole.
+    DBB and RepVGG replace the 3x3 convolutions only, OREPA also the stem and the 1x1 ones, as in its paper.
     """
     backends = [name for name in reversed(NAMES) if name != "reference"]
     variants = [
@@ -82,12 +79,9 @@ def all_variants() -> dict[str, Variant]:
 
 
 def on_3x3(name: str, stem: str | Callable[..., Any] = "", **choice: Any) -> Variant:
-    """Return a variant that swaps the 3x3 convolutions.
+    """Return a variant that swaps the 3x3 convolutions: ``choice`` is that of `orepa.prepare`.
 
-    Args:
-        name: of the variant.
-        stem: topology of the convolutions from 7x7 on, which otherwise stay.
-        choice: ``topology`` of the 3x3 convolutions, and ``offline``, ``scaling`` and so on of all: see `orepa.prepare`.
+    ``stem`` is the topology of the convolutions from 7x7 on, which otherwise stay.
     """
 
     def policy(_name: str, conv: nn.Conv2d) -> Choice:
