@@ -108,9 +108,10 @@ def squeeze_config(args: argparse.Namespace, providers: Providers) -> tuple[Benc
 
 
 def _step(args: argparse.Namespace) -> int:
+    config = step_config(args)  # also finds out whether timm is installed, which the next line imports
     from . import step
 
-    return finish(step.run(step_config(args), say), args.out)
+    return finish(step.run(config, say), args.out)
 
 
 def step_config(args: argparse.Namespace) -> BenchConfig:

@@ -109,7 +109,8 @@ def _cell(row: Row, base: Row | None) -> str:
 def details_table(results: Results) -> Table:
     """Return launches and host time where they were measured, memory saved for the backward pass, and errors."""
     modes = distinct(row.mode for row in results.timed)
-    rows = [row for row in results.timed if row.mode == ("both" if "both" in modes else modes[-1])]
+    mode = "both" if "both" in modes else modes[-1]
+    rows = [row for row in results.timed if row.mode == mode and _FACTS.keys() & row.facts.keys()]
     shown = {name: how for name, how in _FACTS.items() if any(name in row.facts for row in rows)}
     table = []
     for row in rows:
@@ -143,7 +144,7 @@ def show(results: Results) -> None:
         step = results.benchmark == "step"
         table = step_table(rows) if step else squeeze_table(results, launch, modes)
         print(render(*table, text=2 if step or len(modes) > 1 else 1), end="\n\n")
-    if results.benchmark != "step" and results.timed:
+    if results.benchmark == "squeeze" and results.timed:
         print("memory saved for the backward pass, errors against float64\n")
         print(render(*details_table(results), text=3), end="\n\n")
     print(conditions(results))
