@@ -22,7 +22,7 @@ from plots import plot
 from roofline import amount, products, rates_table
 
 from orepa.bench import providers, squeeze
-from orepa.bench.cli import add_squeeze_options, check_folders, count, finish, names, require, say, squeeze_config
+from orepa.bench.cli import add_squeeze_options, check_folders, finish, names, require, say, squeeze_config
 from orepa.bench.problem import Problem, Shape, parse_shapes
 from orepa.bench.providers import Built, Provider
 from orepa.bench.results import Results
@@ -30,6 +30,7 @@ from orepa.bench.runner import BenchConfig, Save, Say
 from orepa.bench.tables import render
 from orepa.errors import UserError
 from orepa.timing import Task, function
+from orepa.train.config import int_at_least
 
 #: returns all providers to choose from; picklable
 Providers = Callable[[], Mapping[str, Provider]]
@@ -138,7 +139,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     text = f"the blocks of {', '.join(MODELS)}; or all (instead of --shapes)"
     parser.add_argument("--models", metavar="NAMES", help=text)
     text = "one after the other (default: 3 on the CPU, 1 on CUDA): the more, the narrower the spread"
-    parser.add_argument("--processes", type=count, metavar="N", help=text)
+    parser.add_argument("--processes", type=int_at_least(1), metavar="N", help=text)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times")
     add_squeeze_options(parser)
     return parser

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orepa.bench.cli import check_folders, count, names, require
+from orepa.bench.cli import check_folders, names, require
 from orepa.errors import UserError
+from orepa.train.config import int_at_least
 from orepa.train.runtime import Stopped
 
 
@@ -37,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", metavar="LIST", help="default: all; a list of nothing shows them")
-    parser.add_argument("--seeds", type=count, metavar="N", help="runs of each row (default: 5)")
-    parser.add_argument("--epochs", type=count, metavar="N", help="default: that of `orepa train`")
+    parser.add_argument("--seeds", type=int_at_least(1), metavar="N", help="runs of each row (default: 5)")
+    parser.add_argument("--epochs", type=int_at_least(1), metavar="N", help="default: that of `orepa train`")
     parser.add_argument("--train-images", metavar="N", help="to learn from, or `all` (default: 100)")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--threads", type=int_at_least(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--rounds", type=int, metavar="N", help="samples of each step time, 0 for none (default: 20)")
     parser.add_argument(
         "--quick", action="store_true", help="does it run? one seed, one epoch, 64 images; what else is given counts"

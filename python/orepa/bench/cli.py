@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..train.config import float_in, int_at_least
 
 if TYPE_CHECKING:
     from .providers import Provider
@@ -57,7 +58,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--models", default="resnet18", metavar="NAMES", help="timm's names (default: resnet18)")
     add("--batch-sizes", metavar="LIST", help="default: 8 on the CPU, 64,256 on CUDA")
-    add("--img-size", type=count, metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
+    add("--img-size", type=int_at_least(1), metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
     add("--inputs", metavar="LIST", help="instead of these two, pairs of them: 8x64,32x224")
     add("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
     add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="default: none")
@@ -74,10 +75,16 @@ def _add_common_options(parser: argparse.ArgumentParser, rounds: int, seconds: f
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE.json", help="results with raw samples, written as they come")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, or else cpu")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: PyTorch's choice)")
-    add("--rounds", type=count, default=rounds, metavar="N", help="samples of each at most (default: %(default)s)")
+    add("--threads", type=int_at_least(1), metavar="N", help="of the CPU (default: PyTorch's choice)")
+    add(
+        "--rounds",
+        type=int_at_least(1),
+        default=rounds,
+        metavar="N",
+        help="samples of each at most (default: %(default)s)",
+    )
     text = "of timing, over all (default: %(default)s); all else comes on top, and 5 rounds are the least"
-    add("--seconds", type=above_0, default=seconds, metavar="X", help=text)
+    add("--seconds", type=float_in(above=0.0), default=seconds, metavar="X", help=text)
 
 
 def _squeeze(args: argparse.Namespace) -> int:
@@ -207,20 +214,6 @@ def _pick(option: str, text: str | None, among: Collection[str]) -> list[str]:
     if not selected or any(name not in among for name in selected):
         raise UserError(f"{option} must be among {', '.join(among)}, got {text!r}")
     return [name for name in among if name in selected]
-
-
-def count(text: str) -> int:
-    """Parse a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def above_0(text: str) -> float:
-    """Parse a finite number above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return float(text)
 
 
 def say(text: str) -> None:
