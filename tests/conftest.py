@@ -78,6 +78,7 @@ _LONG = (
     "test_triton_aot.py",
     "test_triton_aot_sm90.py",
     "test_triton.py",
+    "test_run_gpu.py",
     "test_train_resume.py",
     "test_cpu_backend.py",
     "test_train_distributed.py",
