@@ -140,7 +140,7 @@ def _eval_cache(results: Results) -> str:
         cells = [tables.median(ours), tables.median(plain)]
         lines.append([name, *cells, f"{ours.median_us / plain.median_us:.3f}"])
     return render(
-        ["µs, eval forward, one image", "`OREPAConv`, kernel kept", "`nn.Conv2d`", "ratio"], lines, "markdown"
+        ["µs, eval forward, one image", "`OREPAConv`, kernel cached", "`nn.Conv2d`", "ratio"], lines, "markdown"
     )
 
 

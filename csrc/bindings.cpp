@@ -17,7 +17,7 @@ namespace {
 
 void bind_cpu(py::module_& module) {
   module.def("cpu_instruction_set", &cpu::instruction_set);
-  module.def("cpu_knows", [](int type) { return cpu::supports_type(static_cast<Type>(type)); });
+  module.def("cpu_supports_type", [](int type) { return cpu::supports_type(static_cast<Type>(type)); });
   module.def(
       "cpu_forward",
       [](const Plan& plan, const Views& operands, const Views& kernel, int compute, int threads) {
@@ -61,13 +61,13 @@ std::vector<Block> bind_all(const std::vector<const Plan*>& plans, const std::ve
 void bind_cuda(py::module_& module) {
   module.attr("cuda_max_taps") = cuda::max_taps;
   module.def("cuda_architectures", &cuda::architectures);
-  module.attr("cuda_asked_architectures") = OREPA_CUDA_ARCHS;
-  module.def(
-      "cuda_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, bool backward) {
-        const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
-        const cuda::MemoryNeeds needs = cuda::memory_needs(blocks.data(), static_cast<int>(blocks.size()), backward);
-        return std::pair(needs.workspace_bytes, needs.counter_bytes);
-      });
+  module.attr("cuda_requested_architectures") = OREPA_CUDA_ARCHS;
+  module.def("cuda_memory_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
+                                     bool backward) {
+    const std::vector<Block> blocks = bind_all(plans, operands, {}, {});
+    const cuda::MemoryNeeds needs = cuda::memory_needs(blocks.data(), static_cast<int>(blocks.size()), backward);
+    return std::pair(needs.workspace_bytes, needs.counter_bytes);
+  });
   module.def(
       "cuda_forward",
       [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands, const Views& kernels, int device,

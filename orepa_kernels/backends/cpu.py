@@ -31,7 +31,7 @@ class CpuBackend(Backend):
                 warnings.warn(f"slower kernels are used: {missing}", stacklevel=2)
             return Support(False, missing)
         module = native.module()
-        self._dtypes = frozenset(dtype for dtype, number in native.TYPES.items() if module.cpu_knows(number))
+        self._dtypes = frozenset(dtype for dtype, number in native.TYPES.items() if module.cpu_supports_type(number))
         return SUPPORTED
 
     def supports_device(self, device: torch.device) -> Support:

@@ -40,7 +40,7 @@ class CudaBackend(Backend):
         if not hasattr(module, "cuda_forward"):
             return Support(False, f"built without CUDA: {module.build()['why_no_cuda']}")
         self._architectures = tuple(sorted(module.cuda_architectures()))
-        self._ptx = _ptx_architectures(module.cuda_asked_architectures, self._architectures)
+        self._ptx = _ptx_architectures(module.cuda_requested_architectures, self._architectures)
         self._max_taps = module.cuda_max_taps
         if torch.version.cuda is None:
             return Support(False, f"torch {torch.__version__} is built without CUDA")
@@ -136,7 +136,7 @@ class _PreparedLaunch(Prepared):
         plans, views = [self._plans[index] for index in upstream], [views[index] for index in upstream]
         key = tuple(upstream)
         if key not in self._needs:
-            self._needs[key] = native.module().cuda_needs(plans, views, True)
+            self._needs[key] = native.module().cuda_memory_needs(plans, views, True)
         workspace_bytes, counter_bytes = self._needs[key]
         where = _where(self._device)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=self._device)

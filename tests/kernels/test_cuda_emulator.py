@@ -588,7 +588,7 @@ def test_backend_says_why_not(backend: cuda_backend.CudaBackend, monkeypatch: py
         ("80,90-real", True),
         ("all", True),
     ):
-        monkeypatch.setattr(native.module(), "cuda_asked_architectures", asked)
+        monkeypatch.setattr(native.module(), "cuda_requested_architectures", asked)
         capability["of"] = (12, 0)
         backend.available()
         assert (reason() == "") == covered, asked

@@ -220,7 +220,7 @@ class EmulatedModule:
 
     max_terms = MAX_TERMS
     cuda_max_taps = 128
-    cuda_asked_architectures = "80-real,90"
+    cuda_requested_architectures = "80-real,90"
 
     def __init__(self, kernels: Emulated) -> None:
         self._kernels = kernels
@@ -241,7 +241,7 @@ class EmulatedModule:
             slots += [("a", index, a), ("b", index, b)]
         return bytes(block), slots, operands
 
-    def cuda_needs(self, plans: list[Any], operands: list[list[int]], backward: bool) -> tuple[int, int]:
+    def cuda_memory_needs(self, plans: list[Any], operands: list[list[int]], backward: bool) -> tuple[int, int]:
         return self._kernels.needs([_bind(plan, views) for plan, views in zip(plans, operands, strict=True)], backward)
 
     def cuda_forward(self, plans: list[Any], operands: list[Any], kernels: list[int], *context: int) -> None:
