@@ -25,6 +25,10 @@ import orepa_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
+sys.path.append(
+    str(ROOT / "benchmarks")
+)  # whose scripts tests/bench imports; a second conftest.py would replace this one
+
 # --- which package is under test ---------------------------------------------------------------------------------------
 
 

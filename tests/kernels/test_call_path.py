@@ -12,10 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import orepa
+import orepa_kernels
 from orepa import OREPAConv
 from orepa_kernels import backends, dispatch, squeeze
 from orepa_kernels.autograd import Call
 from orepa_kernels.backends import cuda, native
+
+PACKAGES = {Path(package.__file__).parent for package in (orepa, orepa_kernels)}
 
 #: the longest way that CONTRIBUTING promises
 MOST_FILES = 5
@@ -24,8 +28,7 @@ MOST_FILES = 5
 def files_above(frame):
     """Files of this project on the stack, nearest last, each once."""
     paths = [entry.filename for entry in traceback.extract_stack(frame)]
-    own = [path for path in paths if Path(path).parts[-2:-1] != ("kernels",) and "/orepa" in path]
-    return list(dict.fromkeys(own))
+    return list(dict.fromkeys(path for path in paths if not PACKAGES.isdisjoint(Path(path).parents)))
 
 
 @contextlib.contextmanager
