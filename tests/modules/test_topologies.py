@@ -228,6 +228,7 @@ def test_doconv_starts_as_its_plain_weight():
 
 def test_default_topology_by_kernel_size():
     sizes = {1: "rep1x1", 3: "orepa", 5: "orepa", 7: "deep_stem", 11: "deep_stem", (3, 7): "deep_stem", (1, 3): "orepa"}
+    sizes |= {13: "orepa", (3, 13): "orepa"}
     for size, name in sizes.items():
         assert OREPAConv(2, 2, size).topology == name
 

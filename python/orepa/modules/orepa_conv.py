@@ -18,16 +18,17 @@ from .conv_base import ConvBlock, ConvGeometry
 from .kernel_cache import CachedKernel, cache_key, is_capturing, record_sources
 
 
-def default_topology(kernel_size: Size) -> str:
-    """Return the paper's block for a kernel size: Rep-1x1, the deep stem from 7 on, the OREPA block between.
+def default_topology(kernel_size: Size, groups: int = 1) -> str:
+    """Return the paper's block for a kernel size: Rep-1x1, the deep stem from 7 to 11, the OREPA block elsewhere.
 
-    Even sizes have no centre for a 1x1 branch, so they get the block without one.
+    Even sizes have no centre for a 1x1 branch, so they get the block without one. Grouped (also depthwise) kernels and those
+    from 13 on get the OREPA block too: they have far more degrees of freedom than a stack of 3x3 kernels.
     """
     if max(kernel_size) == 1:
         return "rep1x1"
     if any(k % 2 == 0 for k in kernel_size):
         return "repvgg_dense"
-    return "deep_stem" if max(kernel_size) >= 7 else "orepa"
+    return "deep_stem" if groups == 1 and 7 <= max(kernel_size) < 13 else "orepa"
 
 
 class OREPAConv(ConvBlock):
@@ -42,7 +43,8 @@ class OREPAConv(ConvBlock):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as for `torch.nn.Conv2d`. ``bias`` is one vector ``[O]`` for the whole block.
         topology: a name of `orepa.topologies`, or a declaration ``spec -> Topology``. By default the paper's choice for the
-            kernel size: ``"rep1x1"`` for 1x1, ``"deep_stem"`` from 7x7 on, ``"orepa"`` between.
+            kernel size: ``"rep1x1"`` for 1x1, ``"repvgg_dense"`` for even sizes, ``"deep_stem"`` from 7x7 to 11x11 without
+            groups, ``"orepa"`` elsewhere.
         scaling: of the branches: ``"vector"``, ``"scalar"`` or ``"none"`` (paper Table 3).
         backend: that squeezes; see `orepa_kernels.squeeze`.
         options: of the topology, such as ``prior="dct2d"``.
@@ -77,7 +79,7 @@ class OREPAConv(ConvBlock):
         resolve(backend)
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         geometry = ConvGeometry(*arguments)
-        chosen = default_topology(geometry.spec.kernel_size) if topology is None else topology
+        chosen = default_topology(geometry.spec.kernel_size, groups) if topology is None else topology
         declared = declaration(chosen, **options)(geometry.spec).linearize()
         super().__init__(geometry, declared, chosen, scaling, bias, device, dtype)
         if not self.plan.operands:

@@ -2,11 +2,15 @@
 
 The OREPA blocks start from the values of the authors' released models. The others (DBB, RepVGG, ACNet, ...) are declared
 as published, with their branch-wise norms; a linear block trains without them, each branch scaled by a vector of ones.
+
+For white noise of unit variance, `nn.Conv2d` starts with an output variance of 1/3. Every block starts within a factor of 3 of
+its standard deviation, but for `orepa` in the shapes that the authors released: it keeps their values, 3.3 times as large.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 from .filters import dct2d_prior, frequency_prior, laplacian, sobel_x, sobel_y
@@ -30,7 +34,10 @@ from .language import (
 )
 
 PRIORS = {"paper": frequency_prior, "dct2d": dct2d_prior}
-DEFAULT_KAIMING = Kaiming(math.sqrt(5))  # as nn.Conv2d starts
+DEFAULT_KAIMING = Kaiming(math.sqrt(5))  # as nn.Conv2d starts: variance 1/3
+# The standard deviation after an `orepa` block of the authors' values, its small average branch aside: Kaiming(0.0) doubles
+# the variance, twice in the depthwise separable branch, and the scales are those of origin, 1x1-kxk, 1x1, dws.
+_OREPA_STD = math.sqrt(2 * (0.25**2 + 0.5**2 + 1.0**2) + 4 * 0.5**2)
 
 
 def _dense_branches(spec: ConvSpec, prior: str, expand: int, init: Kaiming) -> dict[str, Branch]:
@@ -58,9 +65,16 @@ def orepa(spec: ConvSpec, prior: str = "paper", expand: int = 8) -> Topology:
         prior: ``"paper"``, the authors' frequency filters, or ``"dct2d"``, distinct 2-D DCT bases.
         expand: expansion of the depthwise separable branch.
     """
-    branches = _dense_branches(spec, prior, expand, Kaiming(0.0))
+    # The authors' models have dense and grouped 3x3 convolutions; others start each branch as nn.Conv2d does.
+    depthwise = 1 < spec.groups == spec.in_channels
+    released = spec.kernel_size == (3, 3) and not depthwise
+    return _orepa(spec, prior, expand, Kaiming(0.0) if released else DEFAULT_KAIMING)
+
+
+def _orepa(spec: ConvSpec, prior: str, expand: int, init: Kaiming) -> Topology:
+    branches = _dense_branches(spec, prior, expand, init)
     dws = branches.pop("dws")
-    return Topology(**branches, conv1x1=Branch(Conv(1), scale=1.0), dws=dws)
+    return Topology(**branches, conv1x1=Branch(Conv(1, init=init), scale=1.0), dws=dws)
 
 
 @register_topology("repvgg_dense")
@@ -89,17 +103,42 @@ def _stack(kernel_size: Size) -> list[Size]:
     return [(3 if i < height else 1, 3 if i < width else 1) for i in range(max(height, width, 1))]
 
 
+def _stage_variance(stages: int) -> float:
+    """Return the variance after one of so many equal stages that start, in sequence, with the variance of `nn.Conv2d`."""
+    return (1 / 3) ** (1 / stages)
+
+
+def _stage_init(spec: ConvSpec, stages: int) -> Kaiming:
+    # Deviations of the stages multiply as well. Only several channels per group average them out.
+    exact = stages > 1 and spec.out_channels == spec.groups
+    return Kaiming(math.sqrt(2 / _stage_variance(stages) - 1), exact)
+
+
 @register_topology("deep_stem")
 def deep_stem(spec: ConvSpec, prior: str = "paper", expand: int = 8) -> Topology:
-    """Linear deep stem (paper section 3.5): a large kernel as a stack of 3x3 `orepa` blocks of the block's width."""
-    stage = partial(orepa, prior=prior, expand=expand)
-    return Topology(stack=Branch(*(Nested(stage, k) for k in _stack(spec.kernel_size)), scale=None))
+    """Linear deep stem (paper section 3.5): a large kernel as a stack of 3x3 `orepa` blocks of the block's width.
+
+    The weights are the authors', the scales smaller. So a stem starts as theirs up to a factor, which the norm after it takes
+    out. Theirs has 12 times the standard deviation of `nn.Conv2d` at 7x7, and would have 28,000 times at 31x31.
+    """
+    sizes = _stack(spec.kernel_size)
+    init = replace(_stage_init(spec, len(sizes)), a=0.0)
+    gain = math.sqrt(_stage_variance(len(sizes))) / _OREPA_STD
+    stage = partial(_stem_stage, prior=prior, expand=expand, init=init, gain=gain)
+    return Topology(stack=Branch(*(Nested(stage, k) for k in sizes), scale=None))
+
+
+def _stem_stage(spec: ConvSpec, prior: str, expand: int, init: Kaiming, gain: float) -> Topology:
+    branches = _orepa(spec, prior, expand, init)
+    return Topology(**{name: Branch(*b.layers, scale=b.scale and gain * b.scale) for name, b in branches})
 
 
 @register_topology("plain_stem")
 def plain_stem(spec: ConvSpec) -> Topology:
     """The deep stem without branches: a large kernel as a stack of bare 3x3 ones."""
-    return Topology(stack=Branch(*(Conv(k, init=DEFAULT_KAIMING) for k in _stack(spec.kernel_size)), scale=None))
+    sizes = _stack(spec.kernel_size)
+    init = _stage_init(spec, len(sizes))
+    return Topology(stack=Branch(*(Conv(k, init=init) for k in sizes), scale=None))
 
 
 # --- blocks of other papers ---------------------------------------------------------------------------------------------
@@ -135,7 +174,8 @@ def repvgg(spec: ConvSpec) -> Topology:
 def mobileone(spec: ConvSpec, branches: int = 4) -> Topology:
     """MobileOne (Vasu et al., CVPR 2023): several kxk branches, a 1x1, and the identity where the shape allows it."""
     k, init = spec.kernel_size, DEFAULT_KAIMING
-    parts = {f"conv{i + 1}" if branches > 1 else "origin": Branch(Conv(k, init=init), Norm()) for i in range(branches)}
+    square = Branch(Conv(k, init=init), Norm(), scale=branches**-0.5)  # together, they start like one
+    parts = {f"conv{i + 1}" if branches > 1 else "origin": square for i in range(branches)}
     if k != (1, 1):
         parts["conv1x1"] = Branch(Conv(1, init=init), Norm())
     if spec.keeps_shape:
@@ -157,7 +197,7 @@ def acnet(spec: ConvSpec) -> Topology:
 @register_topology("expandnet")
 def expandnet(spec: ConvSpec, expand: int = 4) -> Topology:
     """ExpandNet-CL (Guo et al., NeurIPS 2020): 1x1 to ``expand`` times the channels, kxk, 1x1 back."""
-    wide_in, wide_out, init = expand * spec.in_channels, expand * spec.out_channels, DEFAULT_KAIMING
+    wide_in, wide_out, init = expand * spec.in_channels, expand * spec.out_channels, _stage_init(spec, 3)
     layers = (Conv(1, wide_in, init=init), Conv(spec.kernel_size, wide_out, init=init), Conv(1, init=init))
     return Topology(sequence=Branch(*layers, scale=None))
 
@@ -167,7 +207,8 @@ def expandnet_ck(spec: ConvSpec, expand: int = 4) -> Topology:
     """ExpandNet-CK (Guo et al., NeurIPS 2020): a kxk kernel as a stack of wide 3x3 ones."""
     sizes = _stack(spec.kernel_size)
     widths = [expand * spec.out_channels] * (len(sizes) - 1) + [spec.out_channels]
-    layers = (Conv(k, width, init=DEFAULT_KAIMING) for k, width in zip(sizes, widths, strict=True))
+    init = _stage_init(spec, len(sizes))
+    layers = (Conv(k, width, init=init) for k, width in zip(sizes, widths, strict=True))
     return Topology(sequence=Branch(*layers, scale=None))
 
 

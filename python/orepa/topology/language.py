@@ -55,12 +55,20 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class Kaiming:
-    """``kaiming_uniform_`` with negative slope ``a``."""
+    """``kaiming_uniform_`` with negative slope ``a``.
+
+    It multiplies the variance by ``2 / (1 + a^2)``: in expectation, or with ``exact`` in every output channel.
+    """
 
     a: float = 0.0
+    exact: bool = False
 
     def __call__(self, weight: Tensor) -> None:
         init.kaiming_uniform_(weight, a=self.a)
+        if self.exact:
+            norm = torch.linalg.vector_norm(weight.detach(), dim=(1, 2, 3), keepdim=True)
+            with torch.no_grad():
+                weight.mul_(init.calculate_gain("leaky_relu", self.a) / norm.clamp_min(1e-4))
 
 
 @dataclass(frozen=True)
