@@ -179,7 +179,7 @@ def mobileone(spec: ConvSpec, branches: int = 4) -> Topology:
     if k != (1, 1):
         parts["conv1x1"] = Branch(Conv(1, init=init), Norm())
     if spec.keeps_shape:
-        parts["identity"] = Branch(Identity(), Norm())
+        parts["identity"] = Branch(Identity(), Norm(), scale=3**-0.5)  # no louder than a convolution, as behind norms
     return Topology(**parts)
 
 
