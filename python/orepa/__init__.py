@@ -13,7 +13,7 @@ from .modules.offline_conv import OfflineConv
 from .modules.orepa_conv import OREPAConv
 from .modules.repvgg import RepVGGBlock
 from .official import block_from_official, load_official
-from .optim import parameter_groups
+from .optim import OptimizerCheck, check_optimizer, parameter_groups
 from .surgery.convert import ConversionError, convert
 from .surgery.prepare import prepare
 from .surgery.prune import prune_branches
@@ -26,12 +26,14 @@ __all__ = [
     "ConversionError",
     "OREPAConv",
     "OfflineConv",
+    "OptimizerCheck",
     "RepVGGBlock",
     "Report",
     "Topology",
     "__version__",
     "analyze",
     "block_from_official",
+    "check_optimizer",
     "convert",
     "load_official",
     "parameter_groups",

@@ -104,6 +104,18 @@ def test_the_warm_up_lasts_epochs_and_the_cosine_ends_near_zero() -> None:
     torch.testing.assert_close(rates[4:], expected)
 
 
+def test_an_optimizer_without_all_parameters_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = restless_trainer(Path("run.pt"))
+    trainer.save()
+    checkpoint = load_checkpoint(Path("run.pt"))
+    trainer._optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match=r"misses 1 trainable parameter"):
+        trainer.load(checkpoint)
+    monkeypatch.setattr(loop, "parameter_groups", lambda model, lr, **_: [{"params": [*model.parameters()][2:]}])
+    with pytest.raises(ValueError, match=r"misses 2 trainable parameter"):
+        restless_trainer(Path("run.pt"))
+
+
 # --- gradient accumulation ------------------------------------------------------------------------------------------------
 
 

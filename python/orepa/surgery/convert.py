@@ -15,6 +15,7 @@ from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
+from ..optim import watch_replaced
 from .consumer_graph import Consumer, consumers
 from .fold_bn import fold_batch_norm, is_foldable, norm_placeholder
 from .replace import customization, replace_modules
@@ -61,6 +62,7 @@ def convert(
             f"convert needs eval mode (call model.eval() first): {training[0] or 'the model'} and "
             f"{len(training) - 1} other modules are in train mode"
         )
+    parameters = dict(model.named_parameters())
     if not inplace:
         model = copy.deepcopy(model)
     expected = None if example_inputs is None else _run(model, example_inputs)
@@ -93,6 +95,7 @@ def convert(
         except ConversionError:
             replace_modules(model, undo)
             raise
+    watch_replaced(parameters, model)
     attach(model, result)
     return model
 

@@ -18,6 +18,7 @@ from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv, default_topology
 from ..modules.repvgg import RepVGGBlock
+from ..optim import watch_replaced
 from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
 from .consumer_graph import Consumer, consumers, is_conv
@@ -74,6 +75,7 @@ def prepare(
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     resolve(backend)
+    parameters = dict(model.named_parameters())
     if not inplace:
         model = copy.deepcopy(model)
     choose = _Chooser(policy, preserve)
@@ -111,6 +113,7 @@ def prepare(
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     choose.check_patterns()
     model = replace_modules(model, replacements)
+    watch_replaced(parameters, model)
     attach(model, Report("prepare", layers, (before, count_parameters(model))))
     return model
 

@@ -13,6 +13,7 @@ from ..analysis.measure import branch_kernels, branch_names, check_tolerance, re
 from ..module_info import conv_arguments, count_owners, count_parameters, describe, walk
 from ..modules.linear_block import LinearBlock
 from ..modules.orepa_conv import OREPAConv
+from ..optim import watch_replaced
 from ..topology.language import Topology, constant_declaration
 from .convert import ConversionError
 from .replace import customization, replace_modules
@@ -58,6 +59,7 @@ def prune_branches(
             without its branches. ``model`` is then unchanged.
     """
     check_tolerance(tolerance)
+    parameters = dict(model.named_parameters())
     if not inplace:
         model = copy.deepcopy(model)
     before = count_parameters(model)
@@ -84,6 +86,7 @@ def prune_branches(
         detail = f"{', '.join(removed)} (keeps {', '.join(branch_names(new))})"
         layers.append(LayerReport(name, describe(conv), "pruned", detail, error))
     model = replace_modules(model, replacements)
+    watch_replaced(parameters, model)
     attach(model, Report("prune", layers, (before, count_parameters(model))))
     return model
 

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..errors import CollectiveError, UserError
-from ..optim import parameter_groups
+from ..optim import check_optimizer, parameter_groups
 from .config import Config
 from .data import Loaders, derive_seed, seed_everything
 from .distributed import broadcast_buffers, full_state, load_optimizer
@@ -103,6 +103,7 @@ class Trainer:
         self.model = fabric.setup_module(self.module)  # before the optimizer: FSDP2 replaces the parameters
         decay: dict[str, Any] = {"weight_decay": config.weight_decay, "decay_scales": config.scale_weight_decay}
         self._optimizer = torch.optim.SGD(parameter_groups(self.module, config.lr, **decay), config.lr, momentum=0.9)
+        check_optimizer(self.module, self._optimizer)
         steps, warmup = config.epochs * loaders.steps, config.warmup_epochs * loaders.steps
         start: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": config.lr * _WARMUP_START, "warmup_prefix": True}
         self._scheduler = CosineLRScheduler(self._optimizer, steps - warmup, t_in_epochs=False, **start)
@@ -304,6 +305,7 @@ class Trainer:
         """Restore a checkpoint, written by any number of devices."""
         load_optimizer(self.module, self._optimizer, checkpoint["optimizer"])
         load_weights(self.module, checkpoint["model"])
+        check_optimizer(self.module, self._optimizer)
         if self.ema is not None:
             load_weights(self.ema.module, checkpoint["ema"])
         self.fabric.strategy.precision.load_state_dict(checkpoint["precision"])
