@@ -59,7 +59,9 @@ def test_one_made_before_is_named(inplace: bool) -> None:
     assert set(missing) == (blocks if inplace else everything)
     assert stale[0] == "0.weight" and "3.bias" in stale
     assert set(stale) == ({"0.weight", "3.weight", "3.bias"} if inplace else {n for n, _ in plain.named_parameters()})
-    with pytest.raises(ValueError, match=f"misses {len(missing)} trainable .*0.origin_weight, .*, and it holds") as caught:
+    with pytest.raises(
+        ValueError, match=f"misses {len(missing)} trainable .*0.origin_weight, .*, and it holds"
+    ) as caught:
         check_optimizer(model, optimizer)
     message = str(caught.value)
     assert f"holds {len(stale)} that are not the model's (0.weight, " in message and "after orepa.prepare" in message
@@ -69,7 +71,9 @@ def test_one_made_before_is_named(inplace: bool) -> None:
 def test_what_a_loop_misses_is_named_and_returned_as_groups() -> None:
     model = orepa.prepare(plain_net())
     optimizer = sgd([p for name, p in model.named_parameters() if name not in ("0.scales", "3.dws_depthwise")])
-    with pytest.raises(ValueError, match=r"misses 2 trainable parameter\(s\) \(0.scales, 3.dws_depthwise\); orepa.param"):
+    with pytest.raises(
+        ValueError, match=r"misses 2 trainable parameter\(s\) \(0.scales, 3.dws_depthwise\); orepa.param"
+    ):
         check_optimizer(model, optimizer)
     groups = parameter_groups(model, 0.1, weight_decay=0.5, exclude=optimizer)
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0, 1), (0.5, 1)]
@@ -141,9 +145,7 @@ def convert(model: nn.Module, inplace: bool) -> nn.Module:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("change", [orepa.prepare, prune, convert])
-def test_a_step_that_trains_replaced_parameters_warns_once(
-    change: Callable[..., nn.Module], inplace: bool
-) -> None:
+def test_a_step_that_trains_replaced_parameters_warns_once(change: Callable[..., nn.Module], inplace: bool) -> None:
     model = plain_net() if change is orepa.prepare else orepa.prepare(plain_net())
     optimizer = sgd(model.parameters())
     backward(model)
@@ -153,7 +155,9 @@ def test_a_step_that_trains_replaced_parameters_warns_once(
     optimizer.zero_grad()
     changed = change(model, inplace=inplace)
     backward(changed)
-    with pytest.warns(UserWarning, match=r"orepa has replaced \(0.\w+.*none has a gradient; make .*check_optim") as caught:
+    with pytest.warns(
+        UserWarning, match=r"orepa has replaced \(0.\w+.*none has a gradient; make .*check_optim"
+    ) as caught:
         optimizer.step()
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
