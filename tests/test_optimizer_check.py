@@ -59,9 +59,7 @@ def test_one_made_before_is_named(inplace: bool) -> None:
     assert set(missing) == (blocks if inplace else everything)
     assert stale[0] == "0.weight" and "3.bias" in stale
     assert set(stale) == ({"0.weight", "3.weight", "3.bias"} if inplace else {n for n, _ in plain.named_parameters()})
-    with pytest.raises(
-        ValueError, match=f"misses {len(missing)} trainable .*0.origin_weight, .*, and it holds"
-    ) as caught:
+    with pytest.raises(ValueError, match=f"misses {len(missing)} trainable .*0.origin_weight, ") as caught:
         check_optimizer(model, optimizer)
     message = str(caught.value)
     assert f"holds {len(stale)} that are not the model's (0.weight, " in message and "after orepa.prepare" in message
@@ -71,9 +69,7 @@ def test_one_made_before_is_named(inplace: bool) -> None:
 def test_what_a_loop_misses_is_named_and_returned_as_groups() -> None:
     model = orepa.prepare(plain_net())
     optimizer = sgd([p for name, p in model.named_parameters() if name not in ("0.scales", "3.dws_depthwise")])
-    with pytest.raises(
-        ValueError, match=r"misses 2 trainable parameter\(s\) \(0.scales, 3.dws_depthwise\); orepa.param"
-    ):
+    with pytest.raises(ValueError, match=r"misses 2 .*\(0.scales, 3.dws_depthwise\); orepa.parameter_groups"):
         check_optimizer(model, optimizer)
     groups = parameter_groups(model, 0.1, weight_decay=0.5, exclude=optimizer)
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0, 1), (0.5, 1)]
@@ -155,9 +151,7 @@ def test_a_step_that_trains_replaced_parameters_warns_once(change: Callable[...,
     optimizer.zero_grad()
     changed = change(model, inplace=inplace)
     backward(changed)
-    with pytest.warns(
-        UserWarning, match=r"orepa has replaced \(0.\w+.*none has a gradient; make .*check_optim"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"orepa has replaced \(0.\w+.*; make .*orepa.check_optimizer") as caught:
         optimizer.step()
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -266,7 +260,8 @@ def by_own_parameters(model: nn.Module) -> torch.optim.Optimizer:
 
 def by_timm(model: nn.Module) -> torch.optim.Optimizer:
     optim = pytest.importorskip("timm.optim", reason="timm is not installed (the [models] extra)")
-    return sgd(optim.param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=["*scales"]))
+    scales = [name for name, _ in model.named_parameters() if name.endswith("scales")]
+    return sgd(optim.param_groups_weight_decay(model, WEIGHT_DECAY, no_weight_decay_list=scales))
 
 
 def by_module_type(model: nn.Module, overrides: dict[str, dict[str, float]]) -> torch.optim.Optimizer:
@@ -290,12 +285,12 @@ def by_custom_keys(model: nn.Module, custom_keys: dict[str, dict[str, float]]) -
 
     def add(module: nn.Module, prefix: str) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            custom = next((key for key in sorted(custom_keys) if key in f"{prefix}.{name}"), None)
+            custom = next((key for key in custom_keys if key in f"{prefix}.{name}"), None)
             factor = 0.0 if isinstance(module, nn.BatchNorm2d) or name == "bias" else 1.0
             factor = factor if custom is None else custom_keys[custom].get("decay_mult", 1.0)
             groups.append({"params": [parameter], "weight_decay": WEIGHT_DECAY * factor})
         for name, child in module.named_children():
-            add(child, f"{prefix}.{name}".lstrip("."))
+            add(child, f"{prefix}.{name}".strip("."))
 
     add(model, "")
     return sgd(groups)
@@ -306,7 +301,7 @@ COLLECTORS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "by own parameters": by_own_parameters,
     "timm": by_timm,
     "by module type": lambda model: by_module_type(model, overrides={"scales": {"weight_decay": 0.0}}),
-    "by custom keys": lambda model: by_custom_keys(model, custom_keys={"scales": {"decay_mult": 0.0}}),
+    "by custom keys": lambda model: by_custom_keys(model, custom_keys={".scales": {"decay_mult": 0.0}}),
 }
 
 

@@ -59,7 +59,7 @@ class Concat(nn.Module):
 
 
 class Detect(nn.Module):
-    """Per cell ``(x, y, size, object, classes...)``: raw maps in training; in eval mode boxes ``[N, cells, 4 + CLASSES]``, too."""
+    """Per cell ``(x, y, size, object, classes...)``: raw maps in training, boxes ``[N, cells, 6]`` too in eval mode."""
 
     stride: Tensor  # set by the model, from a forward
 
