@@ -183,6 +183,16 @@ def test_training_the_old_model_beside_the_new_one_does_not_warn() -> None:
             its.step()
 
 
+def test_a_frozen_teacher_in_the_optimizer_does_not_warn() -> None:
+    teacher = plain_net()
+    student = orepa.prepare(teacher)
+    teacher.requires_grad_(False)
+    backward(student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sgd([*teacher.parameters(), *student.parameters()]).step()
+
+
 def test_what_a_later_change_in_place_keeps_is_not_replaced() -> None:
     """The norms got gradients: they must not hide that the convolutions did not."""
     plain = plain_net()

@@ -191,7 +191,7 @@ def _warn_of_stale(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if torch.compiler.is_compiling() or optimizer in _checked:
         return
     _checked.add(optimizer)
-    stale = [parameter for parameter, _ in _held(optimizer) if parameter in _replaced]
+    stale = [parameter for parameter, _ in _held(optimizer) if parameter.requires_grad and parameter in _replaced]
     if stale and all(parameter.grad is None for parameter in stale):
         names = _shorten([_replaced[parameter] for parameter in stale])
         warnings.warn(
