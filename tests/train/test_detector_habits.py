@@ -454,7 +454,7 @@ def test_it_converts(trained: Run, images: Tensor) -> None:
     assert_same_boxes(plain(images), expected)
     assert [(m.i, m.f, m.type) for m in plain.model] == [(m.i, m.f, m.type) for m in trained.model.model]
     assert_same_boxes(deepcopy(plain).fuse()(images), expected)  # habits die hard
-    assert_same_boxes(orepa.convert(deepcopy(trained.ema.ema).fuse(), example_inputs=images)(images), expected)
+    assert_same_boxes(orepa.convert(deepcopy(trained.ema.ema).fuse().eval(), example_inputs=images)(images), expected)
     assert all(type(g) is Tensor for model in (trained.ema.ema, plain) for g in model.model[-1].grid)
     assert_same_boxes(pickle.loads(pickle.dumps(plain))(images), expected)
 
