@@ -46,7 +46,7 @@ def worker(rank, port, kind, queue):
 
         if kind == "ddp":
             train(nn.parallel.DistributedDataParallel(model), select)
-            state = model.state_dict()
+            state = dict(model.named_parameters())
         else:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -57,7 +57,7 @@ def worker(rank, port, kind, queue):
                     fully_shard(module, mesh=mesh)
             fully_shard(model, mesh=mesh)
             train(model, select)
-            state = {name: value.full_tensor() for name, value in model.state_dict().items()}
+            state = {name: value.full_tensor() for name, value in model.named_parameters()}
         if rank == 0:
             queue.put({name: value.detach().numpy() for name, value in state.items()})
             queue.join()
@@ -94,9 +94,9 @@ def test_two_processes_train_like_one(kind):
                 process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
 
-    alone, start = build(), build().state_dict()
+    alone, start = build(), dict(build().named_parameters())
     train(alone, lambda batch: batch)
-    for name, value in alone.state_dict().items():
+    for name, value in alone.named_parameters():
         got = torch.from_numpy(state[name])
         assert not torch.equal(got, start[name]), f"{name} was not trained"
         torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-12, msg=name)

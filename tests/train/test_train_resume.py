@@ -307,6 +307,20 @@ def test_a_full_disk_is_told_and_loses_nothing(uninterrupted: Path) -> None:
     assert_same_run(uninterrupted, out)
 
 
+def test_the_systems_reason_is_told_wherever_the_disk_was_full(tmp_path: Path) -> None:
+    def write(_: object) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError(
+                "unexpected pos 86848 vs 86744"
+            )  # as torch.save does, depending on the size of the tensors
+
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+        write_atomically(tmp_path / "checkpoint.pt", write)
+    assert not list(tmp_path.iterdir())
+
+
 class FullDisk:
     """As a fabric whose TensorBoard log cannot be written."""
 

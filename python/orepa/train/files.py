@@ -36,8 +36,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
-            raise UserError(f"cannot write {path}: {reason(error)}") from error
+        if isinstance(error, OSError | RuntimeError):
+            refusal: BaseException = error
+            while refusal.__context__ is not None and not isinstance(refusal, OSError):
+                refusal = refusal.__context__  # torch.save ends in a RuntimeError about its file format
+            raise UserError(f"cannot write {path}: {reason(refusal)}") from error
         raise
 
 
