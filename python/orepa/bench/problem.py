@@ -30,7 +30,7 @@ class Shape:
     @property
     def topology(self) -> str:
         """The block that `orepa.prepare` puts there by default."""
-        return default_topology(self.spec.kernel_size)
+        return default_topology(self.spec.kernel_size, self.spec.groups)
 
     @property
     def spec(self) -> ConvSpec:

@@ -125,7 +125,7 @@ def _build(
     def choose(name: str, conv: nn.Conv2d) -> Choice:
         if spec.keeps_shortcuts and ".downsample." in name:
             return None
-        return default_topology((conv.kernel_size[0], conv.kernel_size[1])) if topology is None else topology
+        return default_topology((conv.kernel_size[0], conv.kernel_size[1]), conv.groups) if topology is None else topology
 
     return prepare(model, choose, inplace=True, **options)
 
