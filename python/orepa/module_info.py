@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -53,10 +55,45 @@ def is_channels_last(*kernels: Tensor) -> bool:
     return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in kernels)
 
 
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return a batch norm in eval mode as ``y = factor * x + shift``, both ``[O]`` in float64."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None and norm.running_var is not None
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Return whether a module is built like a frozen batch norm of torchvision, detectron2 or timm: all is in buffers.
+
+    They are in the ``state_dict``, unlike those of what takes the place of a folded norm.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    buffers = module._buffers.keys() - module._non_persistent_buffers_set
+    looks_frozen = {"weight", "bias", "running_mean", "running_var"} <= buffers
+    return looks_frozen and module._modules.keys() <= {"drop", "act"} and not isinstance(module, _NormBase)
+
+
+def batch_norm_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a norm in eval mode as ``y = factor * x + shift``, both ``[C]`` in float64.
+
+    Batch norms count with their running statistics, frozen ones without their activation. An identity changes nothing.
+
+    Args:
+        norm: the module.
+        like: ``[C, ...]``, with the channels of the norm, on its device.
+
+    Raises:
+        TypeError: a module of another kind, which is no affine map.
+    """
+    if isinstance(norm, nn.Identity):
+        return like.new_ones(len(like), dtype=torch.float64), like.new_zeros(len(like), dtype=torch.float64)
+    if is_frozen_norm(norm):
+        exact = copy.deepcopy(norm).double().eval()
+        for name in exact._modules:
+            setattr(exact, name, nn.Identity())
+        with torch.no_grad():  # eps may be a constant in its code, so ask its forward
+            shift, one = (
+                exact(like.new_full((1, len(like), 1, 1), x, dtype=torch.float64)).flatten() for x in (0.0, 1.0)
+            )
+        return one - shift, shift
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        raise TypeError(
+            f"{type(norm).__name__} is no affine map: a batch norm needs running statistics, others cannot be folded"
+        )
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.double()

@@ -248,7 +248,7 @@ def test_state_dict_round_trip_holds_no_constants():
     block = make(4, 4)
     state = block.state_dict()
     assert not any("filter" in name for name in state)
-    assert set(state) == {name for name, _ in block.named_parameters()} | {
+    assert set(state) == {name for name, _ in block.named_parameters()} | {"dense._extra_state"} | {
         f"{norm}.{name}"
         for norm in ("dense_bn", "pointwise_bn", "identity_bn")
         for name in ("running_mean", "running_var", "num_batches_tracked")

@@ -140,6 +140,7 @@ def test_user_topology_registers_in_five_lines():
             "horizontal_weight",
             "scales",
             "bias",
+            "_extra_state",
         ]
         assert OREPAConv(2, 2, 5, topology="test_cross", width=5).horizontal_weight.shape[-1] == 5
         with pytest.raises(ValueError, match="'test_cross' is registered already"):

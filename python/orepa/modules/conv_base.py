@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import orepa_kernels
 
 from ..module_info import conv2d_like, is_channels_last
+from ..topology.fingerprint import fingerprint_tensor, is_other_function
 from ..topology.language import ConvSpec, Size, Topology, pair
 from .linear_block import LinearBlock
+from .squeezed_weight import NO_WRITES, SqueezedWeight, read_only
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def call_as_leaf(module: nn.Module, x: Proxy) -> Any:
+    """Record a call of a module in an fx graph, whose tracer would fail on what the module does inside.
+
+    Raises:
+        RuntimeError: the module is the root of the trace, which has to be traced inside.
+    """
+    path = x.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    if not path:
+        name = type(module).__name__
+        raise RuntimeError(
+            f"fx cannot trace an {name} by itself: trace a model around it, or convert it (orepa.convert)"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 class ConvGeometry:
@@ -110,6 +129,83 @@ class ConvBlock(LinearBlock):
         if self.bias is not None:
             bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
             nn.init.uniform_(self.bias, -bound, bound)
+
+    # --- the weight -------------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The squeezed kernel ``[O, I/g, kh, kw]``, to be read like the weight of `torch.nn.Conv2d`.
+
+        It is computed from the branches: differentiable where gradients are on and the block is not frozen, cached as the
+        kernel of `forward` is.
+
+        Raises:
+            RuntimeError: where it, or a view of it, is written to (`OREPAConv.load_kernel_` sets it).
+            AttributeError: where a tensor is assigned, or the block has branch-wise norms and so no weight that goes with its
+                ``bias``.
+        """
+        kernel = self._read_weight()
+        return kernel if torch.compiler.is_compiling() else read_only(kernel)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(NO_WRITES)
+
+    def _read_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Called by the assignment of a parameter, and, with the weight that they read, by hooks that compute a weight.
+        if name == "weight" or isinstance(param, SqueezedWeight):
+            raise AttributeError(NO_WRITES)
+        super().register_parameter(name, param)
+
+    # --- saving -----------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Return numbers that identify what defines the block's function and is no parameter, as a tensor."""
+        return fingerprint_tensor(self._lowered, next(self.parameters(), torch.empty(0)))
+
+    def set_extra_state(self, state: object) -> None:
+        """Raise ValueError where a state is that of a block with the same parameters and another function."""
+        if isinstance(state, Tensor) and is_other_function(state, self._lowered):
+            raise ValueError(
+                "saved from a block whose parameters have the same names, but which computes something else than this "
+                f"{type(self).__name__}({self.extra_repr()}): build the block with the topology, scaling and options (such as "
+                "prior=) that it was saved with, or remove this key to load the parameters anyway"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        try:
+            self.set_extra_state(state_dict.get(key))
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")  # with the layer's name; raised when all layers have been looked at
+            return
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if key in missing_keys:  # saved by an earlier version
+            missing_keys.remove(key)
+
+    # --- traced and scripted ----------------------------------------------------------------------------------------------
+
+    __jit_unused_properties__ = ("plan", "weight", "ends_in_norms")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile an {type(self).__name__}: convert the model first (orepa.convert(model.eval()))"
+        )
+
+    # --- as a convolution -------------------------------------------------------------------------------------------------
 
     def pad(self, x: Tensor) -> Tensor:
         """Return the block's input ``[N, I, H, W]`` with its borders, in its padding mode."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from orepa_kernels import Average
 from orepa_kernels.reference import align, compose, identity
@@ -16,10 +17,13 @@ from orepa_kernels.reference import align, compose, identity
 from ..module_info import batch_norm_affine
 from ..topology.language import Norm, Size, Topology, declaration
 from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, NormStep, Stage, Step
-from .conv_base import ConvBlock, ConvGeometry
+from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
 
 #: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
 Margins: TypeAlias = tuple[int, int, int, int]
+
+#: forward passes that may wait for their recomputation at a time, as the micro-batches of a pipeline do
+_MOST_PASSES = 64
 
 
 class OfflineConv(ConvBlock):
@@ -82,6 +86,21 @@ class OfflineConv(ConvBlock):
         for step in (step for branch in self._branches for step in branch.steps if isinstance(step, NormStep)):
             self.add_module(step.name, nn.BatchNorm2d(step.channels, eps, momentum, device=device, dtype=dtype))
 
+    _passes: tuple[_Pass, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"this {type(self).__name__} has norms, so it has no weight that goes with its bias: squeeze() returns the "
+                "kernel and the bias of eval mode, to_conv2d() the convolution"
+            )
+        return super().__getattr__(name)
+
+    def _read_weight(self) -> Tensor:
+        if any(isinstance(step, NormStep) for branch in self._branches for step in branch.steps):
+            raise AttributeError  # worded above, which Python asks next
+        return self.squeeze()[0]
+
     @property
     def ends_in_norms(self) -> bool:
         """Whether every branch ends in a norm, so that the block needs none after it."""
@@ -98,17 +117,25 @@ class OfflineConv(ConvBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum the branches, layer by layer on feature maps, in either mode."""
+        if isinstance(x, Proxy):
+            return call_as_leaf(self, x)
         return self._run_unsqueezed(self._sum_branches, x)
 
     def _sum_branches(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
+        past = self._past_shifts(x)
+        shifts: list[Tensor] = []  # those of this pass, in the order of the layers
         for branch in self._branches:
-            y = self._run_branch(branch, x)
+            y = self._run_branch(branch, x, past, shifts)
             total = y if total is None else total + y
         assert total is not None  # a topology has at least one branch
+        if shifts and past is None and self._may_be_recomputed():
+            self._passes = (*self._passes[1 - _MOST_PASSES :], _Pass(_sample(x), shifts))
         return total
 
-    def _run_branch(self, branch: OfflineBranch, x: Tensor) -> Tensor:
+    def _run_branch(
+        self, branch: OfflineBranch, x: Tensor, past: Sequence[Tensor] | None, shifts: list[Tensor]
+    ) -> Tensor:
         shift: Tensor | None = None  # the value of the border so far, per channel; None is zero
         for index, step in enumerate(branch.steps):
             padding = (0, 0)
@@ -122,6 +149,9 @@ class OfflineConv(ConvBlock):
                 # After the norm, whose running statistics are then those of this step, as in the authors' code.
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
                     shift = self._shift_after(step, shift)
+                if self.training and shift is not None:
+                    shift = shift if past is None else past[len(shifts)]
+                    shifts.append(shift)
         if branch.scale is not None and self.scales is not None:
             x = x * self.scales[branch.scale].view(1, -1, 1, 1)
         return x
@@ -142,6 +172,41 @@ class OfflineConv(ConvBlock):
             if self.dilation == (1, 1):
                 return F.avg_pool2d(x, stage.kernel_size, stride)
         return self._run_stage(stage, x, stride, self.dilation, padding)
+
+    # --- activation checkpointing -----------------------------------------------------------------------------------------
+
+    def _may_be_recomputed(self) -> bool:
+        """Return whether this forward looks like the first pass of a checkpoint: hooks take what is saved, or nothing is."""
+        if not self.training or torch.compiler.is_compiling() or _in_backward():
+            return False
+        return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+    def _past_shifts(self, x: Tensor) -> list[Tensor] | None:
+        """Return the borders of the first pass where this forward recomputes it: the statistics have moved since.
+
+        Raises:
+            RuntimeError: no pass had this input, or several that still wait for their backward pass.
+        """
+        if not (self.training and self._passes) or torch.compiler.is_compiling() or not _in_backward():
+            return None
+        sample = _sample(x)
+        same = [p for p in self._passes if p.sample.shape == sample.shape and torch.equal(p.sample, sample)]
+        waiting = [p for p in same if not p.recomputed] or same[-1:]  # a graph that is retained recomputes again
+        if len(waiting) != 1:
+            raise RuntimeError(
+                f"{type(self).__name__} is recomputed by activation checkpointing, but {len(waiting)} of its last "
+                f"{len(self._passes)} passes had this input, so the borders are unknown; run the backward pass of one before "
+                f"the forward pass of the next, or do not checkpoint this layer: {self}"
+            )
+        waiting[0].recomputed = True
+        return waiting[0].shifts
+
+    def train(self, mode: bool = True) -> OfflineConv:
+        self._passes = ()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_passes": ()}
 
     # --- as one convolution -----------------------------------------------------------------------------------------------
 
@@ -184,7 +249,7 @@ class OfflineConv(ConvBlock):
         if kernel is None:
             kernel = identity(channels, channels // self.groups, like)
         if isinstance(step, NormStep):
-            return kernel * batch_norm_affine(getattr(self, step.name))[0].view(-1, 1, 1, 1)
+            return kernel * batch_norm_affine(getattr(self, step.name), kernel)[0].view(-1, 1, 1, 1)
         weight = self._stage_weight(step, channels, like)[0].double()
         kernel = kernel.repeat_interleave(weight.shape[0] // channels, 0).transpose(0, 1)
         # A true convolution, row by row and fully padded: the depthwise case of `compose`.
@@ -194,8 +259,10 @@ class OfflineConv(ConvBlock):
     def _shift_after(self, step: Step, shift: Tensor | None) -> Tensor | None:
         """Apply a step to a map that is ``shift [C]`` everywhere, in float64; None is zero."""
         if isinstance(step, NormStep):
-            factor, offset = batch_norm_affine(getattr(self, step.name))
-            return offset if shift is None else factor * shift + offset
+            if shift is None:
+                shift = next(self.parameters()).new_zeros(step.channels, dtype=torch.float64)
+            factor, offset = batch_norm_affine(getattr(self, step.name), shift)
+            return factor * shift + offset
         if shift is None:
             return None
         weight, groups = self._stage_weight(step, shift.numel(), shift)
@@ -212,6 +279,24 @@ class OfflineConv(ConvBlock):
         """
         weight, bias = self.squeeze(dtype)
         return self._plain_conv(weight, None if bias is None else bias.clone())
+
+
+@dataclass
+class _Pass:
+    """A forward pass that a checkpoint may recompute: a sample of its input, and the borders in their order."""
+
+    sample: Tensor
+    shifts: list[Tensor]
+    recomputed: bool = False
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Return few elements of a map that tell it from others."""
+    return x.detach()[:, ::8, :: -(-x.shape[2] // 4), :: -(-x.shape[3] // 4)].clone()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 # --- branches with norms --------------------------------------------------------------------------------------------------

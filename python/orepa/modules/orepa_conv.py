@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import orepa_kernels
 from orepa_kernels import Dense, Operand
 from orepa_kernels.dispatch import resolve
 
 from ..topology.language import Size, Topology, declaration
-from .conv_base import ConvBlock, ConvGeometry
-from .kernel_cache import CachedKernel, cache_key, is_capturing, record_sources
+from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
+from .kernel_cache import CachedKernel, cache_key, is_capturing, squeeze_to_cache
+
+_requires_grad = attrgetter("requires_grad")  # cheaper than a generator: every training step asks
 
 
 def default_topology(kernel_size: Size, groups: int = 1) -> str:
@@ -34,10 +39,10 @@ def default_topology(kernel_size: Size, groups: int = 1) -> str:
 class OREPAConv(ConvBlock):
     """A drop-in for `torch.nn.Conv2d` that trains as a re-parameterised block at the price of one convolution.
 
-    Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). In eval
-    mode, without gradients, the kernel is cached until a parameter changes (`clear_cache` names the writes that go unseen);
-    never under FSDP2. The norm after the block belongs to the host model and matters: without one, training diverges (paper
-    Table 3).
+    Training squeezes the block's branches into one kernel, differentiably, and convolves once (paper section 3.3). Where the
+    block does not train (in eval mode with gradients off, or frozen), the kernel is cached until something writes to a
+    parameter; see `clear_cache`. The norm after the block belongs to the host model and matters: without one, training diverges
+    (paper Table 3).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -92,6 +97,8 @@ class OREPAConv(ConvBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve once, with the squeezed kernel."""
+        if isinstance(x, Proxy):
+            return call_as_leaf(self, x)
         return self._convolve(x, self._kernel(x), self.bias)
 
     def forward_branches(self, x: Tensor) -> Tensor:
@@ -167,47 +174,61 @@ class OREPAConv(ConvBlock):
             parameter.copy_(missing if scale is None else missing / scale.double().view(-1, 1, 1, 1))
 
     def clear_cache(self) -> None:
-        """Drop the kernel cached for eval mode.
+        """Drop the cached kernel.
 
-        Needed only after writes in eval mode that PyTorch does not count and that come from no optimizer's step: in place
-        through ``parameter.data`` or NumPy, by a collective (`torch.distributed.broadcast`, ``all_reduce``), by another process
-        through shared memory, by the replay of a CUDA graph. ``train()``, ``eval()``, ``to()``, ``load_state_dict`` and every
-        forward with gradients clear it as well.
+        Writes to parameters are detected, whoever makes them: ``parameter.data``, fused optimizers, collectives. Needed only
+        after those that PyTorch does not make: through a NumPy array or a raw pointer taken before the kernel was cached, and
+        by the replay of a CUDA graph. ``train()``, ``eval()``, ``to()`` and ``load_state_dict`` clear it as well, for its
+        memory. Nothing is cached for parameters in memory that is not PyTorch's own (shared with another process, mapped from a
+        file, NumPy's), nor under FSDP.
         """
         self._cached = None
 
     # --- the kernel ---------------------------------------------------------------------------------------------------------
 
+    def _read_weight(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.squeeze()
+        like = next(self.parameters())
+        if hasattr(like, "full_tensor"):
+            raise RuntimeError(
+                "the weight of a sharded block needs all of its parameters: call unshard() of FSDP2 before"
+            )
+        kernel = self._cached_kernel(like, None, torch.contiguous_format)
+        cached = self._cached
+        if cached is not None and cached.kernel is kernel:
+            kernel = torch._lazy_clone(kernel)  # whoever writes to the memory after all gets a copy
+        return kernel
+
     def _kernel(self, x: Tensor) -> Tensor:
-        """Return the kernel for a convolution of ``x``: cached in eval mode, in the dtype of autocast where that is on."""
+        """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
         memory_format = torch.contiguous_format
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             memory_format = torch.channels_last
-        compiles = torch.compiler.is_compiling()
-        if self.training or torch.is_grad_enabled() or compiles or is_capturing(x):
-            kernel = self._squeeze(self.operands(), dtype, memory_format, autocast=True)
-            if self._precedes_update(kernel, compiles):
-                self._cached = None
-            return kernel
+        return self._cached_kernel(x, dtype, memory_format)
 
-        key = cache_key(x, dtype, memory_format, self.backend)
-        cached = self._cached  # read once: another thread may clear or replace it
-        if cached is not None and cached.is_current(key):
-            return cached.kernel
+    def _cached_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+        """Return the kernel, on the device of ``like``: a cached one where the block does not train."""
+        if torch.compiler.is_compiling() or is_capturing(like):
+            return self._squeeze(self.operands(), dtype, memory_format, autocast=True)
+        # In train mode an update is next, also where a checkpoint switches gradients off: caching would be for nothing.
+        trains, cached = (
+            self.training or torch.is_grad_enabled(),
+            self._cached,
+        )  # read once: another thread may replace it
+        if cached is not None:
+            key = cache_key(like, dtype, memory_format, self.backend)
+            if cached.is_current(key, trains):
+                return cached.kernel
+            self._cached = cached = None
         operands = self.operands()
-        sources = record_sources(self, operands)
-        kernel = self._squeeze(operands, dtype, memory_format, autocast=True)
-        plain = type(kernel) in (Tensor, nn.Parameter)
-        self._cached = CachedKernel(kernel, key, sources) if plain and sources is not None else None
-        return kernel
-
-    def _precedes_update(self, kernel: Tensor, compiles: bool) -> bool:
-        """Return whether to drop the cache: an update is likely next, and not all updates are detectable."""
-        if compiles:  # reading the cache would add a guard on it to the compiled code
-            return kernel.requires_grad and not self.training
-        return self._cached is not None and (self.training or kernel.requires_grad)
+        if not (trains and any(map(_requires_grad, operands))):
+            key = cache_key(like, dtype, memory_format, self.backend)
+            squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True)
+            self._cached = cached = squeeze_to_cache(self, operands, key, squeeze)
+        return self._squeeze(operands, dtype, memory_format, autocast=True) if cached is None else cached.kernel
 
     def _squeeze(
         self,
@@ -261,7 +282,7 @@ class OREPAConv(ConvBlock):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**super().__getstate__(), "_cached": None}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

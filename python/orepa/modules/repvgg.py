@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from orepa_kernels.reference import align, identity
 
 from ..module_info import batch_norm_affine
 from ..topology.language import Size, Topology, pair
+from .conv_base import call_as_leaf
 from .linear_block import crop
 from .orepa_conv import OREPAConv
 
@@ -89,6 +91,8 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum three branches, each with its norm; the kxk one is a single convolution with the squeezed kernel."""
+        if isinstance(x, Proxy):
+            return call_as_leaf(self, x)
         return self._add_branches(self.dense(x), x)
 
     def forward_branches(self, x: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class RepVGGBlock(nn.Module):
         """Add the other branches and the norms to ``dense``, the squeezed kernel; return the bias in float64."""
 
         def scale(kernel: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-            factor, shift = batch_norm_affine(norm)
+            factor, shift = batch_norm_affine(norm, kernel)
             return kernel * factor.to(kernel.dtype).view(-1, 1, 1, 1), shift
 
         weight, bias = scale(dense, self.dense_bn)

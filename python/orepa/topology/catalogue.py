@@ -1,7 +1,7 @@
 """Declares the blocks of the field in the language of `orepa.topology`.
 
 The OREPA blocks start from the values of the authors' released models. The others (DBB, RepVGG, ACNet, ...) are declared
-as published, with their branch-wise norms; a linear block trains without them, each branch scaled by a vector of ones.
+as published, with their branch-wise norms; a linear block trains without them, each branch scaled by a vector, mostly of ones.
 
 For white noise of unit variance, `nn.Conv2d` starts with an output variance of 1/3. Every block starts within a factor of 3 of
 its standard deviation, but for `orepa` in the shapes that the authors released: it keeps their values, 3.3 times as large.

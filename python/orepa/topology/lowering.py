@@ -92,6 +92,7 @@ class Lowered:
     children: dict[str, Lowered] = field(default_factory=dict)
     scale_values: list[float] = field(default_factory=list)
     scales: Operand | None = None
+    numbers: list[int] | None = None  # of `orepa.topology.fingerprint`, once they have been asked for
     plan: Block = field(init=False)
     topology: Topology = field(init=False)
 
