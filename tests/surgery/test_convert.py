@@ -127,19 +127,6 @@ class Shared(nn.Module):
         return self.bn(y) + y
 
 
-class Misordered(nn.Module):
-    """By its place the norm seems to follow; in the forward an activation stands between, and nothing can be traced."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        if x.sum() > 1e9:
-            return x
-        return self.bn(torch.relu(self.conv(x)))
-
-
 class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,15 +166,6 @@ def test_only_provable_norms_are_folded():
     checked = orepa.convert(by_place, example_inputs=x)
     assert folded(checked) == ["conv", "sequence.0"]
     torch.testing.assert_close(checked(x), by_place(x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_wrong_fold_is_caught_and_the_model_is_as_before():
-    model, x = trained(Misordered()), torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    assert folded(orepa.convert(model)) == []
-    with pytest.raises(ConversionError, match="output differs by"):
-        orepa.convert(model, example_inputs=x, inplace=True)
-    assert isinstance(model.bn, nn.BatchNorm2d) and torch.equal(model(x), expected)
 
 
 def test_norms_without_running_statistics_stay():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from orepa_kernels import DTYPES
 from orepa_kernels.dispatch import resolve
 
 from ..module_info import conv_arguments, count_owners, count_parameters, describe, is_channels_last, walk
@@ -21,9 +21,10 @@ from ..modules.repvgg import RepVGGBlock
 from ..optim import watch_replaced
 from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
-from .consumer_graph import Consumer, consumers, is_conv
+from .consumer_graph import Consumer, consumers, is_conv, is_norm
 from .fold_bn import is_foldable, norm_placeholder
-from .replace import customization, replace_modules
+from .references import PARAMETER_HOOKS, find_references
+from .replace import carry_over, check_model, copy_model, customization, replace_modules
 from .report import LayerReport, Report, attach, relative_error
 
 #: a policy's choice for one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to leave the
@@ -43,12 +44,15 @@ def prepare(
     inplace: bool = False,
     scaling: str = "vector",
     backend: str = "auto",
+    norm_types: tuple[type[nn.Module], ...] = (),
 ) -> nn.Module:
     """Swap the convolutions of any model for `OREPAConv`, by a policy.
 
     A convolution is left alone, with the reason in `orepa.report`, where no norm layer follows it (paper Table 3: training
     diverges), where it is frozen, shares its weight, is parametrized or hooked, where it or its class replaces the forward of
-    `nn.Conv2d`, or where the topology does not fit it.
+    `nn.Conv2d`, where its weight is complex or no ordinary parameter, where something else in the model holds its weight or one
+    of its methods, or where the topology does not fit it. Lists, closures and compiled blocks that hold the layer itself go on
+    with the new one. So do attributes and a frozen bias.
 
     Args:
         model: any module tree, in either mode.
@@ -63,30 +67,37 @@ def prepare(
             takes ``"orepa"`` where a stack of small kernels could not hold the given one.
         inplace: change ``model`` itself instead of a copy.
         scaling, backend: of every `OREPAConv`, where the policy does not say otherwise.
+        norm_types: module types that count as norms besides those that normalize by statistics of their input, such as a frozen
+            batch norm.
 
     Returns:
         The prepared model, trainable, in the mode, on the devices and in the dtypes that it had.
 
     Raises:
         TypeError: a policy of another kind, or one that gives something else.
-        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, or ``preserve`` of weights
-            that are on the meta device. ``model`` is then unchanged.
+        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, ``preserve`` of weights
+            that are on the meta device, a model under DDP or FSDP (prepare it first), or one that cannot be copied. ``model``
+            is then unchanged.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     resolve(backend)
+    check_model(model, "prepare")
     parameters = dict(model.named_parameters())
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     choose = _Chooser(policy, preserve)
     before = count_parameters(model)
-    follows, owners = consumers(model), count_owners(model)
+    follows, owners = consumers(model, norm_types), count_owners(model)
+    held = find_references(model, (m for m in model.modules() if is_conv(m) or is_norm(m, norm_types)))
     layers: list[LayerReport] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for name, conv in walk(model, (LinearBlock, RepVGGBlock)):
+        if isinstance(conv, torch.jit.ScriptModule) and conv.original_name in ("Conv2d", "Conv1d", "Conv3d"):
+            layers.append(LayerReport(name, conv.original_name, "left", "it is compiled by TorchScript"))
         if not is_conv(conv) or isinstance(conv, LinearBlock):
             continue
-        reason, choice = _obstacle(conv, follows.get(name), owners), None
+        reason, choice = _obstacle(conv, follows.get(name), owners) or held.get(conv, ""), None
         if isinstance(conv, nn.Conv2d):
             choice = choose(name, conv)
             if choice is None:
@@ -100,9 +111,13 @@ def prepare(
         options, error = {"scaling": scaling, **choice}, None
         try:
             if options.pop("offline", False):
-                replacements[conv], norm, detail = _build_offline(model, conv, follows[name], options, preserve)
+                new, norm, detail = _build_offline(model, conv, follows[name], options, preserve)
                 if norm is not None:
+                    if norm in held:
+                        raise ValueError(f"{detail}, but {held[norm]}")
                     replacements[norm] = norm_placeholder(norm)
+                    carry_over(norm, replacements[norm])
+                replacements[conv] = new
             else:
                 replacements[conv], detail, error = _build_online(conv, {"backend": backend, **options}, preserve)
         except ValueError as misfit:
@@ -144,7 +159,7 @@ class _Chooser:
     def _choice(self, name: str, conv: nn.Conv2d) -> Choice:
         policy = self.policy
         if policy is None:
-            topology = default_topology((conv.kernel_size[0], conv.kernel_size[1]))
+            topology = default_topology((conv.kernel_size[0], conv.kernel_size[1]), conv.groups)
             return "orepa" if topology == "deep_stem" and self.preserve else topology
         if isinstance(policy, str):
             return policy
@@ -170,10 +185,14 @@ def _obstacle(conv: nn.Module, consumer: Consumer | None, owners: Mapping[int, i
         return f"{type(conv).__name__} computes something else than nn.Conv2d"
     if is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized"
+    if type(conv.weight) is not nn.Parameter or conv.weight.dtype not in DTYPES:
+        return f"its weight is of {type(conv.weight).__name__}, {conv.weight.dtype}"
     if reason := customization(conv, backward_hooks=True):
         return reason
     if not conv.weight.requires_grad:
         return "its weight is frozen"
+    if any(getattr(p, hooks) for p in conv.parameters(recurse=False) for hooks in PARAMETER_HOOKS):
+        return "its parameters have hooks, which new ones would not have"
     if owners[id(conv.weight)] > 1:
         return "it shares its weight with another module"
     if consumer is None:
@@ -184,12 +203,12 @@ def _obstacle(conv: nn.Module, consumer: Consumer | None, owners: Mapping[int, i
 def _build_online(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> tuple[OREPAConv, str, float | None]:
     """Return the block, the report's detail, and the error of the preserved kernel. Raise ValueError for a misfit."""
     new = OREPAConv(**conv_arguments(conv), bias=conv.bias is not None, **_placement(conv), **options)
+    if conv.bias is not None and new.bias is not None and (preserve or not conv.bias.requires_grad):
+        with torch.no_grad():
+            new.bias.copy_(conv.bias)
     if not preserve:
         return _like(conv, new), new.topology, None
     new.load_kernel_(conv.weight.detach())
-    if new.bias is not None and conv.bias is not None:
-        with torch.no_grad():
-            new.bias.copy_(conv.bias)
     return _like(conv, new), new.topology, relative_error(conv.weight, new.squeeze())
 
 
@@ -202,6 +221,8 @@ def _build_offline(
     """
     if preserve:
         raise ValueError("an offline block cannot start from the model's function (preserve=True)")
+    if conv.bias is not None and not conv.bias.requires_grad:
+        raise ValueError("an offline block cannot keep a frozen bias")
     norm = None if consumer.norm is None else model.get_submodule(consumer.norm)
     settings = {"bias": False if conv.bias is None else None, **_placement(conv)}  # None: only if no branch has a norm
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
@@ -222,7 +243,11 @@ def _placement(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def _like(conv: nn.Conv2d, new: Block) -> Block:
-    """Give a new block the memory format and the mode of the convolution."""
+    """Give a new block the memory format of the convolution, and what others have set on it."""
     if is_channels_last(conv.weight):
         new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return new.train(conv.training)
+    for name, parameter in new.named_parameters():
+        like = conv.bias if name == "bias" else conv.weight
+        vars(parameter).update(vars(like))  # what optimizers read, such as a factor of the learning rate
+    carry_over(conv, new)
+    return new

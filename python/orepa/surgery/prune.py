@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +15,7 @@ from ..modules.orepa_conv import OREPAConv
 from ..optim import watch_replaced
 from ..topology.language import Topology, constant_declaration
 from .convert import ConversionError
-from .replace import customization, replace_modules
+from .replace import carry_over, check_model, copy_model, customization, replace_modules
 from .report import LayerReport, Report, attach
 
 
@@ -59,9 +58,10 @@ def prune_branches(
             without its branches. ``model`` is then unchanged.
     """
     check_tolerance(tolerance)
+    check_model(model, "prune_branches")
     parameters = dict(model.named_parameters())
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     before = count_parameters(model)
     convs = {name: conv for name, conv in walk(model, (LinearBlock,)) if isinstance(conv, OREPAConv)}
     requested = None if branches is None else _check_request(branches, convs)
@@ -82,6 +82,7 @@ def prune_branches(
             continue
         new = _without(conv, removed)
         error = _verify(name, conv, new, removed, tolerance)
+        carry_over(conv, new)
         replacements[conv] = new
         detail = f"{', '.join(removed)} (keeps {', '.join(branch_names(new))})"
         layers.append(LayerReport(name, describe(conv), "pruned", detail, error))
@@ -146,7 +147,7 @@ def _without(conv: OREPAConv, removed: Sequence[str]) -> OREPAConv:
     rows = [b.scale for b in conv._lowered.branches if b.name not in removed and b.scale is not None]
     if conv.scales is not None and rows:
         parameters["scales"] = nn.Parameter(conv.scales.detach()[rows])
-    new.load_state_dict({name: parameters[name] for name in new.state_dict()}, assign=True)
+    new.load_state_dict({name: parameters[name] for name, _ in new.named_parameters()}, assign=True)
     return new.train(conv.training)
 
 

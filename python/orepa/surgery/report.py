@@ -42,7 +42,8 @@ class Report:
         operation: ``"prepare"``, ``"convert"`` or ``"prune"``.
         layers: one entry per convolution, in the model's order.
         parameters: number of parameters before and after.
-        error: relative error of the whole model's output on the example inputs, where given.
+        error: relative error of the whole model's output on the example inputs, where given; of its copy in float64 where the
+            model's own rounding hides it.
     """
 
     operation: str
@@ -93,18 +94,19 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: none of them has been called on it.
     """
-    result = model.__dict__.get(_ATTRIBUTE)
-    if result is None:
+    data = model.__dict__.get(_ATTRIBUTE)
+    if data is None:
         raise ValueError(
             "this model has no report: none of orepa.prepare, orepa.convert and orepa.prune_branches returned it"
         )
-    assert isinstance(result, Report)
-    return result
+    if isinstance(data, Report):  # in older pickles
+        return data
+    return Report(**{**data, "layers": [LayerReport(**layer) for layer in data["layers"]]})
 
 
 def attach(model: nn.Module, result: Report) -> None:
-    """Attach a report to the model; it survives ``deepcopy`` and pickling."""
-    model.__dict__[_ATTRIBUTE] = result
+    """Attach a report to the model, as plain data: it survives ``deepcopy``, and a pickle loads without this package."""
+    model.__dict__[_ATTRIBUTE] = result.as_dict()
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:

@@ -27,21 +27,25 @@ class Usage(IntEnum):
     UNKNOWN = 0
     ITERATED = 1  #: the child is a container: its children are called, nothing else
     CALLED = 2  #: the child is called, nothing else
+    READ = 3  #: the child is looked at: its type, its parameters
 
     @property
     def of_elements(self) -> Usage:
         """The usage of the children of a container that is used like this."""
-        return Usage.UNKNOWN if self is Usage.UNKNOWN else Usage.CALLED
+        return Usage.CALLED if self is Usage.ITERATED else self
+
+    @property
+    def of_container(self) -> Usage:
+        """The usage of a container whose children are used like this."""
+        return {Usage.CALLED: Usage.ITERATED, Usage.READ: Usage.READ}.get(self, Usage.UNKNOWN)
 
 
 #: call their child ``module``, in code too long to be read here
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_ITERATED = {"values": (), "children": (), "items": (1,), "named_children": (1,)}
-#: functions of torch and timm that call their first argument
-_CHECKPOINTS = {
-    "checkpoint": Usage.CALLED,
-    **dict.fromkeys(("checkpoint_seq", "checkpoint_sequential"), Usage.ITERATED),
-}
+ITERATORS = {"reversed", "list", "tuple", "iter", "enumerate", "zip"}
+ITERATED = {"values": (), "children": (), "items": (1,), "named_children": (1,)}
+#: functions of torch and timm that call their first argument, or its elements one after the other
+_CHECKPOINTS = {"checkpoint", "checkpoint_seq", "checkpoint_sequential"}
 _HARMLESS = {"len", "isinstance", "type", "bool", "hasattr", "super", "id"}
 _HARMLESS_METHODS = {"parameters", "named_parameters", "buffers", "keys", "register_buffer", "__class__", "_get_name"}
 _DEPTH = 4  # of the search for modules in other objects
@@ -60,12 +64,12 @@ def usage_of_children(parent: nn.Module) -> dict[str, Usage]:
     if isinstance(parent, _WRAPPERS):
         return {name: Usage.CALLED if name == "module" else Usage.UNKNOWN for name in children}
     try:
-        return _ModuleReader(parent, children).read()
+        return ModuleReader(parent, children).read()
     except Exception:  # no source (compiled, scripted, typed at a prompt), or an error in a child's property
         return dict.fromkeys(children, Usage.UNKNOWN)
 
 
-class _ModuleReader:
+class ModuleReader:
     """Reads the methods of a module that a call runs."""
 
     def __init__(self, parent: nn.Module, children: dict[str, nn.Module]) -> None:
@@ -95,7 +99,7 @@ class _ModuleReader:
         if isinstance(attribute, staticmethod | classmethod):
             return  # it has no ``self``; its arguments count where it is called
         if not hasattr(attribute, "__get__"):
-            if not _is_plain(attribute, _DEPTH):
+            if not is_plain(attribute):
                 raise TypeError(f"{attribute} may hold layers")
             return
         function: Any = attribute.fget if isinstance(attribute, property) else getattr(attribute, "func", attribute)
@@ -103,25 +107,25 @@ class _ModuleReader:
         if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
             raise TypeError(f"the source of {function} is no function")
         first, *_ = [*definition.args.posonlyargs, *definition.args.args]
-        _FunctionReader(self, definition).read(first.arg)
+        FunctionReader(self, definition).read(first.arg)
 
 
-class _FunctionReader:
+class FunctionReader:
     """Reads one function of the parent."""
 
-    def __init__(self, reader: _ModuleReader, definition: ast.AST) -> None:
+    def __init__(self, reader: ModuleReader, definition: ast.AST) -> None:
         self.reader, self.definition = reader, definition
         self.parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
         self.following: set[str] = set()
 
     def read(self, self_name: str) -> None:
-        for node in self._loads(self_name):
+        for node in self.loads(self_name):
             self._read_self(node)
         for inherited in ast.walk(self.definition):
-            if isinstance(inherited, ast.Attribute) and _called(inherited.value) == "super":
+            if isinstance(inherited, ast.Attribute) and called(inherited.value) == "super":
                 self._read_attribute(inherited, inherited.attr)
 
-    def _loads(self, name: str) -> Iterator[ast.Name]:
+    def loads(self, name: str) -> Iterator[ast.Name]:
         for node in ast.walk(self.definition):
             if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
                 yield node
@@ -129,71 +133,74 @@ class _FunctionReader:
     def _read_self(self, node: ast.AST) -> None:
         reader, outer = self.reader, self.parents[node]
         names = list(reader.children)
-        if isinstance(outer, ast.Call) and _called(outer) == "getattr" and outer.args[0] is node and outer.args[1:]:
+        if isinstance(outer, ast.Call) and called(outer) == "getattr" and outer.args[0] is node and outer.args[1:]:
             name = outer.args[1]
             if not isinstance(name, ast.Constant):
-                reader.limit(names, self._use(outer, list(reader.children.values())))
+                reader.limit(names, self.use(outer, list(reader.children.values())))
             else:
                 self._read_attribute(outer, str(name.value))
-        elif isinstance(outer, ast.Attribute) and not self._is_iterator(outer, reader.parent):
+        elif isinstance(outer, ast.Attribute) and not self.is_iterator(outer, reader.parent):
             if isinstance(outer.ctx, ast.Load):
                 self._read_attribute(outer, outer.attr)
         else:  # ``self`` as a container of its children
-            reader.limit(names, self._use(node, [reader.parent]).of_elements)
+            reader.limit(names, self.use(node, [reader.parent]).of_elements)
 
     def _read_attribute(self, node: ast.expr, name: str) -> None:
         reader = self.reader
         if name in reader.children:
-            reader.limit([name], self._use(node, [reader.children[name]]))
+            reader.limit([name], self.use(node, [reader.children[name]]))
         elif reader.classes_with(name):
             reader.pending.append(name)
-        elif name not in _HARMLESS_METHODS and not _is_plain(getattr(reader.parent, name, None), _DEPTH):
+        elif name not in _HARMLESS_METHODS and not is_plain(getattr(reader.parent, name, None)):
             reader.limit(list(reader.children), Usage.UNKNOWN)  # a list of layers, a bound method, ...
 
-    def _is_iterator(self, node: ast.Attribute, *objects: nn.Module) -> bool:
+    def is_iterator(self, node: ast.Attribute, *objects: nn.Module) -> bool:
         """Return whether an attribute of the objects is torch's method to iterate over them."""
-        return node.attr in _ITERATED and all(
+        return node.attr in ITERATED and all(
             getattr(getattr(type(o), node.attr, None), "__module__", "").startswith("torch.nn.") for o in objects
         )
 
-    def _use(self, node: ast.AST, objects: Sequence[nn.Module]) -> Usage:
+    def use(self, node: ast.AST, objects: Sequence[nn.Module]) -> Usage:
         """Return how an expression that is one of these modules is used."""
         outer = self.parents[node]
         elements = [child for o in objects for child in o.children()]
         if isinstance(outer, ast.Call):
-            if outer.func is node or _called(outer) in _HARMLESS:
+            if outer.func is node:
                 return Usage.CALLED
-            function = outer.func.attr if isinstance(outer.func, ast.Attribute) else _called(outer)
+            if called(outer) in _HARMLESS:
+                return Usage.READ
+            function = outer.func.attr if isinstance(outer.func, ast.Attribute) else called(outer)
             if function in _CHECKPOINTS and outer.args and outer.args[0] is node:
-                return _CHECKPOINTS[function]
+                return Usage.CALLED
         elif isinstance(outer, ast.Compare):
             if all(isinstance(op, ast.Is | ast.IsNot | ast.In | ast.NotIn) for op in outer.ops):
-                return Usage.CALLED
+                return Usage.READ
         elif isinstance(outer, ast.Attribute) and isinstance(outer.ctx, ast.Load):
             if outer.attr == "forward":
-                return self._use(outer, objects)
-            if self._is_iterator(outer, *objects) and isinstance(self.parents[outer], ast.Call):
-                return self._use_iterated(self.parents[outer], _ITERATED[outer.attr], elements)
-            if all(_is_plain(getattr(o, outer.attr, self), _DEPTH) for o in objects):
-                return Usage.CALLED
+                return self.use(outer, objects)
+            if self.is_iterator(outer, *objects) and isinstance(self.parents[outer], ast.Call):
+                return self._use_iterated(self.parents[outer], ITERATED[outer.attr], elements)
+            if all(is_plain(getattr(o, outer.attr, self)) for o in objects):
+                return Usage.READ
         elif isinstance(outer, ast.Subscript) and outer.value is node:
             if isinstance(outer.slice, ast.Slice):
-                return self._use_iterated(outer, (), elements)
-            return Usage.ITERATED if self._use(outer, elements) == Usage.CALLED else Usage.UNKNOWN
+                use = self.use(outer, objects)
+                return Usage.ITERATED if use is Usage.CALLED else use
+            return self.use(outer, elements).of_container
         elif isinstance(outer, ast.If | ast.IfExp | ast.While):
             if outer.test is node:
-                return Usage.CALLED
+                return Usage.READ
         elif isinstance(outer, ast.Assign) and len(outer.targets) == 1 and isinstance(outer.targets[0], ast.Name):
             return self._use_variable(outer.targets[0].id, objects)
         elif isinstance(outer, ast.Expr | ast.UnaryOp):
-            return Usage.CALLED
+            return Usage.READ
         return self._use_iterated(node, (), elements)
 
     def _use_variable(self, name: str, objects: Sequence[nn.Module]) -> Usage:
         if name in self.following:  # ``x = x[0]`` would not end
             return Usage.UNKNOWN
         self.following.add(name)
-        use = min((self._use(load, objects) for load in self._loads(name)), default=Usage.CALLED)
+        use = min((self.use(load, objects) for load in self.loads(name)), default=Usage.READ)
         self.following.discard(name)
         return use
 
@@ -206,10 +213,12 @@ class _FunctionReader:
                 if not isinstance(target, ast.Tuple) or any(isinstance(e, ast.Starred) for e in target.elts):
                     return Usage.UNKNOWN
                 target = target.elts[index]
-            if isinstance(target, ast.Name) and self._use_variable(target.id, elements) == Usage.CALLED:
-                return Usage.ITERATED
+            if isinstance(target, ast.Name):
+                return self._use_variable(target.id, elements).of_container
+        elif isinstance(outer, ast.Subscript) and outer.value is node and isinstance(outer.slice, ast.Slice):
+            return self._use_iterated(outer, path, elements)
         elif isinstance(outer, ast.Call) and node in outer.args:
-            name = _called(outer)
+            name = called(outer)
             if name in ("reversed", "list", "tuple", "iter") and len(outer.args) == 1:
                 return self._use_iterated(outer, path, elements)
             if name == "enumerate":
@@ -219,11 +228,12 @@ class _FunctionReader:
         return Usage.UNKNOWN
 
 
-def _called(call: ast.expr) -> str:
+def called(call: ast.expr) -> str:
+    """Return the name of the function that an expression calls, or an empty string."""
     return call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
 
 
-def _is_plain(value: object, depth: int) -> bool:
+def is_plain(value: object, depth: int = _DEPTH) -> bool:
     """Return whether no module can be reached from a value; False also where ``depth`` steps do not show it."""
     if isinstance(value, _PLAIN):
         return True
@@ -246,4 +256,4 @@ def _is_plain(value: object, depth: int) -> bool:
         parts = list(vars(value).values())
     else:
         return False
-    return all(_is_plain(part, depth - 1) for part in parts)
+    return all(is_plain(part, depth - 1) for part in parts)
