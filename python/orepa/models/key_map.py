@@ -28,18 +28,33 @@ CHECKPOINTS_URL = "https://github.com/JUGGHM/OREPA_CVPR2022"
 def official_filter(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     """Return the authors' tensors under our names, another state dict as it is: timm's ``pretrained_filter_fn``.
 
-    Shapes are left to timm, which drops a classifier of another size.
+    Shapes are left to timm, which drops a classifier of another size, except for the number of input channels: timm adapts
+    the one kernel of a plain convolution, not the branches of a block.
 
     Raises:
-        ValueError: missing or unexpected keys.
+        ValueError: missing or unexpected keys, or another number of input channels.
     """
-    if "linear.weight" not in state:
-        return state
-    entries = official_entries(model)
-    problems = key_problems(state, entries)
-    if problems:
-        raise ValueError(f"no checkpoint of this model: {'; '.join(problems)}")
-    return translate(entries, state)
+    if "linear.weight" in state:
+        entries = official_entries(model)
+        problems = key_problems(state, entries)
+        if problems:
+            raise ValueError(f"no checkpoint of this model: {'; '.join(problems)}")
+        state = translate(entries, state)
+    _check_input_channels(state, model)
+    return state
+
+
+def _check_input_channels(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, OREPAConv | RepVGGBlock))
+    stem, block = next(blocks)
+    for key, parameter in block.named_parameters(stem):
+        theirs, ours = state.get(key, parameter).shape, parameter.shape
+        if theirs[:1] == ours[:1] and theirs[1:2] != ours[1:2]:
+            raise ValueError(
+                f"{key!r} is {list(theirs)} in the checkpoint, {list(ours)} in the model: the branches of a block cannot be "
+                f"adapted to other input channels. Use in_chans={theirs[1]} (gray images: x.expand(-1, {theirs[1]}, -1, -1)), "
+                "or convert the checkpoint, let timm adapt the plain model, and prepare that with preserve=True"
+            )
 
 
 #: our convolutions (RepVGG: blocks), the norm after each, and their name for the two together

@@ -17,7 +17,6 @@ try:
         build_model_with_cfg,
         generate_default_cfgs,
         register_model,
-        register_notrace_module,
         resolve_pretrained_cfg,
     )
     from timm.models.byobnet import RepVggBlock
@@ -118,14 +117,17 @@ def _build(
     spec: ModelSpec, topology: str | Callable[..., Topology] | None, options: dict[str, Any], **arguments: Any
 ) -> nn.Module:
     """Build timm's plain model with re-parameterised convolutions; ``options`` are those of the blocks."""
-    model = timm.create_model(spec.plain, **{**spec.defaults, **arguments})
+    overlay = {"first_conv": ()}  # timm keeps that of the innermost `create_model`
+    model = timm.create_model(spec.plain, pretrained_cfg_overlay=overlay, **{**spec.defaults, **arguments})
     if spec.is_repvgg:
         return _swap_repvgg_blocks(model, {"topology": "repvgg_dense" if topology is None else topology, **options})
 
     def choose(name: str, conv: nn.Conv2d) -> Choice:
         if spec.keeps_shortcuts and ".downsample." in name:
             return None
-        return default_topology((conv.kernel_size[0], conv.kernel_size[1]), conv.groups) if topology is None else topology
+        return (
+            default_topology((conv.kernel_size[0], conv.kernel_size[1]), conv.groups) if topology is None else topology
+        )
 
     return prepare(model, choose, inplace=True, **options)
 
@@ -203,15 +205,13 @@ class WideResNet(ResNet):
         arguments: of timm's ``ResNet``.
     """
 
-    conv1: nn.Conv2d
-    bn1: nn.Module
-
     def __init__(self, width: int = 2, **arguments: Any) -> None:
         super().__init__(channels=tuple(width * channels for channels in (64, 128, 256, 512)), **arguments)
-        stem, first = 64 * width, self.layer1[0]
-        like: dict[str, Any] = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
-        self.conv1 = nn.Conv2d(**{**conv_arguments(self.conv1), "out_channels": stem}, bias=False, **like)
-        self.bn1 = type(self.bn1)(stem, **like)
+        stem, first, weight = 64 * width, self.layer1[0], next(self.parameters())
+        conv, norm = self.get_submodule("conv1"), self.get_submodule("bn1")
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.conv1 = nn.Conv2d(**{**conv_arguments(conv), "out_channels": stem}, bias=False, **like)
+        self.bn1 = type(norm)(stem, **like)
         first.conv1 = nn.Conv2d(**{**conv_arguments(first.conv1), "in_channels": stem}, bias=False, **like)
         first.downsample = None  # the widths on its two sides are now equal
         self.feature_info[0]["num_chs"] = stem
@@ -277,6 +277,8 @@ def _cfg(spec: ModelSpec | None) -> dict[str, Any]:
         "pool_size": (7, 7),
         "crop_pct": 0.875,
         "interpolation": "bilinear",
+        # What timm's loader adapts to `in_chans` by its `.weight`: plain convolutions only (see `official_filter`).
+        "first_conv": "conv1" if spec is None else (),
         "classifier": "head.fc" if spec is not None and spec.is_repvgg else "fc",
         "paper_ids": None if spec is None else "arXiv:2204.00826",
         "origin_url": None if spec is None else CHECKPOINTS_URL,
@@ -291,7 +293,3 @@ default_cfgs = generate_default_cfgs(
 register_model(wide_resnet18_2)
 for _name, _spec in MODELS.items():
     globals()[_name] = register_model(_entrypoint(_name, _spec))
-
-# One node each for fx, as their forwards read shapes and caches: for ``features_only`` with ``feature_cls="fx"``.
-for _module in (OREPAConv, RepVGGBlock):
-    register_notrace_module(_module)
