@@ -102,7 +102,8 @@ def describe_weights(checkpoint: dict[str, Any]) -> str:
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load whole tensors into a model, sharded or not; raise a `UserError` if they do not fit."""
-    missing = sorted(model.state_dict().keys() - state.keys())
+    # Checkpoints of earlier versions do not say which function their blocks compute.
+    missing = sorted(k for k in model.state_dict().keys() - state.keys() if not k.endswith("_extra_state"))
     try:
         if missing:  # torch would leave them as they are
             raise RuntimeError(f'\nMissing key(s) in state_dict: "{missing[0]}"')
