@@ -56,14 +56,15 @@ def is_channels_last(*kernels: Tensor) -> bool:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Return whether a module is built like a frozen batch norm of torchvision, detectron2 or timm: all is in buffers.
+    """Return whether a module is called or built like a frozen batch norm of torchvision, detectron2 or timm.
 
-    They are in the ``state_dict``, unlike those of what takes the place of a folded norm.
+    Then all is in buffers, which are in the ``state_dict``, unlike those of what takes the place of a folded norm.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return False
     buffers = module._buffers.keys() - module._non_persistent_buffers_set
     looks_frozen = {"weight", "bias", "running_mean", "running_var"} <= buffers
+    looks_frozen = looks_frozen or type(module).__name__.startswith("FrozenBatchNorm")
     return looks_frozen and module._modules.keys() <= {"drop", "act"} and not isinstance(module, _NormBase)
 
 
