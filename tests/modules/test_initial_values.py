@@ -154,8 +154,11 @@ def test_exact_kaiming_keeps_the_draws_and_sets_the_norm_of_every_output_channel
     torch.testing.assert_close(weight.square().sum((1, 2, 3)), torch.full((16,), 2 / (1 + slope**2)))
 
 
-def test_exact_kaiming_of_one_number_per_channel_in_half_precision():
-    """Which draws zeros."""
+def test_exact_kaiming_of_one_number_per_channel_in_half_precision(monkeypatch):
+    """Which may draw a zero."""
     weight = torch.empty(20_000, 1, 1, 1, dtype=torch.float16)
     Kaiming(1.0, exact=True)(weight)
-    assert weight.isfinite().all() and weight.abs().max() < 1.01 and (weight == 0).any()
+    assert weight.isfinite().all() and weight.abs().max() < 1.01
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda weight, a: weight.data.zero_())
+    Kaiming(1.0, exact=True)(weight)
+    assert (weight == 0).all()
