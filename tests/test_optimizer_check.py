@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from detectors import optimizer_by_attribute
 from torch import Tensor, nn
 
 import orepa
@@ -233,17 +234,7 @@ WEIGHT_DECAY = 5e-4
 
 def by_attribute(model: nn.Module) -> torch.optim.Optimizer:
     """Detectors of the YOLOv7 kind: every module's ``weight`` and ``bias``, if it has one."""
-    norms, kernels, biases = [], [], []
-    for module in model.modules():
-        if hasattr(module, "bias") and isinstance(module.bias, nn.Parameter):
-            biases.append(module.bias)
-        if isinstance(module, nn.BatchNorm2d):
-            norms.append(module.weight)
-        elif hasattr(module, "weight") and isinstance(module.weight, nn.Parameter):
-            kernels.append(module.weight)
-    optimizer = torch.optim.SGD(norms, 0.1, momentum=0.9, nesterov=True)
-    optimizer.add_param_group({"params": kernels, "weight_decay": WEIGHT_DECAY})
-    optimizer.add_param_group({"params": biases})
+    optimizer = optimizer_by_attribute(model, 0.1, WEIGHT_DECAY)
     # The recipe: what such a loop misses.
     for group in parameter_groups(model, 0.1, weight_decay=WEIGHT_DECAY, exclude=optimizer):
         optimizer.add_param_group(group)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from detectors import fuse_conv_and_bn
 from test_conv import make
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -203,14 +204,7 @@ def norm():
 def test_fusers_that_build_a_new_convolution():
     """As detectors do at the end of training."""
     conv, bn = make().eval(), norm()
-    fused = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=True)
-    fused.requires_grad_(False).to(conv.weight.device)
-    rows = conv.weight.clone().view(conv.out_channels, -1)
-    scale = torch.diag(bn.weight.div(torch.sqrt(bn.eps + bn.running_var)))
-    fused.weight.copy_(torch.mm(scale, rows).view(fused.weight.shape))
-    bias = torch.zeros(conv.weight.size(0), device=conv.weight.device) if conv.bias is None else conv.bias
-    shift = bn.bias - bn.weight.mul(bn.running_mean).div(torch.sqrt(bn.running_var + bn.eps))
-    fused.bias.copy_(torch.mm(scale, bias.reshape(-1, 1)).reshape(-1) + shift)
+    fused = fuse_conv_and_bn(conv, bn)
     torch.testing.assert_close(fused(X), bn(conv(X)), rtol=1e-4, atol=1e-4)
 
     arguments = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from trained import trained
 
 import orepa
 from orepa.surgery.consumer_graph import Consumer, Evidence, consumers
@@ -23,16 +24,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return torch.relu(self.bn(self.conv(x)))
-
-
-def trained(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.2, 3.0)
-            nn.init.uniform_(module.weight, 0.5, 2.0)
-            nn.init.normal_(module.bias)
-    return model.eval()
 
 
 def stays_the_same(model, *inputs):

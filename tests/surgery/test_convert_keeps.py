@@ -5,17 +5,10 @@ import os
 import pytest
 import torch
 from torch import nn
+from trained import trained
 
 import orepa
 from orepa import ConversionError, OfflineConv, OREPAConv, RepVGGBlock
-
-
-def trained(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.2, 3.0)
-    return model.eval()
 
 
 def assert_same(actual, expected):

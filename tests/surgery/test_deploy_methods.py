@@ -4,41 +4,12 @@ import copy
 
 import pytest
 import torch
+from detectors import fuse_conv_and_bn
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from trained import trained
 
 import orepa
-
-
-def trained(model):
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.2, 3.0)
-                if module.affine:
-                    module.weight.uniform_(0.5, 2.0)
-                    module.bias.normal_()
-    return model.eval()
-
-
-def fuse_conv_and_bn(conv, bn):
-    """As the detector trainers have it: the bias of the convolution counts."""
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        groups=conv.groups,
-    ).requires_grad_(False)
-    w_conv = conv.weight.clone().view(conv.out_channels, -1)
-    w_bn = torch.diag(bn.weight.div(torch.sqrt(bn.eps + bn.running_var)))
-    fused.weight.copy_(torch.mm(w_bn, w_conv).view(fused.weight.shape))
-    b_conv = torch.zeros(conv.weight.size(0)) if conv.bias is None else conv.bias
-    b_bn = bn.bias - bn.weight.mul(bn.running_mean).div(torch.sqrt(bn.running_var + bn.eps))
-    fused.bias.copy_(torch.mm(w_bn, b_conv.reshape(-1, 1)).reshape(-1) + b_bn)
-    return fused
 
 
 def fuse_without_bias(conv, bn):

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from trained import trained
 
 import orepa
 from orepa import ConversionError, OfflineConv, RepVGGBlock
@@ -49,18 +50,6 @@ class FrozenClamped(FrozenBatchNorm2d):
 
     def forward(self, x):
         return super().forward(x).clamp(max=20.0)
-
-
-def trained(model):
-    for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            with torch.no_grad():
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.2, 3.0)
-                if module.weight is not None:
-                    module.weight.uniform_(0.5, 2.0)
-                    module.bias.normal_()
-    return model.eval()
 
 
 def assert_same(actual, expected, tolerance=1e-5):

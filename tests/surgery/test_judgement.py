@@ -3,21 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from trained import trained
 
 import orepa
 from orepa import ConversionError
 from orepa.surgery.consumer_graph import Consumer, Evidence, consumers
 from orepa.surgery.convert import compare_outputs
-
-
-def trained(model):
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.2, 3.0)
-                module.bias.normal_()
-    return model.eval()
 
 
 class Guessed(nn.Module):

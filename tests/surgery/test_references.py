@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trained import perturbed
 
 import orepa
 from orepa import OREPAConv
@@ -121,18 +122,6 @@ class Net(nn.Module):
         return self.tail(torch.relu(x)).mean((2, 3))
 
 
-def perturb(model):
-    """Parameters and running statistics as a training leaves them."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2.0)
-    return model.eval()
-
-
 def names(model):
     return {layer.name for layer in orepa.report(model).swapped}
 
@@ -140,7 +129,7 @@ def names(model):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_what_holds_a_layer_goes_on_with_the_new_one(holder, inplace):
-    net, x = perturb(Net(HOLDERS[holder])).train(), torch.randn(4, 3, 8, 8)
+    net, x = perturbed(Net(HOLDERS[holder])).train(), torch.randn(4, 3, 8, 8)
     expected = net.eval()(x).detach()
     prepared = orepa.prepare(net, preserve=True, inplace=inplace)
     assert (prepared is net) is inplace and names(prepared) == {"conv1", "tail.0"}
@@ -150,7 +139,7 @@ def test_what_holds_a_layer_goes_on_with_the_new_one(holder, inplace):
     if not inplace:
         assert all(p.grad is None for p in net.parameters()), "the copy ran layers of the model"
         assert torch.equal(net.eval()(x), expected)
-    perturb(prepared)
+    perturbed(prepared)
     expected = prepared(x).detach()
     plain = orepa.convert(prepared, inplace=inplace)
     assert not any(isinstance(m, OREPAConv) for m in plain.modules())
@@ -241,7 +230,7 @@ class Sealed(dict):
 
 
 def test_a_failing_replacement_leaves_the_model_as_it_was():
-    net = perturb(Net(lambda conv, bn: Sealed({0: conv.forward, 1: bn.forward})))
+    net = perturbed(Net(lambda conv, bn: Sealed({0: conv.forward, 1: bn.forward})))
     net.first, net.forward_of = nn.Conv2d(3, 3, 1), [net.conv1.forward]
     expected = net.conv1(x := torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match="cannot be replaced: sealed"):
@@ -291,7 +280,7 @@ def test_a_replacement_knows_itself_as_the_module_in_the_model():
 
 
 def test_the_same_call_again_undoes_it():
-    net = perturb(Net(lambda conv, bn: [conv.forward, bn]))
+    net = perturbed(Net(lambda conv, bn: [conv.forward, bn]))
     x = torch.randn(2, 3, 8, 8)
     expected, conv = net(x), net.conv1
     replacements = {conv: nn.Conv2d(3, 6, 1), net.bn1: nn.Identity()}
@@ -303,7 +292,7 @@ def test_the_same_call_again_undoes_it():
 
 @pytest.mark.parametrize("build", [OREPAConv, orepa.OfflineConv, orepa.RepVGGBlock])
 def test_conversion_in_place_changes_the_callers_object(build):
-    block, x = perturb(build(4, 4, 3, padding=1)), torch.randn(2, 4, 6, 6)
+    block, x = perturbed(build(4, 4, 3, padding=1)), torch.randn(2, 4, 6, 6)
     expected = block(x)
     plain = orepa.convert(block, inplace=True)
     assert plain is block and type(block) is (nn.Sequential if build is orepa.RepVGGBlock else nn.Conv2d)
@@ -402,7 +391,7 @@ class Body(nn.Module):
 @pytest.mark.parametrize("wrap", [features, torch.fx.symbolic_trace, nn.Sequential])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_copy_keeps_every_modules_mode(wrap, training):
-    model = wrap(perturb(Body())).train(training)
+    model = wrap(perturbed(Body())).train(training)
     frozen = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     frozen.train(not training)
     inner = nn.Sequential(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from trained import perturbed
 
 import orepa
 from orepa import OREPAConv
@@ -28,18 +29,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x)).mean((2, 3))
-
-
-def perturb(model):
-    """Parameters and running statistics as a training leaves them."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2.0)
-    return model.eval()
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------------
@@ -90,7 +79,7 @@ COMPILED = {
 def test_compiled_parts_run_the_new_layers(how, inplace):
     torch.compiler.reset()
     x = torch.randn(4, 3, 8, 8)
-    net = COMPILED[how](perturb(Net()))
+    net = COMPILED[how](perturbed(Net()))
     expected = net(x).detach()  # stale code to go on with
     prepared = orepa.prepare(net, preserve=True, inplace=inplace)
     swapped = {layer.name for layer in orepa.report(prepared).swapped}
@@ -102,7 +91,7 @@ def test_compiled_parts_run_the_new_layers(how, inplace):
     calls = [vars(module).get("_compiled_call_impl") for module in prepared.modules()]
     assert any(calls) is how.startswith("call"), "it stays compiled"
 
-    expected = perturb(prepared)(x).detach()
+    expected = perturbed(prepared)(x).detach()
     plain = orepa.convert(prepared, inplace=True)
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, OREPAConv) for m in plain.modules())
@@ -117,7 +106,7 @@ def test_compiled_parts_run_the_new_layers(how, inplace):
 def test_a_compiled_block_runs_its_plain_form(build, wrap):
     torch.compiler.reset()
     x = torch.randn(2, 3, 6, 6)
-    model = wrap("0")(perturb(nn.Sequential(build(3, 3, 3, padding=1), nn.Flatten())))
+    model = wrap("0")(perturbed(nn.Sequential(build(3, 3, 3, padding=1), nn.Flatten())))
     expected = model(x).detach()
     plain = orepa.convert(model, inplace=True)
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
@@ -129,11 +118,11 @@ def test_a_compiled_block_runs_its_plain_form(build, wrap):
 
 def test_a_wrapper_around_the_model_sees_a_change_in_place():
     torch.compiler.reset()
-    x, net = torch.randn(4, 3, 8, 8), perturb(Net())
+    x, net = torch.randn(4, 3, 8, 8), perturbed(Net())
     compiled = torch.compile(net, backend="eager")
     compiled(x)
     orepa.prepare(net, preserve=True, inplace=True)
-    perturb(net)
+    perturbed(net)
     torch.testing.assert_close(compiled(x), net(x))
 
 

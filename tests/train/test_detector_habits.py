@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from detectors import fuse_conv_and_bn, optimizer_by_attribute
 from torch import Tensor, nn
 
 import orepa
@@ -87,27 +88,6 @@ class Detect(nn.Module):
     def _make_grid(ny: int, nx: int) -> Tensor:
         yv, xv = torch.meshgrid(torch.arange(ny), torch.arange(nx), indexing="ij")
         return torch.stack((xv, yv), 2).float()
-
-
-def fuse_conv_and_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """As every such repository has it."""
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        kernel_size=conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        groups=conv.groups,
-        bias=True,
-    )
-    fused = fused.requires_grad_(False).to(conv.weight.device)
-    w_conv = conv.weight.clone().view(conv.out_channels, -1)
-    w_bn = torch.diag(bn.weight.div(torch.sqrt(bn.eps + bn.running_var)))
-    fused.weight.copy_(torch.mm(w_bn, w_conv).view(fused.weight.shape))
-    b_conv = torch.zeros(conv.weight.size(0), device=conv.weight.device) if conv.bias is None else conv.bias
-    b_bn = bn.bias - bn.weight.mul(bn.running_mean).div(torch.sqrt(bn.running_var + bn.eps))
-    fused.bias.copy_(torch.mm(w_bn, b_conv.reshape(-1, 1)).reshape(-1) + b_bn)
-    return fused
 
 
 class Detector(nn.Module):
@@ -222,17 +202,7 @@ class ModelEMA:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    pg0, pg1, pg2 = [], [], []
-    for _, v in model.named_modules():
-        if hasattr(v, "bias") and isinstance(v.bias, nn.Parameter):
-            pg2.append(v.bias)
-        if isinstance(v, nn.BatchNorm2d):
-            pg0.append(v.weight)
-        elif hasattr(v, "weight") and isinstance(v.weight, nn.Parameter):
-            pg1.append(v.weight)
-    optimizer = torch.optim.SGD(pg0, lr=0.05, momentum=0.9, nesterov=True)
-    optimizer.add_param_group({"params": pg1, "weight_decay": 5e-4})
-    optimizer.add_param_group({"params": pg2})
+    optimizer = optimizer_by_attribute(model, 0.05, weight_decay=5e-4)
     for group in orepa.parameter_groups(model, 0.05, weight_decay=5e-4, exclude=optimizer):  # the added lines
         optimizer.add_param_group(group)
     orepa.check_optimizer(model, optimizer)
