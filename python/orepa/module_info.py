@@ -26,6 +26,11 @@ def walk(model: nn.Module, stop: tuple[type[nn.Module], ...] = ()) -> Iterator[t
             inside.update(id(m) for m in module.modules() if m is not module)
 
 
+def join(*names: str) -> str:
+    """Return the qualified name of a module from the parts that are not empty."""
+    return ".".join(filter(None, names))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters: shared ones once, those of lazy modules not."""
     return sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -48,6 +53,14 @@ def conv2d_like(conv: nn.Module, weight: Tensor, bias: Tensor | None, trainable:
     if bias is not None:
         result.bias = nn.Parameter(bias, requires_grad=trainable)
     return result.train(conv.training)
+
+
+def random_input(conv: nn.Conv2d) -> Tensor:
+    """Return a batch ``[2, I, H, W]`` in float64, always the same, of a size at which all of a kernel meets all borders."""
+    extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    size = [extent + 2 * stride for extent, stride in zip(extents, conv.stride, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
 
 
 def is_channels_last(*kernels: Tensor) -> bool:
@@ -95,11 +108,18 @@ def batch_norm_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"{type(norm).__name__} is no affine map: a batch norm needs running statistics, others cannot be folded"
         )
-    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.double()
+    return affine_of_statistics(norm)
+
+
+def affine_of_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ``factor`` and ``shift`` of a module with the attributes of a batch norm; eps, weight and bias may miss."""
+    mean, var, weight, bias = (getattr(norm, key, None) for key in ("running_mean", "running_var", "weight", "bias"))
+    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
+    factor = torch.rsqrt(var.double() + getattr(norm, "eps", 0.0))
+    if weight is not None:
+        factor = factor * weight.double()
+    shift = -mean.double() * factor
+    return factor, shift if bias is None else shift + bias.double()
 
 
 def describe(conv: object) -> str:

@@ -16,7 +16,7 @@ from enum import Enum
 import torch
 from torch import fx, nn
 
-from ..module_info import is_frozen_norm
+from ..module_info import is_frozen_norm, join
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
 from .module_state import ModelState
@@ -103,7 +103,7 @@ class _Search:
             usage = Usage.UNKNOWN  # of what is called in train mode only
         usages = _usage_of_children(module, usage)
         for name, child in module.named_children():
-            path = _join(prefix, name)
+            path = join(prefix, name)
             if is_conv(child):
                 self._add(path, self._downgrade(path, self._next_sibling(module, name, prefix), usage))
             elif not self._is_any_norm(child) and not isinstance(child, RepVGGBlock):
@@ -181,14 +181,14 @@ class _Search:
             if prefix and problem == _LEAVES:
                 problem = f"its output leaves {prefix}, whose caller cannot be traced"
             if problem:
-                result[_join(prefix, name)] = Consumer(None, problem=problem)
+                result[join(prefix, name)] = Consumer(None, problem=problem)
                 continue
             once = len(nodes) == len(norms) == len(calls[norms[0]]) == 1
             direct = once and followed[0][2] and not {name, norms[0]} & attributes_read
             if direct:
                 direct = is_unconditional(nodes[0].meta["call"], calls[norms[0]][0].meta["call"], in_train_mode)
-            result[_join(prefix, name)] = Consumer(_join(prefix, norms[0]), direct)
-        return result, {_join(prefix, name) for name in calls}
+            result[join(prefix, name)] = Consumer(join(prefix, norms[0]), direct)
+        return result, {join(prefix, name) for name in calls}
 
     def _follow(self, node: fx.Node, modules: dict[str, nn.Module]) -> tuple[set[str], str, bool]:
         """Return the norms that a value reaches through shape-only steps, another use of it, and whether nothing is between."""
@@ -229,7 +229,7 @@ class _Search:
             channels = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
             if channels is not None and channels != getattr(parent._modules[name], "out_channels", None):
                 break
-            return Consumer(_join(prefix, follower), True, evidence)
+            return Consumer(join(prefix, follower), True, evidence)
         return Consumer(
             None, evidence=evidence, problem="no norm layer stands after it (the model cannot be traced here)"
         )
@@ -243,10 +243,6 @@ def _usage_of_children(module: nn.Module, usage: Usage) -> dict[str, Usage]:
     if usage is Usage.CALLED and not is_container:
         return usage_of_children(module)
     return dict.fromkeys(module._modules, usage.of_elements)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _is_plain_identity(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..module_info import count_parameters, describe, walk
+from ..module_info import count_parameters, describe, join, random_input, walk
 from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
@@ -22,7 +22,7 @@ from .deploy_methods import deploy_conflicts
 from .fold_bn import fold_batch_norm, is_foldable, norm_placeholder
 from .references import find_references
 from .replace import carry_over, check_model, copy_model, customization, replace_modules
-from .report import LayerReport, Report, attach, relative_error
+from .report import LayerReport, Report, attach, relative_error, rounding_limit
 
 log = logging.getLogger("orepa")
 
@@ -257,8 +257,7 @@ def _check_call(name: str, module: nn.Module) -> None:
             continue  # it becomes part of the deployed block
         # The block's own backward hooks are carried over.
         if reason := customization(inner) or customization(inner, backward_hooks=inner is not module):
-            where = ".".join(part for part in (name, path) if part)
-            raise ConversionError(f"{where or 'the model'}: {reason}; remove that before conversion")
+            raise ConversionError(f"{join(name, path) or 'the model'}: {reason}; remove that before conversion")
 
 
 @torch.no_grad()
@@ -266,10 +265,7 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     """Return the relative error of a new layer, compared in float64, where only the rounded weights make a difference."""
     dtype = next(new.parameters()).dtype
     conv = new if isinstance(new, nn.Conv2d) else next(m for m in new.modules() if isinstance(m, nn.Conv2d))
-    extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    size = [extent + 2 * stride for extent, stride in zip(extents, conv.stride, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
+    x = random_input(conv)
 
     exact = _exact(old)
     if isinstance(exact, RepVGGBlock):
@@ -287,8 +283,7 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     if not bool(torch.isfinite(converted).all()):
         raise ConversionError(f"{name}: the kernel overflows in {dtype}; convert in float32, or pass fold_bn=False")
     errors = [relative_error(expected, converted) for expected in (unsqueezed, called)]
-    # One rounding of each weight and bias, with room for sums that cancel, and the noise of float64 itself.
-    limit = 8 * torch.finfo(dtype).eps + 1e-11
+    limit = rounding_limit(dtype)
     for error in errors:
         if not error <= limit:
             raise ConversionError(

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from ..module_info import affine_of_statistics
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
 from .replace import customization
+from .tracing import has_forward
 
 #: calls of modules, from outside to inside, each with its number
 Calls: TypeAlias = tuple[tuple[int, nn.Module], ...]
 
-_NO_FORWARD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 _DROPOUTS = {kind.forward for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)}
 
 
@@ -51,7 +52,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, visible: Collection[nn.Module] | None) -> None:
         super().__init__()
         self.visible, self.number = visible, 0
-        self.layers = {m for m in root.modules() if is_identity(m) or is_norm(m)}
+        self.layers = {m for m in root.modules() if is_identity(m) or runs_as_norm(m)}
         self.stack: Calls = ()
         self.calls: dict[fx.Node, Calls] = {}
         self.modes, self.switches = _modes(), False
@@ -100,7 +101,7 @@ for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv
     setattr(_Proxy, f"__{_function.__name__}__", _write(_function))
 
 
-def is_norm(m: nn.Module) -> bool:
+def runs_as_norm(m: nn.Module) -> bool:
     """Return whether a module is called as a norm: torch's and its subclasses, and others that do what torch's do."""
     return isinstance(m, nn.modules.batchnorm._NormBase) or affine_of_norm(m) is not None
 
@@ -112,11 +113,10 @@ def affine_of_norm(m: nn.Module) -> tuple[Tensor, Tensor] | None:
     It is read from the attributes, whatever the class. A forward that is not torch's is called, too, and has to agree. None for
     any other module.
     """
-    mean, var, weight, bias = (getattr(m, key, None) for key in ("running_mean", "running_var", "weight", "bias"))
+    mean, var = (getattr(m, key, None) for key in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or is_lazy(mean) or mean.is_meta:
         return None
-    factor = torch.rsqrt(var.double() + getattr(m, "eps", 0.0)) * (1.0 if weight is None else weight.double())
-    shift = (0.0 if bias is None else bias.double()) - mean.double() * factor
+    factor, shift = affine_of_statistics(m)
     if type(m).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return factor, shift
     x = 10 * torch.randn(2, len(mean), 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -141,11 +141,6 @@ def is_identity(m: nn.Module) -> bool:
     except Exception:  # a forward may raise anything on symbolic values
         return False
     return [node.op for node in rest] == ["output"] and rest[0].args[0] is first
-
-
-def has_forward(module: nn.Module) -> bool:
-    """Return whether a module can be called, and is no mere list of others."""
-    return type(module).forward not in _NO_FORWARD
 
 
 def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Forward | None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .forward_graph import Forward, affine_of_norm, is_identity, is_norm
+from .forward_graph import Forward, affine_of_norm, is_identity, runs_as_norm
 from .linear_map import Axis, LinearMap
 from .replace import customization
 
@@ -277,7 +277,7 @@ class LinearForward:
         layer: Layer | None = None
         if isinstance(m, nn.Conv2d):
             layer = _read_conv(name, m)
-        elif is_norm(m):
+        elif runs_as_norm(m):
             layer = _read_norm(name, m)
         elif type(m) is nn.AvgPool2d:
             layer = _read_pool(name, m)

@@ -17,10 +17,11 @@ from torch import fx, nn
 from ..module_info import count_owners
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
-from .forward_graph import Forward, has_forward, trace
+from .forward_graph import Forward, trace
 from .linear_forward import Layer, LinearForward, Step
 from .linear_map import Inexact, LinearMap
 from .source_usage import Usage, usage_of_children
+from .tracing import has_forward
 
 #: Parallel convolutions are merged up to so many times their multiplications: a 1x3 and a 3x1, but not a depthwise 3x3 and a
 #: dense 1x1. One launch and one pass over the input less are worth the rest (estimate). Sequences may take no more.

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..module_info import is_channels_last
+from ..module_info import is_channels_last, random_input
 from .forward_graph import trace
 from .linear_map import Inexact
 from .linear_regions import Region, find_regions, read_regions
 from .references import find_references
-from .report import relative_error
+from .report import relative_error, rounding_limit
 
 _NAME = "reparam_conv"
 
@@ -126,8 +126,7 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
     if linear.shifted:
         conv.bias = nn.Parameter(linear.shift.to(weight.dtype).clone(), trainable)
     error = _error(region, conv.eval())
-    # One rounding of each weight and bias, with room for sums that cancel, and the noise of float64 itself.
-    limit = 8 * torch.finfo(weight.dtype).eps + 1e-11
+    limit = rounding_limit(weight.dtype)
     if math.isnan(error):
         raise Inexact("its values are not finite; parameters or statistics are damaged")
     if error > limit:
@@ -138,10 +137,7 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
 @torch.no_grad()
 def _error(region: Region, conv: nn.Conv2d) -> float:
     """Run a region node by node, and the convolution, in float64."""
-    extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    size = [extent + 2 * stride for extent, stride in zip(extents, conv.stride, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
+    x = random_input(conv)
     constants = {n: _double(value) for n, value in region.forward.constants.items()}
     values: dict[fx.Node, Any] = {**constants, region.source: x}
     for node in region.nodes:

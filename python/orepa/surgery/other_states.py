@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
+from ..module_info import join
 from .source_usage import Usage
 from .tracing import Traces
 from .unrun_code import Use, other_uses
@@ -65,7 +66,7 @@ class OtherStates:
         siblings = list(self.modules[parent]._modules.items())
         before = siblings[: [name for name, _ in siblings].index(own)]
         convs = [name for name, module in before if module is not None and self.is_conv(module)]
-        return bool(convs) and _join(parent, convs[-1]) in self.idle
+        return bool(convs) and join(parent, convs[-1]) in self.idle
 
     def _reach(self, norm: str) -> tuple[str, str]:
         """Return the closest ancestor of an uncalled norm with convolutions, and the part of it that holds the norm.
@@ -77,7 +78,7 @@ class OtherStates:
             if any(self.is_conv(m) for m in self.modules[ancestor].modules()):
                 break
             group = ancestor
-        return self._owner(_join(ancestor, "*")), group
+        return self._owner(join(ancestor, "*")), group
 
     def _is_used_apart(self, conv: str, norm: str, name: str) -> bool:
         """Return whether code of the module ``name`` that was not run uses one of the two without the other."""
@@ -95,10 +96,6 @@ class OtherStates:
             elif use.usage is Usage.UNKNOWN or (use.usage is Usage.ITERATED and ours != theirs):
                 return True
         return False
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _ancestors(name: str) -> Iterator[str]:

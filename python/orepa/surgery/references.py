@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..module_info import join
+
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _ATOMS = (type(None), int, float, complex, str, bytes, type, ModuleType, CodeType, *weakref.ProxyTypes)
 
@@ -135,7 +137,7 @@ class _Walk:
         while self._queue:
             holder, where = self._queue.popleft()
             for label, value, write in _entries(holder):
-                place = ".".join(part for part in (self._names.get(id(holder), where), label) if part)
+                place = join(self._names.get(id(holder), where), label)
                 new = self._visit(value, place)
                 if new is not value:
                     write(new)

@@ -113,3 +113,11 @@ def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Return the Frobenius norm of a difference, relative to that of ``expected``, in float64."""
     expected, actual = expected.detach().double(), actual.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def rounding_limit(dtype: torch.dtype) -> float:
+    """Return the largest relative error, compared in float64, of a layer whose weights were rounded once to a dtype.
+
+    There is room for sums that cancel, and for the noise of float64 itself.
+    """
+    return 8 * torch.finfo(dtype).eps + 1e-11
