@@ -23,6 +23,7 @@ from .linear_map import Inexact
 from .linear_regions import Region, find_regions, read_regions
 from .references import find_references
 from .report import relative_error, rounding_limit
+from .tracing import set_mode
 
 _NAME = "reparam_conv"
 
@@ -215,14 +216,8 @@ def _rewrite(
 
 def _graph_in_training(owner: nn.Module, visible: set[nn.Module]) -> str:
     """Return the graph of an owner's forward in train mode; the parts that are called as they are change mode by themselves."""
-    modes = [(module, module.training) for module in owner.modules()]
-    try:
-        for module, _ in modes:
-            module.training = True
+    with set_mode(owner, training=True):
         traced = trace(owner, visible)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return "" if traced is None else str(traced.root.graph)
 
 

@@ -21,8 +21,9 @@ from ..modules.repvgg import RepVGGBlock
 from ..optim import watch_replaced
 from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
-from .consumer_graph import Consumer, consumers, is_conv, is_norm
+from .consumer_graph import Consumer, consumers, is_conv
 from .fold_bn import is_foldable, norm_placeholder
+from .norms import is_norm
 from .references import PARAMETER_HOOKS, find_references
 from .replace import carry_over, check_model, copy_model, customization, replace_modules
 from .report import LayerReport, Report, attach, relative_error

@@ -114,7 +114,7 @@ def trace(module: nn.Module, name: str, state: ModelState, is_layer: Callable[[n
 
     def draws(training: bool, defaults: dict[str, Any], seed: int = 0) -> bool:
         """Add a trace, and return whether it drew random numbers."""
-        with _silence(), state.preserved(seed) as has_drawn, _mode(module, training):
+        with _silence(), state.preserved(seed) as has_drawn, set_mode(module, training):
             tracer = _Tracer(is_layer)
             traces.graphs.append(tracer.trace(module, concrete_args=defaults or None))
             traces.lines |= tracer.lines
@@ -151,7 +151,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+def set_mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Set the mode of all parts; a scripted one keeps it outside of its attributes."""
     modes = {part: part.training for part in module.modules()}
     try:
