@@ -68,15 +68,16 @@ def is_channels_last(*kernels: Tensor) -> bool:
     return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in kernels)
 
 
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Return whether a module is called or built like a frozen batch norm of torchvision, detectron2 or timm.
-
-    Then all is in buffers, which are in the ``state_dict``, unlike those of what takes the place of a folded norm.
-    """
+def saved_buffers(module: nn.Module) -> set[str]:
+    """Return the names of the buffers that are in the ``state_dict``, unlike those of what takes a folded norm's place."""
     if isinstance(module, torch.jit.ScriptModule):
-        return False
-    buffers = module._buffers.keys() - module._non_persistent_buffers_set
-    looks_frozen = {"weight", "bias", "running_mean", "running_var"} <= buffers
+        return set()
+    return module._buffers.keys() - module._non_persistent_buffers_set
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Return whether a module is called or built like a frozen batch norm of torchvision, detectron2 or timm."""
+    looks_frozen = {"weight", "bias", "running_mean", "running_var"} <= saved_buffers(module)
     looks_frozen = looks_frozen or type(module).__name__.startswith("FrozenBatchNorm")
     return looks_frozen and module._modules.keys() <= {"drop", "act"} and not isinstance(module, _NormBase)
 

@@ -213,3 +213,22 @@ def test_models_with_placeholders_leave_pytorch(pair, leave):
         (name,) = [i.name for i in session.get_inputs()]
         result = torch.from_numpy(session.run(None, {name: x.numpy()})[0])
     assert_same(result, expected)
+
+
+class NormThenActivation(nn.BatchNorm2d):
+    """As timm's ``BatchNormAct2d``, whose activation stays when it is folded."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, NormThenActivation])
+def test_what_a_folded_norm_leaves_is_no_norm(norm):
+    """Training without one diverges (paper Table 3)."""
+    plain = orepa.convert(trained(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 4, 3), norm(4))))
+    assert [layer.action for layer in orepa.report(plain).layers] == ["folded", "folded"]
+    assert [layer.action for layer in orepa.report(orepa.prepare(plain)).layers] == ["left", "left"]

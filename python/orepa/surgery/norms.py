@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from ..module_info import is_frozen_norm
+from ..module_info import is_frozen_norm, saved_buffers
 
 NormTypes: TypeAlias = tuple[type[nn.Module], ...]
 
@@ -28,7 +28,7 @@ def is_norm(module: nn.Module, norm_types: NormTypes = ()) -> bool:
     """
     if isinstance(module, (*_KNOWN, *norm_types)):
         return True
-    if is_frozen_norm(module) or not (_NAMES.search(type(module).__name__) or "running_var" in module._buffers):
+    if is_frozen_norm(module) or not (_NAMES.search(type(module).__name__) or "running_var" in saved_buffers(module)):
         return False
     if not all(is_norm(child) for child in module.children() if any(True for _ in child.parameters())):
         return False
