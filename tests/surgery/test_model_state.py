@@ -3,9 +3,11 @@
 import collections
 import copy
 import dataclasses
+import gc
 import io
 import random
 import types
+import weakref
 from typing import ClassVar
 
 import numpy as np
@@ -201,3 +203,20 @@ def test_tensors_with_a_graph_do_not_hinder():
     orepa.prepare(model, "orepa", inplace=True)
     assert model.feature is feature
     feature.sum().backward()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_replaced_weights_are_freed_at_once(offline):
+    """Not only by the garbage collector, which may come when there is no memory left."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    old = weakref.ref(net[0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        model = orepa.prepare(net, {"0": {"topology": "dbb", "offline": offline}}, inplace=True)
+        assert orepa.report(model).swapped and old() is None
+        old = weakref.ref(next(model[0].parameters()))
+        orepa.convert(model.eval(), inplace=True)
+        assert old() is None
+    finally:
+        gc.enable()

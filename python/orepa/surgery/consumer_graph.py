@@ -144,7 +144,7 @@ class _Search:
 
     def _read_graphs(self, module: nn.Module, traces: Traces, prefix: str) -> dict[str, Consumer]:
         """Return what holds in all graphs of a module."""
-        readings = [self._read_graph(module, graph, traces.in_train_mode, prefix) for graph in traces.graphs]
+        readings = [self._read_graph(module, graph, traces, prefix) for graph in traces.graphs]
         merged: dict[str, Consumer] = {}
         for name in dict.fromkeys(name for reading, _ in readings for name in reading):
             candidates = [reading[name] for reading, _ in readings if name in reading]
@@ -159,7 +159,7 @@ class _Search:
         return merged
 
     def _read_graph(
-        self, module: nn.Module, graph: fx.Graph, in_train_mode: bool, prefix: str
+        self, module: nn.Module, graph: fx.Graph, traces: Traces, prefix: str
     ) -> tuple[dict[str, Consumer], set[str]]:
         """Return the consumer of each convolution that is called, and the names of all modules that are."""
         modules = dict(module.named_modules())
@@ -175,7 +175,7 @@ class _Search:
         for name, nodes in calls.items():
             if not is_conv(modules[name]):
                 continue
-            followed = [self._follow(node, modules) for node in nodes]
+            followed = [self._follow(node, modules, traces.shared) for node in nodes]
             norms = sorted(set().union(*(names for names, _, _ in followed)))
             problem = next((text for _, text, _ in followed if text), "" if norms else "nothing uses its output")
             if prefix and problem == _LEAVES:
@@ -186,17 +186,18 @@ class _Search:
             once = len(nodes) == len(norms) == len(calls[norms[0]]) == 1
             direct = once and followed[0][2] and not {name, norms[0]} & attributes_read
             if direct:
-                direct = is_unconditional(nodes[0].meta["call"], calls[norms[0]][0].meta["call"], in_train_mode)
+                ours, theirs = (traces.calls[node] for node in (nodes[0], calls[norms[0]][0]))
+                direct = is_unconditional(ours, theirs, traces.in_train_mode)
             result[join(prefix, name)] = Consumer(join(prefix, norms[0]), direct)
         return result, {join(prefix, name) for name in calls}
 
-    def _follow(self, node: fx.Node, modules: dict[str, nn.Module]) -> tuple[set[str], str, bool]:
+    def _follow(self, node: fx.Node, modules: dict[str, nn.Module], shared: set[fx.Node]) -> tuple[set[str], str, bool]:
         """Return the norms that a value reaches through shape-only steps, another use of it, and whether nothing is between."""
         norms: set[str] = set()
         direct, frontier = True, [node]
         while frontier:
             value = frontier.pop()
-            direct = direct and not value.meta.keys() & {"passed_on", "stored"}
+            direct = direct and value not in shared
             for user in value.users:
                 module = modules.get(str(user.target)) if user.op == "call_module" else None
                 if isinstance(module, nn.Identity):

@@ -160,6 +160,8 @@ def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Fo
             warnings.simplefilter("ignore")  # about arguments fixed at their defaults, on purpose
             tracer = _Tracer(module, visible)
             graph = tracer.trace(module, concrete_args=optional or None)
+            calls, switches = tracer.calls, tracer.switches
+            vars(tracer).clear()  # closures of torch keep it until the garbage is collected
             graph._tracer_cls = fx.Tracer  # what unpickles a graph module, with torch alone
             root = fx.GraphModule(module, graph, type(module).__name__)
     except Exception:  # a forward may raise anything on symbolic values
@@ -169,11 +171,11 @@ def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Fo
     problem = customization(module, backward_hooks=True)
     if optional or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         problem = "its forward takes optional arguments"
-    elif tracer.switches:
+    elif switches:
         problem = "its forward switches gradients or autocast, which a graph does not hold"
     elif any(changed):
         problem = "its forward sets attributes or makes tensors"
-    return Forward(root, tracer.calls, problem)
+    return Forward(root, calls, problem)
 
 
 def _attributes(m: nn.Module) -> tuple[dict[str, Any], ...]:

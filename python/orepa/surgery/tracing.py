@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -27,16 +27,21 @@ _SEEDS = range(8)  # of the traces of a forward that draws random numbers
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where a function is that has called another: a method of ``owner``, or what one called."""
+    """Where a function is that has called another: a method of ``owner``, or what one called.
 
-    frame: FrameType
+    ``run`` numbers the runs of functions in one trace. A frame would tell them apart as well, but keep alive what its callers
+    hold.
+    """
+
+    run: int
+    code: CodeType
     owner: nn.Module | None
     line: int
     instruction: int
 
     @property
     def file(self) -> str:
-        return self.frame.f_code.co_filename
+        return self.code.co_filename
 
 
 @dataclass(frozen=True)
@@ -49,30 +54,47 @@ class Call:
 
 @dataclass
 class Traces:
-    """The graphs of one module, for each mode and each choice of optional arguments to leave out."""
+    """The graphs of one module, for each mode and each choice of optional arguments to leave out.
+
+    Args:
+        graphs: they stay until the garbage is collected, so they know of no module.
+        calls: of layers, by node.
+        shared: nodes of values that a module returned as it got them, or that the forward left in the model.
+        lines: that called a module: id of the owner, file, line.
+        in_train_mode: whether the train mode could be traced as well.
+    """
 
     graphs: list[fx.Graph] = field(default_factory=list)
-    lines: set[tuple[int, str, int]] = field(default_factory=set)  # that called a module: id of the owner, file, line
-    in_train_mode: bool = True  # whether the train mode could be traced as well
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    shared: set[fx.Node] = field(default_factory=set)
+    lines: set[tuple[int, str, int]] = field(default_factory=set)
+    in_train_mode: bool = True
 
 
 class _Tracer(fx.Tracer):
-    """Marks the nodes of layers with their `Call`, and what a module returns as it got it with ``passed_on``.
+    """Adds calls and shared values to `Traces`, and the lines if the trace succeeds. It is used once."""
 
-    `trace` marks with ``stored`` what the forward leaves in the model.
-    """
-
-    def __init__(self, is_layer: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, is_layer: Callable[[nn.Module], bool], traces: Traces) -> None:
         super().__init__()
-        self.is_layer = is_layer
+        self.is_layer, self.traces = is_layer, traces
         self.lines: set[tuple[int, str, int]] = set()
         self.calls: list[tuple[object, int]] = []
+        self.runs: dict[FrameType, int] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        try:
+            graph = super().trace(root, concrete_args)
+            self.traces.lines |= self.lines
+            return graph
+        finally:
+            # Closures of torch keep a tracer until the garbage is collected, and with it all that it knows.
+            vars(self).clear()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        sites = _call_sites(sys._getframe(1))
+        sites = _call_sites(sys._getframe(1), self.runs)
         self.lines.update((id(site.owner), site.file, site.line) for site in sites)
         call = Call(sites, self.calls)
         self.calls = [*self.calls, (object(), len(sites))]
@@ -80,14 +102,14 @@ class _Tracer(fx.Tracer):
         self.calls = call.calls
         if isinstance(result, fx.Proxy):
             if self.is_leaf_module(m, ""):
-                result.node.meta["call"] = call
+                self.traces.calls[result.node] = call
             elif type(m).forward is not nn.Sequential.forward and any(result is value for value in args):
-                result.node.meta["passed_on"] = True
+                self.traces.shared.add(result.node)
         return result
 
 
-def _call_sites(frame: FrameType | None) -> list[CallSite]:
-    """Return where the code outside torch stands that is running in a trace, outermost first."""
+def _call_sites(frame: FrameType | None, runs: dict[FrameType, int]) -> list[CallSite]:
+    """Return where the code outside torch stands that is running in a trace, outermost first; number its runs."""
     frames = []
     while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
         if not frame.f_code.co_filename.startswith((_TORCH, __file__)):
@@ -98,7 +120,7 @@ def _call_sites(frame: FrameType | None) -> list[CallSite]:
         code = frame.f_code
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         owner = first if isinstance(first, nn.Module) else sites[-1].owner if sites else None
-        sites.append(CallSite(frame, owner, frame.f_lineno, frame.f_lasti))
+        sites.append(CallSite(runs.setdefault(frame, len(runs)), code, owner, frame.f_lineno, frame.f_lasti))
     return sites
 
 
@@ -115,13 +137,9 @@ def trace(module: nn.Module, name: str, state: ModelState, is_layer: Callable[[n
     def draws(training: bool, defaults: dict[str, Any], seed: int = 0) -> bool:
         """Add a trace, and return whether it drew random numbers."""
         with _silence(), state.preserved(seed) as has_drawn, set_mode(module, training):
-            tracer = _Tracer(is_layer)
-            traces.graphs.append(tracer.trace(module, concrete_args=defaults or None))
-            traces.lines |= tracer.lines
+            traces.graphs.append(_Tracer(is_layer, traces).trace(module, concrete_args=defaults or None))
             drew = has_drawn()
-        for value in state.stored:
-            if isinstance(value, fx.Proxy):
-                value.node.meta["stored"] = True
+        traces.shared.update(value.node for value in state.stored if isinstance(value, fx.Proxy))
         return drew
 
     try:

@@ -69,7 +69,7 @@ def is_unconditional(first: Call, second: Call, in_train_mode: bool) -> bool:
     around = [a[1] for a, b in zip(first.calls, second.calls, strict=False) if a == b]
     start = around[-1] if around else 0
     ours, theirs = first.sites[start:], second.sites[start:]
-    shared = list(takewhile(lambda pair: pair[0].frame is pair[1].frame, zip(ours, theirs, strict=False)))
+    shared = list(takewhile(lambda pair: pair[0].run == pair[1].run, zip(ours, theirs, strict=False)))
     apart = ours[len(shared) :] + theirs[len(shared) :]
     if any(_has_flag(site, 0, len(linecache.getlines(site.file)), in_train_mode) for site in apart):
         return False
@@ -107,7 +107,7 @@ def _has_flag(site: CallSite, first: int, last: int, in_train_mode: bool) -> boo
     """Return whether a flag decides which of the code between two lines is run, or about one of them alone."""
     function = _function_at(site.file, site.line)
     if function is None:
-        return any("JUMP_IF" in i.opname for i in dis.get_instructions(site.frame.f_code))
+        return any("JUMP_IF" in i.opname for i in dis.get_instructions(site.code))
     return any(
         node.lineno <= last and node.end_lineno >= first and not _contains_both(node, first, last)
         for node in _flags(function, site.owner, in_train_mode)
