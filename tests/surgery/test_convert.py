@@ -159,7 +159,7 @@ def test_only_provable_norms_are_folded():
     x = torch.randn(2, 3, 8, 8)
     for build in (Shared, Twice):
         model = trained(build())
-        plain = orepa.convert(model, example_inputs=x)
+        plain = orepa.convert(model, example_inputs=x, merge=False)
         assert folded(plain) == [] and torch.equal(plain(x), model(x))
     by_place = trained(Untraceable())
     assert folded(orepa.convert(by_place)) == ["sequence.0"], "an nn.Sequential is proof, a place is not"

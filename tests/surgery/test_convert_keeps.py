@@ -87,7 +87,7 @@ def test_a_norm_is_left_where_its_method_is_held():
             self.reset = self.bn.reset_running_stats
 
         def forward(self, x):
-            return self.block(self.bn(self.conv(x)))
+            return self.block(self.bn(self.conv(x)).relu())
 
     model, x = trained(Net()), torch.randn(2, 3, 6, 6)
     plain = orepa.convert(model, example_inputs=x)

@@ -104,7 +104,12 @@ def test_a_detector_fuses_after_conversion_and_folds_where_its_code_allows(prepa
     model = Detector(Conv(3, 8), RepConv(8, 8), Conv(8, 4, 1))
     model, x = trained(orepa.prepare(model) if prepare else model), torch.randn(2, 3, 9, 9)
     expected = model(x)
-    plain = orepa.convert(model)
+    merged = orepa.convert(model)
+    assert [type(m) for m in merged.model[1].children()] == [nn.Conv2d, nn.SiLU]
+    assert_same(merged(x), expected)
+    assert_same(copy.deepcopy(merged).fuse()(x), expected)
+    capsys.readouterr()
+    plain = orepa.convert(model, merge=False)
     assert capsys.readouterr().out == "", "trials of other people's code are silent"
     assert isinstance(plain.model[0].bn, nn.Identity) and isinstance(plain.model[2].bn, nn.Identity)
     assert isinstance(plain.model[1].conv1.bn, nn.BatchNorm2d)
@@ -112,7 +117,8 @@ def test_a_detector_fuses_after_conversion_and_folds_where_its_code_allows(prepa
     assert "norm model.1.conv1.bn left: RepConv.get_equivalent_kernel_bias reads it" in details["model.1.conv1.conv"]
     assert_same(plain(x), expected)
     assert_same(copy.deepcopy(plain).fuse()(x), expected)
-    assert actions(orepa.convert(plain)) == {"model.1.conv1.conv": "left", "model.1.conv2.conv": "left"}
+    again = orepa.convert(plain, merge=False)
+    assert actions(again) == {"model.1.conv1.conv": "left", "model.1.conv2.conv": "left"}
 
 
 @pytest.mark.parametrize("prepare", [False, True])
@@ -124,7 +130,7 @@ def test_a_detector_with_a_second_forward_fuses_after_conversion(prepare):
 
 def test_all_folds_everything():
     model, x = trained(Detector(Conv(3, 8), RepConv(8, 8))), torch.randn(2, 3, 9, 9)
-    plain = orepa.convert(model, fold_bn="all")
+    plain = orepa.convert(model, fold_bn="all", merge=False)
     assert set(actions(plain).values()) == {"folded"} and len(actions(plain)) == 3
     assert_same(plain(x), model(x))
     with pytest.raises(ValueError, match="fold_bn must be"):

@@ -84,7 +84,7 @@ def test_affine_norms_are_folded(build, inside):
             self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), build(4), nn.Conv2d(4, 4, 1)
 
         def forward(self, x):
-            return self.last(self.norm(self.conv(x)))
+            return self.last(self.norm(self.conv(x)).relu())
 
     model, x = trained(Net() if inside else nn.Sequential(nn.Conv2d(3, 4, 3), build(4))), 5 * torch.randn(2, 3, 8, 8)
     plain = orepa.convert(model)

@@ -20,8 +20,9 @@ from ..optim import watch_replaced
 from .consumer_graph import Consumer, consumers
 from .deploy_methods import deploy_conflicts
 from .fold_bn import fold_batch_norm, is_foldable, norm_placeholder
+from .merge import merge_regions
 from .references import find_references
-from .replace import carry_over, check_model, copy_model, customization, replace_modules
+from .replace import carry_over, check_model, copy_model, customization, exact_copy, replace_modules
 from .report import LayerReport, Report, attach, relative_error, rounding_limit
 
 log = logging.getLogger("orepa")
@@ -41,11 +42,16 @@ def convert(
     model: nn.Module,
     *,
     inplace: bool = False,
+    merge: bool = True,
     fold_bn: bool | Literal["all"] = True,
     example_inputs: Any = None,
     tolerance: float | None = None,
 ) -> nn.Module:
-    """Replace every `OREPAConv`, `RepVGGBlock` and `OfflineConv` by a plain `nn.Conv2d`, and fold batch norms where provable.
+    """Replace every re-parameterised block, of this package or of any other class, by one plain `nn.Conv2d`.
+
+    `OREPAConv`, `RepVGGBlock` and `OfflineConv` are composed from their branches. Of everybody's modules, whatever their
+    class, each *linear region* (parallel branches of one value: convolutions, batch norms, identities, scales) is merged.
+    Then batch norms are folded into the convolution before them where that is provable.
 
     Kernels are composed in float64 and rounded once. Every new layer is compared, in float64 and on random input, with the
     unsqueezed multi-branch forward (and batch norm) that it replaces, and with a plain call of it. A second call changes
@@ -54,6 +60,8 @@ def convert(
     Args:
         model: in eval mode throughout.
         inplace: change ``model`` itself instead of a copy.
+        merge: merge linear regions, exactly, borders included. One that must stay is listed in `orepa.report`, with the reason.
+            A module that holds a region becomes a convolution, a sequence, or a `torch.fx.GraphModule`.
         fold_bn: fold each batch norm, frozen ones included, into the convolution before it, where a traced graph (or an
             `nn.Sequential`) proves that it takes all of that convolution's output; with ``example_inputs`` also where only the
             order of modules says so, if the outputs stay. A norm stays, with the reason in `orepa.report`, where a deploy
@@ -82,23 +90,44 @@ def convert(
             model = copy_model(model)
     except ValueError as problem:
         raise ConversionError(str(problem)) from problem
-    expected = None if example_inputs is None else _run(model, example_inputs)
-    follows = consumers(model) if fold_bn else {}
-    folds, left = _choose_folds(
-        model, follows, trust_order=example_inputs is not None, spare_deployment=fold_bn != "all"
-    )
     before = count_parameters(model)
+    check = None if example_inputs is None else _Comparison(model, example_inputs, tolerance)
+    layers, merged = _merge(model) if merge else ([], {})
     try:
-        layers, error = _replace(model, folds, left, example_inputs, expected, tolerance)
-    except ConversionError:
-        guesses = {name: f"only its place says that it follows {name}" for name in folds if not follows[name].is_proven}
-        if not guesses:
-            raise
-        _leave(guesses, folds, left)
-        layers, error = _replace(model, folds, left, example_inputs, expected, tolerance)
+        follows = consumers(model) if fold_bn else {}
+        folds, left = _choose_folds(model, follows, trust_order=check is not None, spare_deployment=fold_bn != "all")
+        try:
+            replaced, error = _replace(model, merged, folds, left, check)
+        except ConversionError:
+            guesses = {
+                name: f"only its place says that it follows {name}" for name in folds if not follows[name].is_proven
+            }
+            if not guesses:
+                raise
+            _leave(guesses, folds, left)
+            replaced, error = _replace(model, merged, folds, left, check)
+    except Exception:
+        replace_modules(model, merged)  # undoes it
+        raise
     watch_replaced(parameters, model)
-    attach(model, Report("convert", layers, (before, count_parameters(model)), error))
+    attach(model, Report("convert", layers + replaced, (before, count_parameters(model)), error))
     return model
+
+
+def _merge(model: nn.Module) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Merge the linear regions of a model; return the report's lines and the replacements."""
+    rewrite = merge_regions(model)
+    layers = []
+    for region, conv, error in rewrite.done:
+        detail = f"{region.convolutions} convolutions in {len(region.branches)} branches"
+        layers.append(LayerReport(region.name, describe(conv), "merged", detail, error))
+    for region in rewrite.left:
+        layers.append(LayerReport(region.name, f"{region.convolutions} convolutions", "left", region.problem))
+    try:
+        replace_modules(model, rewrite.replacements)
+    except ValueError as problem:
+        raise ConversionError(str(problem)) from problem
+    return layers, rewrite.replacements
 
 
 def _check_mode(model: nn.Module) -> None:
@@ -140,56 +169,60 @@ def _leave(reasons: Mapping[str, str], folds: dict[str, str], left: dict[str, st
         left[name] = f"norm {folds.pop(name)} left: {reason}"
 
 
+class _Comparison:
+    """The outputs of a model on example inputs, to be compared with those after conversion."""
+
+    def __init__(self, model: nn.Module, inputs: Any, tolerance: float | None) -> None:
+        self.inputs, self.tolerance = inputs, tolerance
+        self.expected = _run(model, inputs)
+
+    def error(self, model: nn.Module) -> float:
+        return compare_outputs(self.expected, _run(model, self.inputs), self.tolerance)
+
+    def error_in_float64(self, model: nn.Module, merge: bool, folds: Mapping[str, str]) -> float | None:
+        """Convert a copy of the model in float64; return its error, or None where that is too large or it does not run."""
+        try:
+            exact = exact_copy(model)
+            inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self.inputs)
+            check = _Comparison(exact, inputs, _FLOAT32_TOLERANCE)
+            if merge:
+                _merge(exact)
+            replace_modules(exact, _build(exact, folds, {})[1])
+            return check.error(exact)
+        except Exception as problem:  # of the model's own code, too
+            log.debug("no comparison in float64: %s", problem)
+            return None
+
+
 def _replace(
     model: nn.Module,
+    merged: Mapping[nn.Module, nn.Module],
     folds: Mapping[str, str],
     left: Mapping[str, str],
-    inputs: Any,
-    expected: Any,
-    tolerance: float | None,
+    check: _Comparison | None,
 ) -> tuple[list[LayerReport], float | None]:
-    """Replace the layers of a model, unless its outputs differ; return the report's lines and the error of the outputs."""
+    """Replace the layers of a merged model, unless its outputs differ; return the report's lines and their error."""
     layers, replacements = _build(model, folds, left)
     try:
         replace_modules(model, replacements)
     except ValueError as problem:
         raise ConversionError(str(problem)) from problem
-    if inputs is None:
+    if check is None:
         return layers, None
     try:
-        return layers, compare_outputs(expected, _run(model, inputs), tolerance)
+        return layers, check.error(model)
     except Exception as difference:
         replace_modules(model, replacements)  # undoes it
-        if tolerance is not None or not isinstance(difference, _OutputDiffers):
+        if check.tolerance is not None or not isinstance(difference, _OutputDiffers):
             raise
-        error = _error_in_float64(model, folds, inputs)
+        replace_modules(model, merged)  # undoes that, too
+        error = check.error_in_float64(model, bool(merged), folds)
+        replace_modules(model, merged)
         if error is None:
             raise
         log.warning("%s; that is rounding: a copy in float64 differs by %.1e", difference, error)
     replace_modules(model, replacements)
     return layers, error
-
-
-def _error_in_float64(model: nn.Module, folds: Mapping[str, str], inputs: Any) -> float | None:
-    """Return the error of the outputs in float64, or None where that is too large or the model does not run in float64."""
-    try:
-        exact = _exact(model)
-        inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-        expected = _run(exact, inputs)
-        replace_modules(exact, _build(exact, folds, {})[1])
-        return compare_outputs(expected, _run(exact, inputs), _FLOAT32_TOLERANCE)
-    except Exception as problem:  # of the model's own code, too
-        log.debug("no comparison in float64: %s", problem)
-        return None
-
-
-def _exact(module: nn.Module) -> nn.Module:
-    """Return a copy in float64."""
-    exact = copy_model(module).double()
-    for block in exact.modules():
-        if isinstance(block, OREPAConv):
-            block.backend = "reference"  # covers float64 on every device
-    return exact
 
 
 def _build(
@@ -267,14 +300,14 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
     conv = new if isinstance(new, nn.Conv2d) else next(m for m in new.modules() if isinstance(m, nn.Conv2d))
     x = random_input(conv)
 
-    exact = _exact(old)
+    exact = exact_copy(old)
     if isinstance(exact, RepVGGBlock):
         exact.act, new = nn.Identity(), conv  # an activation could hide a difference
     called = exact(x)
     unsqueezed = exact.forward_branches(x) if isinstance(exact, OREPAConv | RepVGGBlock) else called
-    converted = _exact(new)(x)
+    converted = exact_copy(new)(x)
     if norm is not None:
-        affine = _exact(norm)
+        affine = exact_copy(norm)
         called, unsqueezed, converted = affine(called), affine(unsqueezed), norm_placeholder(affine)(converted)
     if not bool(torch.isfinite(unsqueezed).all()):
         raise ConversionError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import warnings
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -17,8 +18,10 @@ from torch.nn.parameter import is_lazy
 from ..module_info import affine_of_statistics
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
+from .module_state import ModelState
 from .replace import customization
-from .tracing import has_forward
+from .tracing import CallSite, call_sites, has_forward, silence
+from .unrun_code import find_flag
 
 #: calls of modules, from outside to inside, each with its number
 Calls: TypeAlias = tuple[tuple[int, nn.Module], ...]
@@ -56,6 +59,9 @@ class _Tracer(fx.Tracer):
         self.stack: Calls = ()
         self.calls: dict[fx.Node, Calls] = {}
         self.modes, self.switches = _modes(), False
+        self.called: set[nn.Module] = set()
+        self.sites: dict[tuple[CodeType, nn.Module | None], CallSite] = {}  # of the functions that ran
+        self.runs: dict[FrameType, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         block = isinstance(m, nn.modules.conv._ConvNd | LinearBlock | RepVGGBlock | torch.jit.ScriptModule)
@@ -66,6 +72,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        self.called |= set(m.modules()) if self.is_leaf_module(m, "") else {m}
         outer, self.number = self.stack, self.number + 1
         self.stack = (*outer, (self.number, m))
         try:
@@ -77,7 +84,20 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, *args, **kwargs)
         self.calls[node] = self.stack[:-1] if kind == "call_module" else self.stack
         self.switches |= _modes() != self.modes
+        self.sites.update(((site.code, site.owner), site) for site in call_sites(sys._getframe(1), self.runs))
         return node
+
+    def find_problem(self, graph: fx.Graph) -> str:
+        """Return why another state of the model may have another graph, or an empty string."""
+        if flag := next(filter(None, map(find_flag, self.sites.values())), ""):
+            return f"its forward depends on {flag}"
+        read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        idle = [
+            name
+            for name, m in self.root.named_modules()
+            if name and (m._parameters or m._buffers) and m not in self.called and name not in read
+        ]
+        return f"its forward does not use {idle[0]}, which it might in another state" if idle else ""
 
 
 def _modes() -> tuple[bool, bool, int]:
@@ -122,7 +142,7 @@ def affine_of_norm(m: nn.Module) -> tuple[Tensor, Tensor] | None:
     x = 10 * torch.randn(2, len(mean), 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = x.to(mean.device)
     try:
-        y = torch.func.functional_call(m, {key: t.double() for key, t in m.state_dict().items()}, (x,))
+        y = torch.func.functional_call(m, {key: t.double() for key, t in m.state_dict().items()}, (x.clone(),))
     except Exception:  # it takes another kind of input
         return None
     expected = factor.view(-1, 1, 1) * x + shift.view(-1, 1, 1)
@@ -148,46 +168,33 @@ def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Fo
 
     Args:
         module: it stays as it was.
-        visible: where given, calls of all other modules are not looked into.
+        visible: where given, calls of all other modules are not looked into, and the code of these may not depend on flags.
     """
     if not has_forward(module) or "forward" in vars(module):
         return None
     parameters = inspect.signature(type(module).forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    before = [(m, [dict(attributes) for attributes in _attributes(m)]) for m in module.modules()]
+    tracer, state = _Tracer(module, visible), ModelState(module)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            warnings.simplefilter("ignore")  # about arguments fixed at their defaults, on purpose
-            tracer = _Tracer(module, visible)
+        with silence(), state.preserved(0) as has_drawn, torch.enable_grad():
             graph = tracer.trace(module, concrete_args=optional or None)
             calls, switches = tracer.calls, tracer.switches
+            state_problem = "" if visible is None else tracer.find_problem(graph)
             vars(tracer).clear()  # closures of torch keep it until the garbage is collected
             graph._tracer_cls = fx.Tracer  # what unpickles a graph module, with torch alone
             root = fx.GraphModule(module, graph, type(module).__name__)
+            draws = has_drawn()
     except Exception:  # a forward may raise anything on symbolic values
         return None
-    finally:
-        changed = [_restore(m, attributes) for m, attributes in before]
     problem = customization(module, backward_hooks=True)
     if optional or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         problem = "its forward takes optional arguments"
     elif switches:
         problem = "its forward switches gradients or autocast, which a graph does not hold"
-    elif any(changed):
-        problem = "its forward sets attributes or makes tensors"
+    elif draws:
+        problem = "its forward draws random numbers"
+    elif state.changed:
+        problem = "its forward changes the state of the model, or makes tensors"
+    elif state_problem:
+        problem = state_problem
     return Forward(root, calls, problem)
-
-
-def _attributes(m: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(m), m._parameters, m._buffers, m._modules
-
-
-def _restore(m: nn.Module, before: list[dict[str, Any]]) -> bool:
-    """Put a module's attributes back; return whether that was needed."""
-    changed = False
-    for now, then in zip(_attributes(m), before, strict=True):
-        if now.keys() != then.keys() or any(now[key] is not then[key] for key in now):
-            now.clear()
-            now.update(then)
-            changed = True
-    return changed

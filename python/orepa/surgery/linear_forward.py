@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..modules.offline_conv import OfflineConv
+from ..modules.orepa_conv import OREPAConv
 from .forward_graph import Forward, affine_of_norm, is_identity, runs_as_norm
 from .linear_map import Axis, LinearMap
 from .replace import customization
@@ -29,6 +31,7 @@ class Layer:
         module: None for a function.
         tensors: the parameters and buffers that it reads.
         problem: why it cannot be merged, or an empty string.
+        compose: gives the map of a block, whose kernel is on the device "meta" in ``map``.
     """
 
     kind: str
@@ -37,6 +40,13 @@ class Layer:
     module: nn.Module | None = None
     tensors: tuple[Tensor, ...] = ()
     problem: str = ""
+    compose: Callable[[], LinearMap] | None = None
+
+    def map_on(self, channels: int, device: str | torch.device) -> LinearMap:
+        """Return the map of an input with so many channels, in float64; on the device "meta", its size only."""
+        composed = self.compose is not None and torch.device(device).type != "meta"
+        linear = self.compose() if self.compose is not None and composed else self.map
+        return linear.on(channels, device)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _window(m: nn.Conv2d | nn.AvgPool2d, dilation: Sequence[int]) -> tuple[Axis, Axis]:
+def _window(m: nn.Conv2d | nn.AvgPool2d | OREPAConv | OfflineConv, dilation: Sequence[int]) -> tuple[Axis, Axis]:
     """Return the axes of a layer that slides a window."""
     axes = []
     strides, paddings = _pair(m.stride), None if isinstance(m.padding, str) else _pair(m.padding)
@@ -100,6 +110,27 @@ def _read_conv(name: str, m: nn.Conv2d) -> Layer:
     shifted = bool(shift.detach().any())
     linear = LinearMap(m.weight, shift, m.groups, axes, _outside(axes, m.padding_mode), shifted)
     return Layer("conv", name, linear, m, tuple(m.parameters()))
+
+
+def _read_block(name: str, m: OREPAConv | OfflineConv) -> Layer:
+    problem = next((reason for inner in m.modules() if (reason := customization(inner, backward_hooks=True))), "")
+    if type(m).forward not in (OREPAConv.forward, OfflineConv.forward):
+        problem = f"{type(m).__name__} has a forward of its own"
+    if problem:
+        return _unknown("conv", name, m, problem)
+    has_norms = any(isinstance(inner, nn.modules.batchnorm._BatchNorm) for inner in m.modules())
+    axes = _window(m, m.dilation)
+    mode = _outside(axes, m.padding_mode)
+    kernel = torch.empty(m.plan.shape, device="meta")
+    size = LinearMap(kernel, torch.zeros(1), m.groups, axes, mode, m.bias is not None or has_norms)
+
+    @torch.no_grad()
+    def compose() -> LinearMap:
+        conv = m.to_conv2d(torch.float64)
+        shift = conv.weight.new_zeros(1) if conv.bias is None else conv.bias
+        return replace(size, kernel=conv.weight, shift=shift)
+
+    return Layer("conv", name, size, m, tuple(m.parameters()), compose=compose)
 
 
 def _read_norm(name: str, m: nn.Module) -> Layer | None:
@@ -277,6 +308,8 @@ class LinearForward:
         layer: Layer | None = None
         if isinstance(m, nn.Conv2d):
             layer = _read_conv(name, m)
+        elif isinstance(m, OREPAConv | OfflineConv):
+            layer = _read_block(name, m)
         elif runs_as_norm(m):
             layer = _read_norm(name, m)
         elif type(m) is nn.AvgPool2d:

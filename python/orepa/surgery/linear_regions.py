@@ -124,7 +124,7 @@ class Region:
             first, *others = (maps[value].times(factor) for factor, value in step.inputs)
             for other in others:
                 first = first.plus(other)
-            maps[node] = first if step.layer is None else first.then(step.layer.map.on(len(first.kernel), device))
+            maps[node] = first if step.layer is None else first.then(step.layer.map_on(len(first.kernel), device))
         return maps
 
     def extends(self, nearer: Region) -> bool:

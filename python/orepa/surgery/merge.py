@@ -8,7 +8,6 @@ under the same names; the new one is called ``reparam_conv``, as timm calls it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from .forward_graph import trace
 from .linear_map import Inexact
 from .linear_regions import Region, find_regions, read_regions
 from .references import find_references
+from .replace import exact_copy
 from .report import relative_error, rounding_limit
 from .tracing import set_mode
 
@@ -144,12 +144,12 @@ def _error(region: Region, conv: nn.Conv2d) -> float:
     for node in region.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "call_module":
-            values[node] = copy.deepcopy(region.forward.root.get_submodule(str(node.target))).double()(*args)
+            values[node] = exact_copy(region.forward.root.get_submodule(str(node.target)))(*args)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return relative_error(values[region.sink], copy.deepcopy(conv).double()(x))
+    return relative_error(values[region.sink], exact_copy(conv)(x))
 
 
 def _double(value: Any) -> Any:
@@ -180,6 +180,8 @@ def _rewrite(
     assert traced is not None  # less is looked into than where the regions were found
     if _graph_in_training(owner, visible) != str(traced.root.graph):
         raise Inexact("the forward around it is another one in train mode")
+    if traced.problem:
+        raise Inexact(traced.problem)
     root, graph = traced.root, traced.root.graph
     done: list[tuple[Region, nn.Module, float]] = []
     left: list[Region] = []

@@ -37,6 +37,7 @@ class ModelState:
         self._tensors: list[tuple[Tensor, Tensor, bool]] = []
         self._generators: list[_Generator] = []
         self.stored: list[Any] = []  # what the changed objects held when `preserved` ended
+        self.changed = False  # whether anything was put back then
         # The global functions of `random` and `numpy.random` are methods of the global generators.
         pending = [model, torch.default_generator, random.random.__self__, np.random.random_sample.__self__]  # type: ignore[attr-defined]
         pending += torch.cuda.default_generators if torch.cuda.is_initialized() else ()
@@ -60,16 +61,18 @@ class ModelState:
         finally:
             for generator in self._generators:
                 generator.write(generator.saved)
-            self.stored = []
+            self.stored, self.changed = [], bool(writes.written)
             for read, write, saved in self._records:
                 if _differs(now := read(), saved):
+                    self.changed = True
                     self.stored += tree_leaves(now)
                     write(saved)
             for tensor, alias, requires_grad in self._tensors:
                 if tensor.data_ptr() != alias.data_ptr():
-                    tensor.data = alias
+                    tensor.data, self.changed = alias, True
                 if tensor.requires_grad != requires_grad:
                     tensor.requires_grad_(requires_grad)
+                    self.changed = True
             writes.undo()
 
     def _keep(self, read: Callable[[], Any], write: Callable[[Any], None]) -> Any:
@@ -128,19 +131,19 @@ class _Writes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._written: list[tuple[Tensor, Tensor]] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {**dict(enumerate(args)), **(kwargs or {})}
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 tensors = tree_leaves(given.get(index, given.get(argument.name)))
-                self._written += [(t, t.clone()) for t in tensors if isinstance(t, Tensor)]
+                self.written += [(t, t.clone()) for t in tensors if isinstance(t, Tensor)]
         return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
     def undo(self) -> None:
-        for tensor, old in reversed(self._written):
+        for tensor, old in reversed(self.written):
             if tensor.shape != old.shape:
                 tensor.resize_(old.shape)
             tensor.copy_(old)

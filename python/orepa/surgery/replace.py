@@ -113,6 +113,15 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copied
 
 
+def exact_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in float64, whose blocks squeeze on every device."""
+    exact = copy_model(module).double()
+    for block in exact.modules():
+        if isinstance(block, OREPAConv):
+            block.backend = "reference"
+    return exact
+
+
 def _complete(old: fx.GraphModule, memo: dict[int, object]) -> None:
     """Give the copy of a graph module what its constructor leaves out."""
     new = memo[id(old)]

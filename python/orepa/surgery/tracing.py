@@ -21,7 +21,7 @@ from .module_state import ModelState
 
 log = logging.getLogger("orepa")
 
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_NOT_THE_MODELS = tuple(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 _SEEDS = range(8)  # of the traces of a forward that draws random numbers
 
 
@@ -94,7 +94,7 @@ class _Tracer(fx.Tracer):
         return self.is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        sites = _call_sites(sys._getframe(1), self.runs)
+        sites = call_sites(sys._getframe(1), self.runs)
         self.lines.update((id(site.owner), site.file, site.line) for site in sites)
         call = Call(sites, self.calls)
         self.calls = [*self.calls, (object(), len(sites))]
@@ -108,11 +108,11 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _call_sites(frame: FrameType | None, runs: dict[FrameType, int]) -> list[CallSite]:
+def call_sites(frame: FrameType | None, runs: dict[FrameType, int]) -> list[CallSite]:
     """Return where the code outside torch stands that is running in a trace, outermost first; number its runs."""
     frames = []
     while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
-        if not frame.f_code.co_filename.startswith((_TORCH, __file__)):
+        if not frame.f_code.co_filename.startswith(_NOT_THE_MODELS):
             frames.append(frame)
         frame = frame.f_back
     sites: list[CallSite] = []
@@ -136,7 +136,7 @@ def trace(module: nn.Module, name: str, state: ModelState, is_layer: Callable[[n
 
     def draws(training: bool, defaults: dict[str, Any], seed: int = 0) -> bool:
         """Add a trace, and return whether it drew random numbers."""
-        with _silence(), state.preserved(seed) as has_drawn, set_mode(module, training):
+        with silence(), state.preserved(seed) as has_drawn, set_mode(module, training):
             traces.graphs.append(_Tracer(is_layer, traces).trace(module, concrete_args=defaults or None))
             drew = has_drawn()
         traces.shared.update(value.node for value in state.stored if isinstance(value, fx.Proxy))
@@ -158,7 +158,8 @@ def trace(module: nn.Module, name: str, state: ModelState, is_layer: Callable[[n
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """Print nothing, whatever a forward says about symbolic values."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

@@ -83,6 +83,40 @@ def is_unconditional(first: Call, second: Call, in_train_mode: bool) -> bool:
     return not _is_used_on_flag(here, there.line, in_train_mode)
 
 
+def find_flag(site: CallSite) -> str:
+    """Return the conditional of a function that may go another way in another state of the model, or an empty string.
+
+    One whose other way needs a part that the owner does not have is none, as in ``if self.deploy: return self.merged(x)``.
+    Which rounds a loop makes is no question here. The mode counts as known.
+    """
+    function = _function_at(site.file, site.line)
+    if function is None:
+        return "a jump in it" if any("JUMP_IF" in i.opname for i in dis.get_instructions(site.code)) else ""
+    layers = {  # that are looked up first: act = getattr(self, "act", None)
+        node.targets[0].id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _is_lookup(node.value)
+    }
+    for node in _flags(function, site.owner, in_train_mode=True):
+        test = getattr(node, "test", node)
+        is_lookup = ast.unparse(test) in {f"{name} is{no} None" for name in layers for no in ("", " not")}
+        is_dead = any(_is_missing(arm, site.owner) for arm in _arms(node))
+        if not (isinstance(node, ast.For) or is_lookup or is_dead):
+            return ast.unparse(test)
+    return ""
+
+
+def _is_lookup(value: ast.expr) -> bool:
+    return isinstance(value, ast.Call) and ast.unparse(value.func) == "getattr"
+
+
+def _is_missing(arm: list[Any], owner: nn.Module | None) -> bool:
+    """Return whether code reads an attribute that the owner does not have."""
+    parts = [part for node in arm for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+    names = {part.attr for part in parts if isinstance(part.value, ast.Name) and part.value.id == "self"}
+    return owner is not None and not all(hasattr(owner, name) for name in names)
+
+
 def _is_used_on_flag(site: CallSite, taken: int, in_train_mode: bool) -> bool:
     """Return whether a flag decides about another use of the variable that holds what a call returned.
 
@@ -197,9 +231,12 @@ def _is_fixed_test(test: ast.expr, text: str, owner: nn.Module | None, in_train_
             return _FIXED_CALLS.fullmatch(ast.unparse(function)) is not None
         case ast.Attribute(value=ast.Name(id="self"), attr="training"):
             return in_train_mode
+        case ast.Attribute(value=ast.Name(id="self"), attr="inplace"):
+            return True  # the result is the same
         case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
             is_layer = owner._modules.get(name) is not None
-            return is_layer or (vars(owner).get(name) is None and f"self.{name}(" in text)  # a layer that was left out
+            is_called = re.search(rf"self\.{name}\(| in self\.{name}\b", text) is not None
+            return is_layer or (vars(owner).get(name) is None and is_called)  # a layer that was left out
     return False
 
 
