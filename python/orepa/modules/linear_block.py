@@ -52,10 +52,10 @@ class LinearBlock(nn.Module):
             self.register_buffer(name, None, persistent=False)
         for name, child in lowered.children.items():
             self.add_module(name, LinearBlock(child.spec, child.topology, scaling, device=device, dtype=dtype))
-        #: the place of each operand of the plan: the submodules to descend into and the name there
-        self.sources = tuple(
-            (tuple(path), name) for *path, name in (operand.name.split(".") for operand in lowered.plan.operands)
-        )
+        names = [operand.name for operand in lowered.plan.operands]
+        #: the place of the tensor behind each operand of the plan: the submodules to descend into and the name there
+        self.sources = tuple((tuple(path), name) for *path, name in (full.split(".") for full in names))
+        self._dilations = {names.index(full): dilation for full, dilation in lowered.dilations.items()}
         self._place_constants(torch.empty(0, device=device, dtype=dtype))
         LinearBlock.reset_parameters(self)
         self.register_load_state_dict_post_hook(_follow_parameters)
@@ -79,6 +79,17 @@ class LinearBlock(nn.Module):
 
     def operands(self) -> list[Tensor]:
         """Return the tensors of `plan`, in its order."""
+        return self.operands_of(self.source_tensors())
+
+    def operands_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the operands for the tensors at `sources`: the same, but for zeros between the taps of dilated ones."""
+        if not self._dilations:
+            return tensors
+        dilation = [self._dilations.get(index) for index in range(len(tensors))]
+        return [t if d is None else insert_zeros(t, d) for t, d in zip(tensors, dilation, strict=True)]
+
+    def source_tensors(self) -> list[Tensor]:
+        """Return the parameters and filters at `sources`."""
         tensors = []
         for path, name in self.sources:
             module: nn.Module = self
@@ -101,7 +112,7 @@ class LinearBlock(nn.Module):
         Args:
             x: ``[N, I, H, W]``, padded once, as the block's input.
             stride: of the last layer of each branch.
-            dilation: of every layer.
+            dilation: of every layer, times its own.
             combine: called with each branch's name and scaled output, for diagnostics.
 
         Returns:
@@ -126,10 +137,12 @@ class LinearBlock(nn.Module):
         if isinstance(stage, NestedStage):
             return self._child(stage).run_branches(x, stride, dilation)
         weight, groups = self._stage_weight(stage, x.shape[1], x)
+        if isinstance(stage, ConvStage | DepthwiseStage):
+            dilation = (dilation[0] * stage.dilation[0], dilation[1] * stage.dilation[1])
         return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
     def _stage_weight(self, stage: Stage, channels: int, like: Tensor) -> tuple[Tensor, int]:
-        """Return a layer as the weight and the groups of one convolution of ``channels`` channels.
+        """Return a layer as the weight and the groups of one convolution, of the layer's dilation, of ``channels`` channels.
 
         What is fixed (filters, identities) comes in the dtype of ``like``.
         """
@@ -196,6 +209,14 @@ def _follow_parameters(module: nn.Module, _incompatible: object = None) -> None:
     like = next(iter(module.parameters()), None)
     if like is not None:
         module._place_constants(like)
+
+
+def insert_zeros(weight: Tensor, dilation: Size) -> Tensor:
+    """Return the kernel ``[.., .., r*(kh-1)+1, r*(kw-1)+1]`` that convolves as ``weight`` does with a dilation."""
+    (rows, columns), (height, width) = weight.shape[2:], dilation
+    kernel = weight.new_zeros(*weight.shape[:2], height * (rows - 1) + 1, width * (columns - 1) + 1)
+    kernel[:, :, ::height, ::width] = weight
+    return kernel
 
 
 def crop(x: Tensor, margins: list[int]) -> Tensor:

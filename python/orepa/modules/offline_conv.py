@@ -18,6 +18,7 @@ from ..module_info import batch_norm_affine
 from ..topology.language import Norm, Size, Topology, declaration
 from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, NormStep, Stage, Step
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
+from .linear_block import insert_zeros
 
 #: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
 Margins: TypeAlias = tuple[int, int, int, int]
@@ -244,17 +245,21 @@ class OfflineConv(ConvBlock):
         """Return the kernel ``[M, I/g, kh, kw]`` of a branch up to and with a step, in float64; None is the input itself."""
         channels = self.in_channels if kernel is None else kernel.shape[0]
         if isinstance(step, ConvStage | NestedStage):
-            weight = self._stage_weight(step, channels, like)[0].double()
+            weight = self._stage_kernel(step, channels, like)
             return weight if kernel is None else compose(kernel, weight, self.groups)
         if kernel is None:
             kernel = identity(channels, channels // self.groups, like)
         if isinstance(step, NormStep):
             return kernel * batch_norm_affine(getattr(self, step.name), kernel)[0].view(-1, 1, 1, 1)
-        weight = self._stage_weight(step, channels, like)[0].double()
+        weight = self._stage_kernel(step, channels, like)
         kernel = kernel.repeat_interleave(weight.shape[0] // channels, 0).transpose(0, 1)
         # A true convolution, row by row and fully padded: the depthwise case of `compose`.
         border = (step.kernel_size[0] - 1, step.kernel_size[1] - 1)
         return F.conv2d(kernel, weight.flip((2, 3)), padding=border, groups=weight.shape[0]).transpose(0, 1)
+
+    def _stage_kernel(self, stage: Stage, channels: int, like: Tensor) -> Tensor:
+        weight = self._stage_weight(stage, channels, like)[0].double()
+        return insert_zeros(weight, stage.dilation) if isinstance(stage, ConvStage | DepthwiseStage) else weight
 
     def _shift_after(self, step: Step, shift: Tensor | None) -> Tensor | None:
         """Apply a step to a map that is ``shift [C]`` everywhere, in float64; None is zero."""

@@ -120,7 +120,7 @@ class OREPAConv(ConvBlock):
         Returns:
             ``[O, I/g, kh, kw]``.
         """
-        return self._squeeze(self.operands(), dtype, memory_format)
+        return self._squeeze(self.source_tensors(), dtype, memory_format)
 
     def to_conv2d(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
         """Return a plain convolution that computes the same function, composed in float64.
@@ -158,7 +158,9 @@ class OREPAConv(ConvBlock):
         if tuple(weight.shape) != shape:
             raise ValueError(f"weight must be {list(shape)}, got {list(weight.shape)}")
         dense = [(t.weight, t.scale) for t in self.plan.terms if isinstance(t, Dense) and isinstance(t.weight, Operand)]
-        carrier, row = next(((operand, row) for operand, row in dense if operand.shape == shape), (None, None))
+        # A dilated one has fewer taps than its kernel.
+        full = ((operand, row) for operand, row in dense if operand.shape == shape == getattr(self, operand.name).shape)
+        carrier, row = next(full, (None, None))
         if carrier is None:
             raise ValueError(f"topology {self.topology!r} has no full-size convolution that could hold a given kernel")
         parameter = getattr(self, carrier.name)
@@ -212,7 +214,7 @@ class OREPAConv(ConvBlock):
     def _cached_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
         """Return the kernel, on the device of ``like``: a cached one where the block does not train."""
         if torch.compiler.is_compiling() or is_capturing(like):
-            return self._squeeze(self.operands(), dtype, memory_format, autocast=True)
+            return self._squeeze(self.source_tensors(), dtype, memory_format, autocast=True)
         # In train mode an update is next, also where a checkpoint switches gradients off: caching would be for nothing.
         trains, cached = (
             self.training or torch.is_grad_enabled(),
@@ -223,24 +225,24 @@ class OREPAConv(ConvBlock):
             if cached.is_current(key, trains):
                 return cached.kernel
             self._cached = cached = None
-        operands = self.operands()
-        if not (trains and any(map(_requires_grad, operands))):
+        tensors = self.source_tensors()
+        if not (trains and any(map(_requires_grad, tensors))):
             key = cache_key(like, dtype, memory_format, self.backend)
             squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True)
-            self._cached = cached = squeeze_to_cache(self, operands, key, squeeze)
-        return self._squeeze(operands, dtype, memory_format, autocast=True) if cached is None else cached.kernel
+            self._cached = cached = squeeze_to_cache(self, tensors, key, squeeze)
+        return self._squeeze(tensors, dtype, memory_format, autocast=True) if cached is None else cached.kernel
 
     def _squeeze(
         self,
-        operands: list[Tensor],
+        tensors: list[Tensor],
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
         autocast: bool = False,
     ) -> Tensor:
-        if autocast and operands[0].dtype == torch.float64:
+        if autocast and tensors[0].dtype == torch.float64:
             dtype = None  # autocast leaves float64 alone
         (kernel,) = orepa_kernels.squeeze(
-            [self.plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
+            [self.plan], [self.operands_of(tensors)], dtype=dtype, memory_format=memory_format, backend=self.backend
         )
         return kernel
 

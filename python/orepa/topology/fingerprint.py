@@ -74,10 +74,12 @@ def _structure(lowered: Lowered) -> object:
 
 
 def _describe(step: Step) -> object:
-    if isinstance(step, ConvStage):
-        return "conv", step.weight.name, step.identity
-    if isinstance(step, DepthwiseStage):
-        return "depthwise", step.weight.name
+    if isinstance(step, ConvStage | DepthwiseStage):
+        # Of a kernel without dilation nothing is said, as before there was any.
+        dilation = () if step.dilation == (1, 1) else (step.dilation,)
+        if isinstance(step, ConvStage):
+            return "conv", step.weight.name, step.identity, *dilation
+        return "depthwise", step.weight.name, *dilation
     if isinstance(step, NestedStage):
         return "block", _structure(step.lowered)
     if isinstance(step, FilterStage):

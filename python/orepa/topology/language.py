@@ -118,12 +118,14 @@ class Conv:
         identity: the weight is added to ``id[t, t mod I/g]``, a constant (1x1 only): the layer starts from the identity
             and weight decay pulls it back there.
         init: initial values of the weight.
+        dilation: of this layer, times the block's: ``r`` makes ``k`` taps a kernel of size ``r*(k-1)+1``. One number or two.
     """
 
     kernel_size: int | Size
     out_channels: int | None = None
     identity: bool = False
     init: Init = Kaiming(0.0)
+    dilation: int | Size = 1
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,13 @@ class Depthwise:
         kernel_size: one number or ``(kh, kw)``.
         expand: output channels ``E`` per input channel.
         init: initial values of the weight ``[I*E, 1, kh, kw]``.
+        dilation: as that of a `Conv`.
     """
 
     kernel_size: int | Size
     expand: int = 1
     init: Init = Kaiming(0.0)
+    dilation: int | Size = 1
 
 
 @dataclass(frozen=True)

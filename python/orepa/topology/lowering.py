@@ -25,19 +25,24 @@ SCALINGS = ("vector", "scalar", "none")
 
 @dataclass(frozen=True)
 class ConvStage:
-    """A convolution with weight ``[M, I/g, kh, kw]``, plus the identity where ``identity``."""
+    """A convolution with kernel ``[M, I/g, kh, kw]``, plus the identity where ``identity``.
+
+    A dilated one has a smaller parameter of the same name: the kernel has zeros between its taps.
+    """
 
     weight: Operand
     kernel_size: Size
-    identity: bool = False
+    dilation: Size
+    identity: bool
 
 
 @dataclass(frozen=True)
 class DepthwiseStage:
-    """A depthwise convolution with weight ``[I*E, 1, kh, kw]``."""
+    """A depthwise convolution with kernel ``[I*E, 1, kh, kw]``, dilated as a `ConvStage`."""
 
     weight: Operand
     kernel_size: Size
+    dilation: Size
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class Lowered:
     prefix: str
     branches: list[ResolvedBranch] = field(default_factory=list)
     parameters: dict[str, tuple[tuple[int, ...], Init]] = field(default_factory=dict)
+    #: of the operands that are dilated parameters, nested blocks included
+    dilations: dict[str, Size] = field(default_factory=dict)
     constants: dict[str, tuple[int, Size, lang.Filter]] = field(default_factory=dict)
     children: dict[str, Lowered] = field(default_factory=dict)
     scale_values: list[float] = field(default_factory=list)
@@ -137,9 +144,18 @@ def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[
     spec, prefix, channels = result.spec, result.prefix, result.spec.in_channels
     steps: list[Step] = []
 
-    def parameter(suffix: str, shape: tuple[int, ...], init: Init) -> Operand:
-        result.parameters[f"{name}_{suffix}"] = (shape, init)
-        return Operand(f"{prefix}{name}_{suffix}", shape)
+    def kernel_of(
+        layer: lang.Conv | lang.Depthwise, taps: Size, suffix: str, rows: int, columns: int
+    ) -> tuple[Operand, Size, Size]:
+        """Add a parameter. Return its kernel, the kernel's size, and the dilation, which means nothing to a single tap."""
+        height, width = pair(layer.dilation, "dilation")
+        dilation = (height if taps[0] > 1 else 1, width if taps[1] > 1 else 1)
+        size = (dilation[0] * (taps[0] - 1) + 1, dilation[1] * (taps[1] - 1) + 1)
+        kernel = Operand(f"{prefix}{name}_{suffix}", (rows, columns, *size))
+        result.parameters[f"{name}_{suffix}"] = ((rows, columns, *taps), layer.init)
+        if dilation != (1, 1):
+            result.dilations[kernel.name] = dilation
+        return kernel, size, dilation
 
     for index, (layer, suffix) in enumerate(zip(branch.layers, _suffixes(branch.layers), strict=True)):
         out = _channels_after(layer, channels, spec)
@@ -154,10 +170,9 @@ def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[
             if isinstance(layer, lang.Conv):
                 if layer.identity and kernel != (1, 1):
                     raise ValueError(f"branch {name!r}: a convolution plus identity must be 1x1, got {kernel}")
-                weight = parameter(suffix, (out, channels // spec.groups, *kernel), layer.init)
-                steps.append(ConvStage(weight, kernel, layer.identity))
+                steps.append(ConvStage(*kernel_of(layer, kernel, suffix, out, channels // spec.groups), layer.identity))
             elif isinstance(layer, lang.Depthwise):
-                steps.append(DepthwiseStage(parameter(suffix, (out, 1, *kernel), layer.init), kernel))
+                steps.append(DepthwiseStage(*kernel_of(layer, kernel, suffix, out, 1)))
             elif isinstance(layer, lang.AvgPool):
                 steps.append(FilterStage(Average(kernel), kernel))
             elif isinstance(layer, lang.Nested):
@@ -165,6 +180,7 @@ def _resolve(result: Lowered, name: str, branch: Branch, scaling: str) -> tuple[
                 child_spec = ConvSpec(channels, out, kernel, spec.groups)
                 nested = lower(layer.topology(child_spec), child_spec, scaling, f"{prefix}{child}.")
                 result.children[child] = nested
+                result.dilations |= nested.dilations
                 steps.append(NestedStage(child, nested, kernel))
             else:
                 constant = f"{name}_{suffix}"
