@@ -165,6 +165,14 @@ def test_analysis_and_pruning():
     torch.testing.assert_close(pruned(x), net(x), rtol=1e-10, atol=1e-10)
 
 
+def test_convert_verifies_it():
+    net = nn.Sequential(make(4, 4, 5, padding=2, topology="unireplknet"), nn.BatchNorm2d(4, dtype=F64)).eval()
+    x = torch.randn(1, 4, 9, 9, dtype=F64)
+    plain = orepa.convert(net, example_inputs=x)
+    assert type(plain[0]) is nn.Conv2d
+    torch.testing.assert_close(plain(x), net(x), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 def test_offline_with_norms_between_dilated_layers(padding_mode):
     """The border of a branch has the values that a norm turns zeros into."""

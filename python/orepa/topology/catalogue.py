@@ -242,3 +242,84 @@ def ecb(spec: ConvSpec, expand: int = 2) -> Topology:
     if spec.keeps_shape:
         parts["identity"] = Branch(Identity(), scale=1.0)
     return Topology(**parts)
+
+
+@register_topology("replknet")
+def replknet(spec: ConvSpec, small: int = 5) -> Topology:
+    """RepLKNet (Ding et al., CVPR 2022): a large kernel, and a ``small`` one where that is smaller."""
+    k, init = spec.kernel_size, DEFAULT_KAIMING
+    smaller = (min(small, k[0]), min(small, k[1]))
+    parts = {"origin": Branch(Conv(k, init=init), Norm())}
+    if smaller != k:
+        parts["small"] = Branch(Conv(smaller, init=init), Norm())
+    return Topology(**parts)
+
+
+#: the taps of UniRepLKNet's branches by their dilation, by the smallest kernel size that has them
+_DILATED = {
+    17: {1: 5, 2: 9, 4: 3, 5: 3, 7: 3},
+    15: {1: 5, 2: 7, 3: 3, 5: 3, 7: 3},
+    13: {1: 5, 2: 7, 3: 3, 4: 3, 5: 3},
+    11: {1: 5, 2: 5, 3: 3, 4: 3, 5: 3},
+    9: {1: 5, 2: 5, 3: 3, 4: 3},
+    7: {1: 5, 2: 3, 3: 3},
+    5: {1: 3, 2: 3},
+}
+
+
+@register_topology("unireplknet")
+def unireplknet(spec: ConvSpec) -> Topology:
+    """UniRepLKNet's Dilated Reparam Block (Ding et al., CVPR 2024): a large kernel and small ones, dilated, from 5x5 on.
+
+    The authors list square kernels up to 17x17. Larger ones get the branches of that; the longer side of a rectangular
+    kernel chooses, and the shorter one has as many taps as fit.
+    """
+    k, init = spec.kernel_size, DEFAULT_KAIMING
+    dilated = next((taps for size, taps in _DILATED.items() if size <= max(k)), {})
+    scale = (1 + len(dilated)) ** -0.5  # together, they start like one
+    parts = {"origin": Branch(Conv(k, init=init), Norm(), scale=scale)}
+    for r, taps in dilated.items():
+        height, width = (min(taps, 1 + (size - 1) // (2 * r) * 2) for size in k)  # odd, as every kernel here
+        parts[f"dilation{r}"] = Branch(Conv((height, width), init=init, dilation=r), Norm(), scale=scale)
+    return Topology(**parts)
+
+
+@register_topology("repmixer")
+def repmixer(spec: ConvSpec, layer_scale: float = 1e-5) -> Topology:
+    """RepMixer of FastViT (Vasu et al., ICCV 2023): the input, plus ``layer_scale`` times RepVGG's branches less a norm of it.
+
+    Where the shape allows no identity, it is RepVGG's block. Offline, the weights of the norms, which start at one, stand for
+    the layer scale and the sign.
+    """
+    if not spec.keeps_shape:
+        return repvgg(spec)
+    mixer = {name: Branch(*branch.layers, scale=layer_scale) for name, branch in repvgg(spec)}
+    norm = Branch(Identity(), Norm(), scale=-layer_scale)
+    return Topology(skip=Branch(Identity(), scale=None), **mixer, norm=norm)
+
+
+@register_topology("sesr")
+def sesr(spec: ConvSpec, expand: int = 16) -> Topology:
+    """SESR's collapsible block (Bhardwaj et al., MLSys 2022): kxk to ``expand`` times the channels, 1x1 back; plus identity."""
+    init = _stage_init(spec, 2)
+    wide = Branch(Conv(spec.kernel_size, expand * spec.out_channels, init=init), Conv(1, init=init), scale=None)
+    return _with_shortcut(spec, sequence=wide)
+
+
+@register_topology("rrrb")
+def rrrb(spec: ConvSpec, expand: int = 2) -> Topology:
+    """FMEN's RRRB (Du et al., CVPRW 2022): 1x1 to ``expand`` times the channels, kxk plus identity, 1x1 back; plus identity."""
+    wide = expand * spec.in_channels
+    init = replace(_stage_init(spec, 3), a=math.sqrt(3))  # 1/2 * (1/2 + 1) * 1/2: the variance of nn.Conv2d, or nearly
+    middle = partial(_residual, init=init)
+    sequence = Branch(Conv(1, wide, init=init), Nested(middle, spec.kernel_size, wide), Conv(1, init=init), scale=None)
+    return _with_shortcut(spec, sequence=sequence)
+
+
+def _residual(spec: ConvSpec, init: Kaiming) -> Topology:
+    return _with_shortcut(spec, origin=Branch(Conv(spec.kernel_size, init=init), scale=None))
+
+
+def _with_shortcut(spec: ConvSpec, **branches: Branch) -> Topology:
+    """Add the identity, unscaled, where the shape allows it."""
+    return Topology(**branches, **{"identity": Branch(Identity(), scale=None)} if spec.keeps_shape else {})
