@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 import orepa
 from orepa import OREPAConv
-from orepa.topology import AvgPool, Branch, Conv, ConvSpec, Depthwise, Filter, Identity, Nested, Norm, Topology
+from orepa.topology import AvgPool, Branch, Conv, ConvSpec, Depthwise, Filter, Identity, Nested, Norm, Topology, pair
 from orepa.topology.filters import dct2d_prior, frequency_prior
 
 F64 = torch.float64
@@ -123,6 +123,53 @@ SEQUENCES = {
 @pytest.mark.parametrize("sequence", SEQUENCES)
 def test_any_sequence_lowers(sequence):
     squeezed_equals_branches(lambda spec: Topology(only=Branch(*SEQUENCES[sequence])))
+
+
+def branches(name, size, groups=1, **options):
+    """The taps and the dilation of each branch's first layer, in order."""
+    declared = orepa.topology.declaration(name, **options)(ConvSpec(4, 4, size, groups))
+    return [(pair(branch.layers[0].kernel_size), branch.layers[0].dilation) for _, branch in declared]
+
+
+def test_large_kernels_have_the_branches_of_the_papers():
+    assert branches("replknet", (31, 31), 4) == [((31, 31), 1), ((5, 5), 1)]
+    assert branches("replknet", (3, 9)) == [((3, 9), 1), ((3, 5), 1)]
+    assert branches("replknet", (7, 7), small=3) == [((7, 7), 1), ((3, 3), 1)]
+    assert branches("replknet", (5, 5)) == [((5, 5), 1)]
+    authors = {  # kernel_sizes and dilates of their code
+        5: ([3, 3], [1, 2]),
+        7: ([5, 3, 3], [1, 2, 3]),
+        9: ([5, 5, 3, 3], [1, 2, 3, 4]),
+        11: ([5, 5, 3, 3, 3], [1, 2, 3, 4, 5]),
+        13: ([5, 7, 3, 3, 3], [1, 2, 3, 4, 5]),
+        15: ([5, 7, 3, 3, 3], [1, 2, 3, 5, 7]),
+        17: ([5, 9, 3, 3, 3], [1, 2, 4, 5, 7]),
+    }
+    for size, lists in authors.items():
+        small = [((k, k), r) for k, r in zip(*lists, strict=True)]
+        assert branches("unireplknet", (size, size), 4) == [((size, size), 1), *small]
+    assert branches("unireplknet", (31, 31))[1:] == branches("unireplknet", (17, 17))[1:]
+    assert branches("unireplknet", (3, 3)) == [((3, 3), 1)]
+    assert branches("unireplknet", (3, 7))[1:] == [((3, 5), 1), ((1, 3), 2), ((1, 3), 3)]
+
+
+def test_the_shortcuts_of_repmixer_and_sesr():
+    delta, one = torch.zeros(6, 1, 3, 3, dtype=F64), (slice(None), slice(None), slice(1, 2), slice(1, 2))
+    delta[one] = 1
+    mixer = OREPAConv(6, 6, 3, groups=6, topology="repmixer", dtype=F64)
+    small = delta * mixer.conv1x1_weight
+    start = delta + 1e-5 * (mixer.origin_weight + small)  # the norm takes the identity of the mixer out
+    torch.testing.assert_close(mixer.squeeze(), start, rtol=1e-12, atol=1e-12)
+    a, b, c, d = randomize(mixer).scales.view(4, 6, 1, 1, 1).unbind()
+    mixed = delta + a * mixer.origin_weight + b * delta * mixer.conv1x1_weight + (c + d) * delta
+    torch.testing.assert_close(mixer.squeeze(), mixed, rtol=1e-12, atol=1e-12)
+    sesr = OREPAConv(6, 6, 3, topology="sesr", dtype=F64)
+    wide = torch.einsum("om,mihw->oihw", sesr.sequence_conv2[:, :, 0, 0], sesr.sequence_conv1)
+    wide[one] += torch.eye(6, dtype=F64)[..., None, None]
+    assert len(sesr.sequence_conv1) == 96 and sesr.scales is None
+    torch.testing.assert_close(sesr.squeeze(), wide, rtol=1e-12, atol=1e-12)
+    assert OREPAConv(6, 6, 3, stride=2, topology="repmixer").scales.shape[0] == 2
+    assert len(OREPAConv(6, 6, 3, stride=2, topology="sesr").plan.terms) == 1
 
 
 def test_user_topology_registers_in_five_lines():

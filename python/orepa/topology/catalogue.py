@@ -300,26 +300,12 @@ def repmixer(spec: ConvSpec, layer_scale: float = 1e-5) -> Topology:
 
 @register_topology("sesr")
 def sesr(spec: ConvSpec, expand: int = 16) -> Topology:
-    """SESR's collapsible block (Bhardwaj et al., MLSys 2022): kxk to ``expand`` times the channels, 1x1 back; plus identity."""
-    init = _stage_init(spec, 2)
-    wide = Branch(Conv(spec.kernel_size, expand * spec.out_channels, init=init), Conv(1, init=init), scale=None)
-    return _with_shortcut(spec, sequence=wide)
+    """SESR's collapsible block (Bhardwaj et al., MLSys 2022): kxk to ``expand`` times the channels, 1x1 back; plus identity.
 
-
-@register_topology("rrrb")
-def rrrb(spec: ConvSpec, expand: int = 2) -> Topology:
-    """FMEN's RRRB (Du et al., CVPRW 2022): 1x1 to ``expand`` times the channels, kxk plus identity, 1x1 back; plus identity."""
-    wide = expand * spec.in_channels
-    init = replace(_stage_init(spec, 3), a=math.sqrt(3))  # 1/2 * (1/2 + 1) * 1/2: the variance of nn.Conv2d, or nearly
-    middle = partial(_residual, init=init)
-    sequence = Branch(Conv(1, wide, init=init), Nested(middle, spec.kernel_size, wide), Conv(1, init=init), scale=None)
-    return _with_shortcut(spec, sequence=sequence)
-
-
-def _residual(spec: ConvSpec, init: Kaiming) -> Topology:
-    return _with_shortcut(spec, origin=Branch(Conv(spec.kernel_size, init=init), scale=None))
-
-
-def _with_shortcut(spec: ConvSpec, **branches: Branch) -> Topology:
-    """Add the identity, unscaled, where the shape allows it."""
-    return Topology(**branches, **{"identity": Branch(Identity(), scale=None)} if spec.keeps_shape else {})
+    The authors expand 16 channels to 256, and collapse the block at every training step, as this package does.
+    """
+    wide, init = expand * spec.out_channels, _stage_init(spec, 2)
+    parts = {"sequence": Branch(Conv(spec.kernel_size, wide, init=init), Conv(1, init=init), scale=None)}
+    if spec.keeps_shape:
+        parts["identity"] = Branch(Identity(), scale=None)
+    return Topology(**parts)
