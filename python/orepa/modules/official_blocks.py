@@ -10,6 +10,8 @@ mathematics is not that of the paper, the map converts exactly:
 
 All these maps are linear and orthogonal (permutations, flips, signs), so they take gradients and momentum buffers as well.
 Constants (priors, averages, identities) are in their checkpoints but derived here.
+
+Blocks of RepVGG, MobileOne and DBB only change names (`orepa.modules.official_offline`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -25,7 +27,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..topology.language import Size, pair
+from ..topology.language import ConvSpec, Size, pair
+from ..topology.lowering import ResolvedBranch
+from .official_offline import OfflineKind, layer_names, recognize_offline
+from .offline_conv import OfflineConv
+from .online_form import online_form
 from .orepa_conv import OREPAConv
 from .repvgg import RepVGGBlock
 
@@ -131,6 +137,14 @@ def repvgg_entries(has_identity: bool) -> Entries:
     return result | norm_entries("rbr_identity", "identity_bn") if has_identity else result
 
 
+def offline_entries(kind: str, branches: Iterable[ResolvedBranch]) -> Entries:
+    """Return the entries of an offline block, its norms included."""
+    result: Entries = {}
+    for theirs, ours, is_norm in layer_names(kind, branches):
+        result |= norm_entries(theirs, ours) if is_norm else {theirs: Entry(ours)}
+    return result
+
+
 def add_prefixes(theirs: str, ours: str, entries: Entries) -> Entries:
     """Return entries with one prefix for their names and one for ours."""
     return {theirs + key: replace(entry, name=ours + entry.name) for key, entry in entries.items()}
@@ -161,19 +175,20 @@ def load_translated(module: nn.Module, entries: Entries, tensors: Mapping[str, T
 class OfficialBlock:
     """One of their blocks, as far as its shapes tell."""
 
-    topology: str  # ours; ``"repvgg_dense"`` stands for the whole `RepVGGBlock`
+    topology: str  # ours; ``"repvgg_dense"`` stands for the whole `RepVGGBlock`, the name of ``offline`` for that
     in_channels: int
     out_channels: int
     kernel_size: Size
     groups: int
     has_norm: bool  # False for a weight-only OREPA block
-    entries: Entries  # with the names of the module that `block_from_official` returns
+    entries: Entries  # with the names of the module that `block_from_official` returns, or makes its online form of
+    offline: OfflineKind | None = None
 
 
 def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, groups: int = 1) -> OfficialBlock:
     """Recognize the block of a state dict, and check its keys. Errors are those of `block_from_official`.
 
-    The stride decides whether an OREPA-VGG block has an identity branch.
+    The stride decides whether there is an identity branch.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
@@ -183,7 +198,11 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
 
-    topology, first, stages = _recognize(state_dict)
+    deployed = deployed_key(state_dict)
+    if deployed is not None:
+        raise ValueError(f"the block is deployed already ({deployed!r}): a plain convolution, nothing to convert")
+    offline = recognize_offline(state_dict, groups)
+    topology, first, stages = (offline.name, offline.first, 1) if offline else _recognize(state_dict)
     if first not in state_dict:
         raise ValueError(f"no complete {topology} block: missing {first!r}")
     shape = tuple(state_dict[first].shape)
@@ -191,15 +210,19 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
         raise ValueError(f"{first!r} must be [O, I/g, kh, kw], got {list(shape)}")
     out_channels, in_channels = shape[0], shape[1] * groups
     kernel_size = (2 * stages + 1, 2 * stages + 1) if topology.endswith("stem") else (shape[2], shape[3])
-    if topology not in ("orepa", "plain_stem") and groups != 1:
+    if offline is None and topology not in ("orepa", "plain_stem") and groups != 1:
         raise ValueError(f"their {topology} blocks all have groups=1, got groups={groups}")
 
     has_norm, note = topology != "orepa" or any(key.startswith("bn.") for key in state_dict), ""
-    if topology == "repvgg_dense":
-        has_identity = in_channels == out_channels and pair(stride, "stride") == (1, 1)
-        entries = repvgg_entries(has_identity)
-        identity = "an identity" if has_identity else "no identity"
-        note = f" ({in_channels} to {out_channels} channels at stride {stride}: {identity})"
+    spec = ConvSpec(in_channels, out_channels, kernel_size, groups, pair(stride, "stride"))
+    if offline is not None or topology == "repvgg_dense":
+        entries = (
+            repvgg_entries(spec.keeps_shape) if offline is None else offline_entries(topology, offline.branches(spec))
+        )
+        identity = "an identity" if spec.keeps_shape else "no identity"
+        note = (
+            f" ({in_channels} to {out_channels} channels at stride {stride}: {identity})" if topology != "dbb" else ""
+        )
     else:
         entries = conv_entries(topology, groups, stages)
         if has_norm:
@@ -221,15 +244,12 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
     actual = _groups(topology, state_dict, shape[1])
     if actual is not None and actual != groups:
         raise ValueError(f"the shapes are those of groups={actual}, got groups={groups}")
-    return OfficialBlock(topology, in_channels, out_channels, kernel_size, groups, has_norm, entries)
+    return OfficialBlock(topology, in_channels, out_channels, kernel_size, groups, has_norm, entries, offline)
 
 
 def _recognize(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
     """Return our topology, the key of the first kernel, and the number of stages."""
     keys = list(state_dict)
-    reparam = next((key for key in keys if "_reparam." in key), None)
-    if reparam is not None:
-        raise ValueError(f"the block is deployed already ({reparam!r}): a plain convolution, nothing to convert")
     for start, topology, first in (
         ("rbr_", "repvgg_dense", "rbr_dense.weight_rbr_origin"),
         ("weight_or1x1_", "rep1x1", "weight_or1x1_origin"),
@@ -243,9 +263,15 @@ def _recognize(state_dict: Mapping[str, Tensor]) -> tuple[str, str, int]:
         count = max(2, 1 + max(stage for stage, _ in stages))  # no stem has one stage
         return ("deep_stem", "weight0.weight_orepa_origin", count) if deep else ("plain_stem", "weight0", count)
     raise ValueError(
-        "state_dict must hold one block of theirs, with keys such as 'weight_orepa_origin' and no prefix, "
+        "state_dict must hold one block of theirs, with keys such as 'weight_orepa_origin', 'rbr_dense.conv.weight', "
+        "'rbr_conv.0.conv.weight' or 'dbb_origin.conv.weight' and no prefix, "
         f"got {_list(keys) if keys else 'no keys'}"
     )
+
+
+def deployed_key(keys: Iterable[str]) -> str | None:
+    """Return the first key of a deployed block."""
+    return next((key for key in keys if re.search(r"_reparam\.|(^|\.)reparam_conv\.", key)), None)
 
 
 def key_problems(state_dict: Mapping[str, Tensor], entries: Entries) -> list[str]:
@@ -286,21 +312,28 @@ def block_from_official(
     groups: int = 1,
     eps: float = 1e-5,
     backend: str = "auto",
+    online: bool = False,
 ) -> nn.Module:
     """Convert one block of the authors' code, with the same function, gradients and running statistics.
 
-    They agree to about 1e-8 (relative) in float64, because the authors' constants are rounded to float32. The only activation
-    is the ReLU of an OREPA-VGG block: a state dict does not hold any.
+    OREPA's agree to about 1e-8 (relative) in float64, because the authors' constants are rounded to float32; those of RepVGG,
+    MobileOne and DBB to rounding. The only activation is the ReLU of an OREPA-VGG block: a state dict does not hold any.
 
     Args:
-        state_dict: of an OREPA, Rep-1x1, deep stem, plain stem or OREPA-VGG block, without a prefix. It is copied.
+        state_dict: of an OREPA, Rep-1x1, deep stem, plain stem or OREPA-VGG block, or of the original RepVGG, MobileOne or DBB
+            block without squeeze-and-excitation; without a prefix. It is copied.
         stride, padding, dilation, groups: of the block.
         eps: of its norms.
         backend: that squeezes; see `orepa_kernels.squeeze`.
+        online: return a RepVGG, MobileOne or DBB block as one convolution with the same branches and one norm after the sum.
+            The function is the same in eval mode. In train mode it is close: the mean of the norm is exact, its variance an
+            estimate that takes the branches' outputs for as correlated as white noise would make them. OREPA's blocks are
+            online as they are.
 
     Returns:
         In train mode, with the dtype and on the device of ``state_dict``: a `RepVGGBlock` for an OREPA-VGG block, an
-        `OREPAConv` for an OREPA block without ``bn.*``, else a ``Sequential(conv=OREPAConv, norm=BatchNorm2d)``.
+        `OREPAConv` for an OREPA block without ``bn.*``, an `OfflineConv` for a block of RepVGG, MobileOne or DBB, else
+        (and with ``online``) a ``Sequential(conv=OREPAConv, norm=BatchNorm2d)``.
 
     Raises:
         TypeError: not a mapping to floating-point tensors.
@@ -313,6 +346,9 @@ def block_from_official(
     module = _build(block, stride, padding, dilation, eps, backend)
     check_tensors(state_dict, block.entries, module)
     load_translated(module, block.entries, state_dict)
+    if online and block.offline is not None:
+        assert isinstance(module, OfflineConv)
+        return online_form(module, block.offline.topology, backend=backend, **block.offline.options)
     return module
 
 
@@ -321,9 +357,13 @@ def _build(
 ) -> nn.Module:
     # On the meta device: nothing is drawn from the random generator only to be overwritten.
     geometry = (block.in_channels, block.out_channels, block.kernel_size, stride, padding, dilation, block.groups)
+    kind = block.offline
+    if (kind is not None or block.topology == "repvgg_dense") and pair(dilation, "dilation") != (1, 1):
+        name = "OREPA-VGG" if kind is None else block.topology
+        raise ValueError(f"their {name} block always trains with dilation=1, got dilation={dilation}")
+    if kind is not None:
+        return OfflineConv(*geometry, topology=kind.topology, eps=eps, device="meta", **kind.options)
     if block.topology == "repvgg_dense":
-        if pair(dilation, "dilation") != (1, 1):
-            raise ValueError(f"their OREPA-VGG block always trains with dilation=1, got dilation={dilation}")
         module: nn.Module = RepVGGBlock(*geometry, backend=backend, device="meta")
     else:
         conv = OREPAConv(*geometry, bias=False, topology=block.topology, backend=backend, device="meta")

@@ -226,20 +226,25 @@ class OfflineConv(ConvBlock):
         weight = torch.zeros(self.plan.shape, dtype=torch.float64, device=like.device)
         bias = None if self.bias is None else self.bias.double()
         for branch in self._branches:
-            kernel: Tensor | None = None
-            shift: Tensor | None = None
-            for step in branch.steps:
-                kernel, shift = self._kernel_after(step, kernel, weight), self._shift_after(step, shift)
-            assert kernel is not None  # a branch has at least one layer
-            if branch.scale is not None and self.scales is not None:
-                scale = self.scales[branch.scale].double()
-                kernel = kernel * scale.view(-1, 1, 1, 1)
-                shift = None if shift is None else shift * scale
+            kernel, shift = self._squeeze_branch(branch, weight)
             weight = weight + align(kernel, self.kernel_size)
             if shift is not None:
                 bias = shift if bias is None else bias + shift
         dtype = like.dtype if dtype is None else dtype
         return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _squeeze_branch(self, branch: OfflineBranch, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a branch in eval mode as a kernel of its size and a bias ``[O]`` (None is zero), in float64."""
+        kernel: Tensor | None = None
+        shift: Tensor | None = None
+        for step in branch.steps:
+            kernel, shift = self._kernel_after(step, kernel, like), self._shift_after(step, shift)
+        assert kernel is not None  # a branch has at least one layer
+        if branch.scale is not None and self.scales is not None:
+            scale = self.scales[branch.scale].double()
+            kernel = kernel * scale.view(-1, 1, 1, 1)
+            shift = None if shift is None else shift * scale
+        return kernel, shift
 
     def _kernel_after(self, step: Step, kernel: Tensor | None, like: Tensor) -> Tensor:
         """Return the kernel ``[M, I/g, kh, kw]`` of a branch up to and with a step, in float64; None is the input itself."""
