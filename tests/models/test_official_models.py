@@ -261,8 +261,8 @@ def test_the_first_differences_are_named(theirs: str, asked: str, message: str) 
 
 def test_bad_tensors_and_names() -> None:
     state = on_meta("RepVGG-A0")
-    with pytest.raises(ValueError, match=r"arch must be one of orepa_resnet18 \(ResNet-18\).*got 'RepVGG-B1'"):
-        orepa.load_official(state, "RepVGG-B1")
+    with pytest.raises(ValueError, match=r"arch must be one of orepa_resnet18 \(ResNet-18\).*got 'RepVGG-C1'"):
+        orepa.load_official(state, "RepVGG-C1")
     with pytest.raises(TypeError, match=r"'linear.bias' must be floating-point, got torch.int64"):
         orepa.load_official({**state, "linear.bias": torch.zeros(1000, dtype=torch.int64, device="meta")}, "RepVGG-A0")
     with pytest.raises(ValueError, match="'linear.weight' is on cpu"):

@@ -1,4 +1,4 @@
-"""Loads whole checkpoints of the authors: into our models, exactly, or into timm's plain ones."""
+"""Loads whole checkpoints of the authors, and of the originals: into our models, exactly, or into timm's plain ones."""
 
 from __future__ import annotations
 
@@ -7,25 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from torch import Tensor, nn
 
-from ..module_info import walk
-from ..modules.official_blocks import Entries, check_tensors, key_problems, load_translated
+from ..module_info import count_parameters, walk
+from ..modules.official_blocks import Entries, check_tensors, deployed_key, key_problems, load_translated
+from ..modules.offline_conv import OfflineConv
+from ..modules.online_form import online_form
 from ..modules.repvgg import RepVGGBlock
 from ..surgery.convert import compare_outputs, convert
-from .key_map import official_entries
-from .timm_models import create_on_meta, spec_of, timm_repvgg_block
+from ..surgery.prepare import prepare
+from ..surgery.report import LayerReport, Report, attach
+from .key_map import ORIGINAL_LAYERS, official_entries, official_names, original_entries
+from .timm_models import MODELS, ModelSpec, create_on_meta, spec_of, timm_repvgg_block
 
 
-def load_official(source: Mapping[str, Any] | str | os.PathLike[str], arch: str, *, backend: str = "auto") -> nn.Module:
-    """Load a checkpoint of the authors into the registered model of that name; see `orepa.load_official`."""
-    name, _ = spec_of(arch)
-    state = _unwrap(source) if isinstance(source, Mapping) else _read(source)
-    model = create_on_meta(name, num_classes=_classes(state), backend=backend)
-    entries = official_entries(model)
-    _check(state, entries, model, name)
-    load_translated(model, entries, state)
+def load_official(
+    source: Mapping[str, Any] | str | os.PathLike[str], arch: str, *, backend: str = "auto", online: bool = False
+) -> nn.Module:
+    """Load a checkpoint of the authors into the model of that name; see `orepa.load_official`."""
+    state = _state(source)
+    original, classes = _original(arch, state), {"num_classes": _classes(state)}
+    if original is not None:
+        model = create_on_meta(original, **classes)
+        _load(model, original_entries(_family(original), model), state, original)
+        return prepare(model, preserve=True, inplace=True, backend=backend) if online else model
+    name, spec = _spec(arch)
+    if not _has_dbb(state):
+        model = create_on_meta(name, **classes, backend=backend)
+        _load(model, official_entries(model), state, name)
+        return model
+    offline = _prepare_dbb(create_on_meta(spec.plain, **classes), offline=True)
+    _load(offline, official_entries(offline), state, f"{spec.plain} of DBB blocks")
+    if not online:
+        return offline
+    model = _prepare_dbb(create_on_meta(spec.plain, **classes), backend=backend)
+    model.load_state_dict(_online_state(offline, backend), assign=True)
     return model
 
 
@@ -34,7 +53,7 @@ def plain_from_official(
 ) -> nn.Module:
     """Load a checkpoint of the authors and convert it to timm's plain model, verified.
 
-    Norms are not folded (and the branches of RepVGG stay apart), so that the state dict is that of
+    Norms are not folded (and the branches of RepVGG and MobileOne stay apart), so that the state dict is that of
     ``timm.create_model("resnet18")``.
 
     Arguments and errors are those of `load_official`; ConversionError says that the model is not the same function.
@@ -42,8 +61,19 @@ def plain_from_official(
     Returns:
         timm's model in eval mode.
     """
-    _, spec = spec_of(arch)
-    model = load_official(source, arch, backend=backend).eval()
+    state = _state(source)
+    if _original(arch, state) is not None:
+        model, detail = load_official(state, arch).eval(), "its branches stay apart, as in timm"
+        layers = [
+            LayerReport(name, type(block).__name__, "left", detail)
+            for name, block in walk(model, (RepVggBlock, MobileOneBlock))
+            if isinstance(block, RepVggBlock | MobileOneBlock)
+        ]
+        attach(model, Report("convert", layers, (count_parameters(model),) * 2))
+        return model
+    _, spec = _spec(arch)
+    # DBB as well as OREPA: one convolution and its norm
+    model = load_official(state, arch, backend=backend, online=True).eval()
     like = next(model.parameters())
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     if not spec.is_repvgg:
@@ -66,6 +96,56 @@ def plain_from_official(
     return plain
 
 
+# --- the originals --------------------------------------------------------------------------------------------------------
+
+
+def _family(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def _original(arch: str, state: Mapping[str, Tensor]) -> str | None:
+    """Return timm's name of an original RepVGG or MobileOne (``"repvgg_a0"`` of ``"RepVGG-A0"``), or None.
+
+    Three RepVGGs are the authors' as well: there, the keys decide.
+    """
+    name = arch.lower().replace("-", "_")
+    if _family(name) not in ORIGINAL_LAYERS or not timm.is_model(name):
+        return None
+    return name if f"orepa_{name}" not in MODELS or any(".rbr_dense.conv." in key for key in state) else None
+
+
+def _spec(arch: str) -> tuple[str, ModelSpec]:
+    try:
+        return spec_of(arch)
+    except ValueError as error:
+        raise ValueError(f"{error}; the originals that load are timm's repvgg_* and mobileone_*") from None
+
+
+def _has_dbb(state: Mapping[str, Tensor]) -> bool:
+    return any(".dbb_" in key for key in state)
+
+
+def _prepare_dbb(plain: nn.Module, **options: Any) -> nn.Module:
+    """Put DBB blocks where its authors have them: kernels larger than 1x1 and smaller than the stem's."""
+
+    def choose(_: str, conv: nn.Conv2d) -> dict[str, Any] | None:
+        return {"topology": "dbb", **options} if conv.kernel_size == (3, 3) else None
+
+    return prepare(plain, choose, inplace=True)
+
+
+def _online_state(offline: nn.Module, backend: str) -> dict[str, Tensor]:
+    """Return the state dict of a ResNet of offline DBB blocks for one of online blocks."""
+    state = offline.state_dict()
+    for block, name, norm, _ in official_names(offline):
+        if isinstance(block, OfflineConv):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            pair = online_form(block, "dbb", backend=backend)
+            for place, module in zip((name, norm), pair, strict=True):
+                state |= {f"{place}.{key}": value for key, value in module.state_dict().items()}
+    return state
+
+
 # --- reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -84,6 +164,10 @@ def _read(path: object) -> dict[str, Tensor]:
         return _unwrap(content)
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
+
+
+def _state(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Tensor]:
+    return _unwrap(source) if isinstance(source, Mapping) else _read(source)
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -106,9 +190,14 @@ def _classes(state: Mapping[str, Tensor], key: str = "linear.weight") -> int:
     return weight.shape[0] if weight is not None and weight.dim() == 2 and weight.shape[0] else 1000
 
 
+def _load(model: nn.Module, entries: Entries, state: Mapping[str, Tensor], name: str) -> None:
+    _check(state, entries, model, name)
+    load_translated(model, entries, state)
+
+
 def _check(state: Mapping[str, Tensor], entries: Entries, model: nn.Module, name: str) -> None:
     """Raise ValueError for keys, shapes, devices or dtypes that do not fit."""
-    deployed = next((key for key in state if "_reparam." in key), None)
+    deployed = deployed_key(state)
     if deployed is not None:
         raise ValueError(f"the checkpoint is deployed already ({deployed!r}): plain convolutions, nothing to convert")
     problems = key_problems(state, entries)

@@ -16,9 +16,11 @@ from ..modules.official_blocks import (
     conv_entries,
     key_problems,
     norm_entries,
+    offline_entries,
     repvgg_entries,
     translate,
 )
+from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
 
@@ -68,11 +70,14 @@ _NAMES = (
 
 
 def official_entries(model: nn.Module) -> Entries:
-    """Return the entry of every tensor of one of the registered models."""
+    """Return the entry of every tensor of one of the registered models, or of such a ResNet of offline DBB blocks."""
     result: Entries = {}
-    for module, ours, norm, theirs in _blocks(model):
+    for module, ours, norm, theirs in official_names(model):
         if isinstance(module, RepVGGBlock):
             result |= add_prefixes(f"{theirs}.", f"{ours}.", repvgg_entries(module.identity_bn is not None))
+            continue
+        if isinstance(module, OfflineConv):
+            result |= add_prefixes(f"{theirs}.", f"{ours}.", offline_entries("dbb", module._lowered.branches))
             continue
         if isinstance(module, OREPAConv):
             stages = module.kernel_size[0] // 2
@@ -84,10 +89,50 @@ def official_entries(model: nn.Module) -> Entries:
     return result | {f"linear.{kind}": Entry(f"{head}.{kind}") for kind in ("weight", "bias")}
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
+def official_names(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
+    """Yield every convolution (RepVGG: block), its name, that of the norm after it, and theirs for the two together."""
     for name, module in walk(model, (LinearBlock, RepVGGBlock)):
-        if isinstance(module, OREPAConv | RepVGGBlock | nn.Conv2d):
+        if isinstance(module, OREPAConv | OfflineConv | RepVGGBlock | nn.Conv2d):
             for pattern, norm, theirs in _NAMES:
                 match = re.fullmatch(pattern, name)
                 if match:
                     yield module, name, match.expand(norm), match.expand(theirs)
+
+
+# --- the originals in timm ------------------------------------------------------------------------------------------------
+
+_PLACES = (
+    (r"^head\.fc\.", "linear."),
+    (r"^stem\.", "stage0."),
+    *((rf"^stages\.{stage}\.", f"stage{stage + 1}.") for stage in range(4)),
+)
+#: how timm and the authors name the layers of a block
+ORIGINAL_LAYERS = {
+    "repvgg": {
+        ".conv_kxk.": ".rbr_dense.",
+        ".conv_1x1.": ".rbr_1x1.",
+        ".identity.": ".rbr_identity.",
+        ".attn.fc1.": ".se.down.",
+        ".attn.fc2.": ".se.up.",
+    },
+    "mobileone": {
+        ".conv_kxk.": ".rbr_conv.",
+        ".conv_scale.": ".rbr_scale.",
+        ".identity.": ".rbr_skip.",
+        ".attn.fc1.": ".se.reduce.",
+        ".attn.fc2.": ".se.expand.",
+    },
+}
+
+
+def original_entries(family: str, model: nn.Module) -> Entries:
+    """Return the entry of every tensor of a network of timm of that family, by the keys of the authors."""
+    result: Entries = {}
+    for ours in model.state_dict():
+        theirs = ours
+        for pattern, replacement in _PLACES:
+            theirs = re.sub(pattern, replacement, theirs)
+        for layer, replacement in ORIGINAL_LAYERS[family].items():
+            theirs = theirs.replace(layer, replacement)
+        result[theirs] = Entry(ours, optional=ours.endswith(".num_batches_tracked"))
+    return result
