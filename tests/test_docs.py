@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import NOT_RUN, ROOT, CodeBlock, check, code_blocks, run
-from official_checkpoints import synthetic
+from official_checkpoints import original_shapes, random_values, synthetic
 
 import orepa
 import orepa_kernels
@@ -92,6 +92,7 @@ def test_code_runs_as_written(page: Path) -> None:
     if page.stem == "migration":  # the page says that it uses synthetic checkpoints
         state = {f"module.{name}": tensor for name, tensor in synthetic("ResNet-18").items()}
         torch.save({"state_dict": state}, "ResNet-18.pth.tar")
+        torch.save(random_values(original_shapes("MobileOne-S0")), "mobileone_s0_unfused.pth.tar")
     run(blocks, shared=page is not README)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from orepa import OfflineConv, OREPAConv
 from orepa.modules.official_blocks import block_from_official
+from orepa.modules.online_form import online_form
 
 F64, EPS = torch.float64, 1e-3
 
@@ -264,3 +265,10 @@ def test_bad_input_is_named(case, change, arguments, message):
     change(theirs.state)
     with pytest.raises(ValueError, match=message):
         block_from_official(theirs.state, **{**theirs.geometry, **arguments})
+
+
+def test_the_online_form_shares_no_tensor_with_the_offline_block():
+    block = block_from_official(DBB(4, 6).state, **DBB(4, 6).geometry)
+    online = online_form(block, "dbb")
+    own = {tensor.data_ptr() for tensor in block.state_dict().values()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in online.state_dict().values())

@@ -108,7 +108,7 @@ def _original(arch: str, state: Mapping[str, Tensor]) -> str | None:
 
     Three RepVGGs are the authors' as well: there, the keys decide.
     """
-    name = arch.lower().replace("-", "_")
+    name = str(arch).lower().replace("-", "_")
     if _family(name) not in ORIGINAL_LAYERS or not timm.is_model(name):
         return None
     return name if f"orepa_{name}" not in MODELS or any(".rbr_dense.conv." in key for key in state) else None

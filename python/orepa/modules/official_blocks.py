@@ -215,14 +215,13 @@ def read_block(state_dict: Mapping[str, Tensor], *, stride: int | Size = 1, grou
 
     has_norm, note = topology != "orepa" or any(key.startswith("bn.") for key in state_dict), ""
     spec = ConvSpec(in_channels, out_channels, kernel_size, groups, pair(stride, "stride"))
-    if offline is not None or topology == "repvgg_dense":
-        entries = (
-            repvgg_entries(spec.keeps_shape) if offline is None else offline_entries(topology, offline.branches(spec))
-        )
+    if topology in ("repvgg_dense", "repvgg", "mobileone"):
         identity = "an identity" if spec.keeps_shape else "no identity"
-        note = (
-            f" ({in_channels} to {out_channels} channels at stride {stride}: {identity})" if topology != "dbb" else ""
-        )
+        note = f" ({in_channels} to {out_channels} channels at stride {stride}: {identity})"
+    if offline is not None:
+        entries = offline_entries(topology, offline.branches(spec))
+    elif topology == "repvgg_dense":
+        entries = repvgg_entries(spec.keeps_shape)
     else:
         entries = conv_entries(topology, groups, stages)
         if has_norm:

@@ -55,7 +55,7 @@ def online_form(
         variances.append(factor.square() * norm.running_var)
         biases.append(norm.bias.double())
     state["scales"] = torch.stack(scales)
-    conv.load_state_dict({name: value.to(like.dtype) for name, value in state.items()}, assign=True)
+    conv.load_state_dict({name: value.to(like.dtype, copy=True) for name, value in state.items()}, assign=True)
 
     mean, variance = sum_statistics(kernels, means, variances)
     after = nn.BatchNorm2d(block.out_channels, norm.eps, norm.momentum, device="meta")
