@@ -208,6 +208,14 @@ def test_a_block_is_a_copy_that_pickles_and_costs_no_random_number(theirs):
     assert all(torch.equal(value, before[key]) for key, value in theirs.state.items())
 
 
+def test_single_precision(theirs):
+    state = {key: value.float() if value.is_floating_point() else value for key, value in theirs.state.items()}
+    theirs.training, x = False, image(theirs)
+    for online in (False, True):
+        block = block_from_official(state, **theirs.geometry, online=online).eval()
+        torch.testing.assert_close(block(x.float()), theirs(x).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_weights_beside_norms_in_float32():
     theirs = DBB(4, 6)
     state = {key: value.bfloat16() if value.dim() == 4 else value.float() for key, value in theirs.state.items()}

@@ -226,15 +226,16 @@ class OfflineConv(ConvBlock):
         weight = torch.zeros(self.plan.shape, dtype=torch.float64, device=like.device)
         bias = None if self.bias is None else self.bias.double()
         for branch in self._branches:
-            kernel, shift = self._squeeze_branch(branch, weight)
+            kernel, shift = self._squeeze_branch(branch)
             weight = weight + align(kernel, self.kernel_size)
             if shift is not None:
                 bias = shift if bias is None else bias + shift
         dtype = like.dtype if dtype is None else dtype
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def _squeeze_branch(self, branch: OfflineBranch, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _squeeze_branch(self, branch: OfflineBranch) -> tuple[Tensor, Tensor | None]:
         """Return a branch in eval mode as a kernel of its size and a bias ``[O]`` (None is zero), in float64."""
+        like = next(self.parameters()).new_empty(0, dtype=torch.float64)
         kernel: Tensor | None = None
         shift: Tensor | None = None
         for step in branch.steps:

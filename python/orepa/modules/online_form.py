@@ -44,9 +44,9 @@ def online_form(
     state: dict[str, Tensor] = {}
     scales, kernels, means, variances, biases = [], [], [], [], []
     for branch in block._branches:
-        kernel, shift = block._squeeze_branch(branch, like)
+        kernel, shift = block._squeeze_branch(branch)
         weights, norm = _weights(block, branch)
-        factor, _ = batch_norm_affine(norm, like)
+        factor, _ = batch_norm_affine(norm, kernel)
         assert shift is not None and norm.running_var is not None
         state |= weights
         scales.append(factor)
