@@ -55,12 +55,16 @@ def conv2d_like(conv: nn.Module, weight: Tensor, bias: Tensor | None, trainable:
     return result.train(conv.training)
 
 
-def random_input(conv: nn.Conv2d) -> Tensor:
-    """Return a batch ``[2, I, H, W]`` in float64, always the same, of a size at which all of a kernel meets all borders."""
+def random_input(conv: nn.Conv2d, device: torch.device | None = None) -> Tensor:
+    """Return a batch ``[2, I, H, W]`` in float64, always the same, of a size at which all of a kernel meets all borders.
+
+    It is on the device of the convolution, or on another one.
+    """
     extents = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     size = [extent + 2 * stride for extent, stride in zip(extents, conv.stride, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64).to(conv.weight.device)
+    x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
+    return x.to(device or conv.weight.device)
 
 
 def is_channels_last(*kernels: Tensor) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from orepa_kernels.reference import compose
 
@@ -184,6 +184,27 @@ class LinearMap:
         """Return the map with zero taps where it takes some to pad both sides alike, as `torch.nn.Conv2d` does."""
         axes = self.axes[0].symmetric(), self.axes[1].symmetric()
         return replace(self, kernel=_place(self.kernel, self.axes, axes), axes=axes)
+
+    def as_conv2d(self, bias: bool = False, dtype: torch.dtype | None = None) -> nn.Conv2d:
+        """Return a convolution of this geometry on the device "meta"; the map is `symmetric`."""
+        vertical, horizontal = self.axes
+        return nn.Conv2d(
+            self.kernel.shape[1] * self.groups,
+            self.kernel.shape[0],
+            (vertical.taps, horizontal.taps),
+            self.stride,
+            (-vertical.low, -horizontal.low),
+            (vertical.dilation, horizontal.dilation),
+            self.groups,
+            bias=bias,
+            padding_mode=self.mode or "zeros",  # type: ignore[arg-type] # one of torch's
+            device="meta",
+            dtype=dtype,
+        )
+
+    def aligned(self, other: LinearMap) -> Tensor:
+        """Return the kernel with the groups and on the taps of another map, which cover its own."""
+        return _place(_regroup(self.kernel, self.groups, other.groups), self.axes, other.axes)
 
 
 def _spread(kernel: Tensor, factors: Iterable[int]) -> Tensor:

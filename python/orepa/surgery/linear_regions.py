@@ -106,17 +106,21 @@ class Region:
                 raise Inexact(f"it has more than {_MAX_BRANCHES} branches")
         return found[self.sink]
 
-    def linear_map(self) -> LinearMap:
-        """Return the whole region as one map, composed in float64.
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(layer.tensors[0].device for layer in self.layers if layer.kind == "conv")
+
+    def linear_map(self, device: str | torch.device | None = None) -> LinearMap:
+        """Return the whole region as one map, composed in float64; on the device "meta", its size only.
 
         Raises:
             Inexact: no convolution equals it.
         """
-        device = next(layer.tensors[0].device for layer in self.layers if layer.kind == "conv")
-        return self._maps(device)[self.sink]
+        return self._maps(self.device if device is None else device)[self.sink]
 
     def _maps(self, device: str | torch.device) -> dict[fx.Node, LinearMap]:
-        """Return what every node is of the source; on the device "meta", its size only."""
+        """Return what every node is of the source."""
         known = next(layer.map for layer in self.layers if layer.map.groups or len(layer.map.kernel) > 1)
         channels = known.kernel.shape[1] * known.groups or len(known.kernel)
         maps = {self.source: LinearMap(torch.ones(1, 1, 1, 1), torch.zeros(1)).on(channels, device)}

@@ -104,21 +104,8 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
         Inexact: the error is more than the rounding of the weights, or a parameter is not finite.
     """
     linear = region.linear_map().symmetric()
-    vertical, horizontal = linear.axes
     tensors = [t for layer in region.layers for t in layer.tensors if t.dim()]
-    conv = nn.Conv2d(
-        linear.kernel.shape[1] * linear.groups,
-        linear.kernel.shape[0],
-        linear.kernel.shape[2:],  # type: ignore[arg-type] # torch.Size is a tuple of ints
-        linear.stride,
-        (-vertical.low, -horizontal.low),
-        (vertical.dilation, horizontal.dilation),
-        linear.groups,
-        bias=linear.shifted,
-        padding_mode=linear.mode or "zeros",  # type: ignore[arg-type] # one of torch's
-        device="meta",
-        dtype=tensors[0].dtype,
-    )
+    conv = linear.as_conv2d(linear.shifted, tensors[0].dtype)
     channels_last = is_channels_last(*(t for t in tensors if t.dim() == 4))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     weight = linear.kernel.to(tensors[0].dtype).contiguous(memory_format=memory_format)
@@ -126,7 +113,7 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
     conv.weight = nn.Parameter(weight, trainable)
     if linear.shifted:
         conv.bias = nn.Parameter(linear.shift.to(weight.dtype).clone(), trainable)
-    error = _error(region, conv.eval())
+    error = region_error(region, conv.eval(), conv)
     limit = rounding_limit(weight.dtype)
     if math.isnan(error):
         raise Inexact("its values are not finite; parameters or statistics are damaged")
@@ -136,9 +123,9 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
 
 
 @torch.no_grad()
-def _error(region: Region, conv: nn.Conv2d) -> float:
-    """Run a region node by node, and the convolution, in float64."""
-    x = random_input(conv)
+def region_error(region: Region, new: nn.Module, shape: nn.Conv2d) -> float:
+    """Return the relative error of a layer, both it and the region run in float64, on random input for a convolution."""
+    x = random_input(shape, region.device)
     constants = {n: _double(value) for n, value in region.forward.constants.items()}
     values: dict[fx.Node, Any] = {**constants, region.source: x}
     for node in region.nodes:
@@ -149,7 +136,7 @@ def _error(region: Region, conv: nn.Conv2d) -> float:
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return relative_error(values[region.sink], exact_copy(conv)(x))
+    return relative_error(values[region.sink], exact_copy(new)(x))
 
 
 def _double(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
@@ -23,16 +24,24 @@ from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
 from .consumer_graph import Consumer, consumers, is_conv
 from .fold_bn import is_foldable, norm_placeholder
+from .linear_map import Inexact
+from .linear_regions import Region
+from .merge import region_error, rewrite_regions
 from .norms import is_norm
+from .online_regions import describe_branches, obstacle, to_online
 from .references import PARAMETER_HOOKS, find_references
 from .replace import carry_over, check_model, copy_model, customization, replace_modules
 from .report import LayerReport, Report, attach, relative_error
+from .tracing import set_mode
 
 #: a policy's choice for one layer: a topology (its name or declaration), keyword arguments of `OREPAConv`, or None to leave the
 #: layer alone
 Choice: TypeAlias = str | Callable[..., Topology] | Mapping[str, Any] | None
 #: one `Choice` for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
 Policy: TypeAlias = str | Mapping[str | type[nn.Module], Choice] | Callable[[str, nn.Conv2d], Choice]
+
+#: largest relative error of a region that keeps its function: of the rounding of its weights and statistics to half precision
+_PRESERVED = 0.1
 
 Block = TypeVar("Block", OREPAConv, OfflineConv)
 
@@ -89,6 +98,75 @@ def prepare(
         model = copy_model(model)
     choose = _Chooser(policy, preserve)
     before = count_parameters(model)
+    layers, regions, inner = _prepare_regions(model, choose, {"scaling": scaling, "backend": backend}, preserve)
+    try:
+        layers += _prepare_layers(model, choose, {"scaling": scaling, "backend": backend}, preserve, norm_types, inner)
+        choose.check_patterns()
+    except Exception:
+        replace_modules(model, regions)  # undoes it
+        raise
+    watch_replaced(parameters, model)
+    attach(model, Report("prepare", layers, (before, count_parameters(model))))
+    return model
+
+
+def _prepare_regions(
+    model: nn.Module, choose: _Chooser, settings: Mapping[str, Any], preserve: bool
+) -> tuple[list[LayerReport], dict[nn.Module, nn.Module], dict[nn.Module, str]]:
+    """Replace the linear regions of a model by online blocks.
+
+    Returns:
+        The report's lines, what was replaced, and the layers of the regions that stay as the policy wants, with the reason.
+    """
+    inner: dict[nn.Module, str] = {}
+
+    def build(region: Region) -> tuple[nn.Module, float]:
+        shape = region.linear_map("meta").symmetric().as_conv2d()
+        options = choose.for_region(region.name, shape)
+        if options is None:
+            raise Inexact("the policy leaves it")
+        if options.pop("offline", False):
+            reason = "the policy leaves it as it is, an offline block"
+            inner.update((layer.module, reason) for layer in region.layers if layer.module is not None)
+            raise Inexact(reason)
+        if reason := obstacle(region):
+            raise Inexact(reason)
+        try:
+            new = to_online(region, {**settings, **options}, preserve)
+        except ValueError as misfit:
+            raise Inexact(str(misfit)) from misfit
+        error = region_error(region, new.eval(), shape) if preserve else math.nan
+        if error > _PRESERVED:
+            raise Inexact(f"the block differs by {error:.1e} (relative), allowed is {_PRESERVED:.1e}")
+        return new, error
+
+    modes = {module: module.training for module in model.modules()}
+    with set_mode(model, training=False):
+        rewrite = rewrite_regions(model, build)
+    layers = []
+    for region, new, error in rewrite.done:
+        conv = new.get_submodule("conv")
+        detail = f"{getattr(conv, 'topology', '')}: {describe_branches(region)}"
+        layers.append(LayerReport(region.name, describe(conv), "swapped", detail, None if math.isnan(error) else error))
+    for region in rewrite.left:
+        if region.is_sum:
+            layers.append(LayerReport(region.name, f"{region.convolutions} convolutions", "left", region.problem))
+    for owner, new in rewrite.replacements.items():
+        for module in new.modules():
+            module.training = modes.get(module, owner.training)
+    replace_modules(model, rewrite.replacements)
+    return layers, rewrite.replacements, inner
+
+
+def _prepare_layers(
+    model: nn.Module,
+    choose: _Chooser,
+    settings: Mapping[str, Any],
+    preserve: bool,
+    norm_types: tuple[type[nn.Module], ...],
+    inner: Mapping[nn.Module, str],
+) -> list[LayerReport]:
+    """Replace single convolutions; return the report's lines."""
     follows, owners = consumers(model, norm_types), count_owners(model)
     held = find_references(model, (m for m in model.modules() if is_conv(m) or is_norm(m, norm_types)))
     layers: list[LayerReport] = []
@@ -98,7 +176,8 @@ def prepare(
             layers.append(LayerReport(name, conv.original_name, "left", "it is compiled by TorchScript"))
         if not is_conv(conv) or isinstance(conv, LinearBlock):
             continue
-        reason, choice = _obstacle(conv, follows.get(name), owners) or held.get(conv, ""), None
+        reason = inner.get(conv) or _obstacle(conv, follows.get(name), owners) or held.get(conv, "")
+        choice = None
         if isinstance(conv, nn.Conv2d):
             choice = choose(name, conv)
             if choice is None:
@@ -109,7 +188,7 @@ def prepare(
         assert isinstance(conv, nn.Conv2d) and choice is not None
         if preserve and conv.weight.is_meta:
             raise ValueError(f"preserve=True starts from the model's weights, but {name}.weight is on the meta device")
-        options, error = {"scaling": scaling, **choice}, None
+        options, error = {"scaling": settings["scaling"], **choice}, None
         try:
             if options.pop("offline", False):
                 new, norm, detail = _build_offline(model, conv, follows[name], options, preserve)
@@ -120,18 +199,15 @@ def prepare(
                     carry_over(norm, replacements[norm])
                 replacements[conv] = new
             else:
-                replacements[conv], detail, error = _build_online(conv, {"backend": backend, **options}, preserve)
+                replacements[conv], detail, error = _build_online(conv, {**settings, **options}, preserve)
         except ValueError as misfit:
             layers.append(LayerReport(name, describe(conv), "left", str(misfit)))
             continue
         if not follows[name].is_proven:
             detail += f" (norm {follows[name].norm} found by its place only)"
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
-    choose.check_patterns()
-    model = replace_modules(model, replacements)
-    watch_replaced(parameters, model)
-    attach(model, Report("prepare", layers, (before, count_parameters(model))))
-    return model
+    replace_modules(model, replacements)
+    return layers
 
 
 class _Chooser:
@@ -156,6 +232,10 @@ class _Chooser:
         # An unknown name is the caller's mistake, not a layer that does not fit.
         declaration(keywords.get("topology") or "plain")
         return keywords
+
+    def for_region(self, name: str, shape: nn.Conv2d) -> dict[str, Any] | None:
+        """Return the same for a region that is one convolution of a ``shape``; without a topology, it keeps its branches."""
+        return {} if self.policy is None else self(name, shape)
 
     def _choice(self, name: str, conv: nn.Conv2d) -> Choice:
         policy = self.policy
