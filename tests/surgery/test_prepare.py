@@ -231,7 +231,6 @@ MODELS = {
     "resnet18": 20,
     "resnet50": 53,
     "resnext50_32x4d": 53,
-    "repvgg_a0": 44,
     "mobilenetv3_small_100": 34,
     "mobilenetv3_large_100": 46,
     "convnext_tiny": 19,

@@ -55,10 +55,11 @@ class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, visible: Collection[nn.Module] | None) -> None:
         super().__init__()
         self.visible, self.number = visible, 0
-        self.layers = {m for m in root.modules() if is_identity(m) or runs_as_norm(m)}
+        parts = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self.layers = {m for m in parts if is_identity(m) or runs_as_norm(m)}
         self.stack: Calls = ()
         self.calls: dict[fx.Node, Calls] = {}
-        self.modes, self.switches = _modes(), False
+        self.modes, self.switches = (True, False, 0), False
         self.called: set[nn.Module] = set()
         self.sites: dict[tuple[CodeType, nn.Module | None], CallSite] = {}  # of the functions that ran
         self.runs: dict[FrameType, int] = {}
@@ -154,7 +155,7 @@ def is_identity(m: nn.Module) -> bool:
     """Return whether a module returns its input in eval mode: an identity, dropout, stochastic depth of any class."""
     if type(m).forward is nn.Identity.forward or type(m).forward in _DROPOUTS:
         return True
-    if type(m).__module__.startswith("torch.nn.") or any(m.children()) or m._parameters or m._buffers:
+    if type(m).__module__.startswith("torch.nn.") or m._modules or m._parameters or m._buffers:
         return False
     try:
         first, *rest = fx.Tracer().trace(copy.deepcopy(m).eval()).nodes
@@ -177,6 +178,7 @@ def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Fo
     tracer, state = _Tracer(module, visible), ModelState(module)
     try:
         with silence(), state.preserved(0) as has_drawn, torch.enable_grad():
+            tracer.modes = _modes()
             graph = tracer.trace(module, concrete_args=optional or None)
             calls, switches = tracer.calls, tracer.switches
             state_problem = "" if visible is None else tracer.find_problem(graph)

@@ -306,6 +306,8 @@ class LinearForward:
     def _read_module(self, name: str, inputs: tuple[tuple[float, fx.Node], ...]) -> Step | None:
         m = self.root.get_submodule(name)
         layer: Layer | None = None
+        if isinstance(m, torch.jit.ScriptModule):
+            return None
         if isinstance(m, nn.Conv2d):
             layer = _read_conv(name, m)
         elif isinstance(m, OREPAConv | OfflineConv):

@@ -121,6 +121,8 @@ def _prepare_regions(
     inner: dict[nn.Module, str] = {}
 
     def build(region: Region) -> tuple[nn.Module, float]:
+        if not region.is_sum:
+            raise Inexact("its layers are swapped one by one")
         shape = region.linear_map("meta").symmetric().as_conv2d()
         options = choose.for_region(region.name, shape)
         if options is None:
@@ -178,7 +180,7 @@ def _prepare_layers(
             continue
         reason = inner.get(conv) or _obstacle(conv, follows.get(name), owners) or held.get(conv, "")
         choice = None
-        if isinstance(conv, nn.Conv2d):
+        if isinstance(conv, nn.Conv2d) and conv not in inner:
             choice = choose(name, conv)
             if choice is None:
                 reason = "the policy leaves it"
