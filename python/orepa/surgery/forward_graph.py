@@ -164,18 +164,21 @@ def is_identity(m: nn.Module) -> bool:
     return [node.op for node in rest] == ["output"] and rest[0].args[0] is first
 
 
-def trace(module: nn.Module, visible: Collection[nn.Module] | None = None) -> Forward | None:
+def trace(
+    module: nn.Module, visible: Collection[nn.Module] | None = None, state: ModelState | None = None
+) -> Forward | None:
     """Trace the forward of a module, with optional arguments left out; return None where that fails.
 
     Args:
         module: it stays as it was.
         visible: where given, calls of all other modules are not looked into, and the code of these may not depend on flags.
+        state: of the module, if it is known.
     """
     if not has_forward(module) or "forward" in vars(module):
         return None
     parameters = inspect.signature(type(module).forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer, state = _Tracer(module, visible), ModelState(module)
+    tracer, state = _Tracer(module, visible), state or ModelState(module)
     try:
         with silence(), state.preserved(0) as has_drawn, torch.enable_grad():
             tracer.modes = _modes()

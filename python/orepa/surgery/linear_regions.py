@@ -277,7 +277,7 @@ class _Search:
     def visit(self, module: nn.Module, name: str, skipped: Collection[nn.Module]) -> list[Region]:
         """Return the regions of a module and of all below, the same ones for a module with several names."""
         stop = isinstance(module, LinearBlock | RepVGGBlock | torch.jit.ScriptModule)
-        if stop or module in skipped or next(module.children(), None) is None:
+        if stop or module in skipped or not any(isinstance(m, nn.Conv2d | LinearBlock) for m in module.modules()):
             return []
         if module not in self.visited:
             self.visited[module] = self._visit(module, name, skipped)

@@ -8,6 +8,7 @@ under the same names; the new one is called ``reparam_conv``, as timm calls it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ..module_info import is_channels_last, random_input
 from .forward_graph import trace
 from .linear_map import Inexact
 from .linear_regions import Region, find_regions, read_regions
+from .module_state import ModelState
 from .references import find_references
 from .replace import exact_copy
 from .report import relative_error, rounding_limit
@@ -131,12 +133,12 @@ def region_error(region: Region, new: nn.Module, shape: nn.Conv2d) -> float:
     for node in region.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "call_module":
-            values[node] = exact_copy(region.forward.root.get_submodule(str(node.target)))(*args)
+            values[node] = exact_copy(region.forward.root.get_submodule(str(node.target)), copy.deepcopy)(*args)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return relative_error(values[region.sink], exact_copy(new)(x))
+    return relative_error(values[region.sink], exact_copy(new, copy.deepcopy)(x))
 
 
 def _double(value: Any) -> Any:
@@ -163,9 +165,10 @@ def _rewrite(
         is_model: whether the owner is the model itself.
     """
     owner = like.owner
-    traced = trace(owner, visible)
+    state = ModelState(owner)
+    traced = trace(owner, visible, state)
     assert traced is not None  # less is looked into than where the regions were found
-    if _graph_in_training(owner, visible) != str(traced.root.graph):
+    if _graph_in_training(owner, visible, state) != str(traced.root.graph):
         raise Inexact("the forward around it is another one in train mode")
     if traced.problem:
         raise Inexact(traced.problem)
@@ -203,10 +206,10 @@ def _rewrite(
     return new, done, left
 
 
-def _graph_in_training(owner: nn.Module, visible: set[nn.Module]) -> str:
+def _graph_in_training(owner: nn.Module, visible: set[nn.Module], state: ModelState) -> str:
     """Return the graph of an owner's forward in train mode; the parts that are called as they are change mode by themselves."""
     with set_mode(owner, training=True):
-        traced = trace(owner, visible)
+        traced = trace(owner, visible, state)
     return "" if traced is None else str(traced.root.graph)
 
 

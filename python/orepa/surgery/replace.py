@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,9 +113,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copied
 
 
-def exact_copy(module: nn.Module) -> nn.Module:
+def exact_copy(module: nn.Module, copied: Callable[[nn.Module], nn.Module] = copy_model) -> nn.Module:
     """Return a copy in float64, whose blocks squeeze on every device."""
-    exact = copy_model(module).double()
+    exact = copied(module).double()
     for block in exact.modules():
         if isinstance(block, OREPAConv):
             block.backend = "reference"
