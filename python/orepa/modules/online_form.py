@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..module_info import batch_norm_affine, conv_arguments
 from ..topology.language import Topology
 from ..topology.lowering import ConvStage, DepthwiseStage, NormStep
 from .branch_statistics import sum_statistics
+from .conv_norm import ConvNorm
 from .offline_conv import OfflineBranch, OfflineConv
 from .orepa_conv import OREPAConv
 
@@ -22,7 +22,7 @@ from .orepa_conv import OREPAConv
 @torch.no_grad()
 def online_form(
     block: OfflineConv, topology: str | Callable[..., Topology], *, backend: str = "auto", **options: Any
-) -> nn.Sequential:
+) -> ConvNorm:
     """Return an offline block whose branches end in norms as one convolution and one norm, with the same function in eval mode.
 
     The factor of a branch's last norm becomes its scaling, that of a norm before goes into the weight before it; all shifts
@@ -35,7 +35,7 @@ def online_form(
         backend: of the `OREPAConv`.
 
     Returns:
-        ``Sequential(conv=OREPAConv, norm=BatchNorm2d)``.
+        An `OREPAConv` and a `BatchNorm2d`.
     """
     like = next(block.parameters())
     # On the meta device: nothing is drawn from the random generator only to be overwritten.
@@ -64,7 +64,7 @@ def online_form(
     values = {name: value.to(norm.weight.dtype) for name, value in statistics.items()}
     counter = {"num_batches_tracked": norm.state_dict()["num_batches_tracked"].clone()}
     after.load_state_dict(values | counter, assign=True)
-    return nn.Sequential(OrderedDict(conv=conv, norm=after)).train(block.training)
+    return ConvNorm(conv, after).train(block.training)
 
 
 def _weights(block: OfflineConv, branch: OfflineBranch) -> tuple[dict[str, Tensor], nn.BatchNorm2d]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from ..module_info import count_owners
+from ..modules.conv_norm import ConvNorm
 from ..modules.linear_block import LinearBlock
 from ..modules.repvgg import RepVGGBlock
 from .forward_graph import Forward, trace
@@ -233,7 +234,9 @@ def read_regions(
         best: Region | None = None
         for source in sorted(linear.sources[sink] - {sink}, key=linear.index.__getitem__, reverse=True):
             region = Region(name, owner, linear, source, sink)
-            if not region.convolutions or not (region.is_sum or region.convolutions > 1) or taken & set(region.nodes):
+            is_one = any(isinstance(m, ConvNorm) for m in (owner, *region.calls))
+            several = region.is_sum or region.convolutions > 1 or is_one
+            if not region.convolutions or not several or taken & set(region.nodes):
                 continue
             if best is not None and not region.extends(best):
                 continue

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..module_info import is_channels_last, random_input
+from ..modules.conv_norm import ConvNorm
 from .forward_graph import trace
 from .linear_map import Inexact
 from .linear_regions import Region, find_regions, read_regions
@@ -107,14 +108,16 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
     """
     linear = region.linear_map().symmetric()
     tensors = [t for layer in region.layers for t in layer.tensors if t.dim()]
-    conv = linear.as_conv2d(linear.shifted, tensors[0].dtype)
+    # Whether there is a bias follows from the layers, not from their values: so a new net takes the state of a trained one.
+    has_bias = any(layer.kind == "norm" or layer.map.shifted or _has_bias(layer.module) for layer in region.layers)
+    conv = linear.as_conv2d(has_bias, tensors[0].dtype)
     channels_last = is_channels_last(*(t for t in tensors if t.dim() == 4))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     weight = linear.kernel.to(tensors[0].dtype).contiguous(memory_format=memory_format)
     trainable = any(t.requires_grad for t in tensors)
     conv.weight = nn.Parameter(weight, trainable)
-    if linear.shifted:
-        conv.bias = nn.Parameter(linear.shift.to(weight.dtype).clone(), trainable)
+    if has_bias:
+        conv.bias = nn.Parameter(linear.shift.to(weight.dtype, copy=True), trainable)
     error = region_error(region, conv.eval(), conv)
     limit = rounding_limit(weight.dtype)
     if math.isnan(error):
@@ -122,6 +125,10 @@ def to_conv2d(region: Region) -> tuple[nn.Conv2d, float]:
     if error > limit:
         raise Inexact(f"one convolution differs by {error:.1e} (relative), allowed is {limit:.1e}")
     return conv, error
+
+
+def _has_bias(module: nn.Module | None) -> bool:
+    return module is not None and module._parameters.get("bias") is not None
 
 
 @torch.no_grad()
@@ -230,7 +237,9 @@ def _simplest(owner: nn.Module, root: fx.GraphModule, places: dict[str, str]) ->
     new: nn.Module
     if not is_sequence:
         new = fx.GraphModule(root, root.graph, type(owner).__name__)
-    elif type(owner).forward is nn.Sequential.forward:  # its children keep their places
+    elif type(owner).forward is nn.Sequential.forward and not isinstance(
+        owner, ConvNorm
+    ):  # its children keep their places
         new = nn.Sequential()
         for key in owner._modules:
             inside = [n for n in names if places.get(n, n.partition(".")[0]) == key]

@@ -16,6 +16,7 @@ from orepa_kernels import DTYPES
 
 from ..module_info import affine_of_statistics, is_channels_last
 from ..modules.branch_statistics import sum_statistics
+from ..modules.conv_norm import ConvNorm
 from ..modules.orepa_conv import OREPAConv
 from ..topology import language as lang
 from ..topology.catalogue import DEFAULT_KAIMING
@@ -83,8 +84,8 @@ def _norms(region: Region) -> list[_BatchNorm]:
     return [layer.module for layer in region.layers if isinstance(layer.module, _BatchNorm)]
 
 
-def to_online(region: Region, options: Mapping[str, Any], preserve: bool) -> nn.Sequential:
-    """Return a block of a region's branches and the norm after it: ``conv`` and ``norm`` of an `nn.Sequential`.
+def to_online(region: Region, options: Mapping[str, Any], preserve: bool) -> ConvNorm:
+    """Return a block of a region's branches and the norm after it.
 
     Every branch has a scaling in place of its norms. Layer scales and signs are the start of the scaling.
 
@@ -140,10 +141,7 @@ def to_online(region: Region, options: Mapping[str, Any], preserve: bool) -> nn.
         conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for parameter in conv.parameters():
         vars(parameter).update(vars(like))  # what optimizers read, such as a factor of the learning rate
-    result = nn.Sequential()
-    result.add_module("conv", conv)
-    result.add_module("norm", norm)
-    return result
+    return ConvNorm(conv, norm)
 
 
 def describe_branches(region: Region) -> str:

@@ -148,7 +148,8 @@ def _prepare_regions(
     layers = []
     for region, new, error in rewrite.done:
         conv = new.get_submodule("conv")
-        detail = f"{getattr(conv, 'topology', '')}: {describe_branches(region)}"
+        assert isinstance(conv, OREPAConv)
+        detail = f"{conv.topology}: {describe_branches(region)}"
         layers.append(LayerReport(region.name, describe(conv), "swapped", detail, None if math.isnan(error) else error))
     for region in rewrite.left:
         if region.is_sum:
