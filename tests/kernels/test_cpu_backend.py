@@ -92,7 +92,7 @@ def test_long_sums_are_as_exact_as_those_of_blas(out_channels, in_channels, firs
 def test_gradients_of_every_term_first_and_second_order(groups):
     block, tensors = every_term(groups, grad=True)
     assert gradcheck(lambda *t: squeeze([block], [t], backend="cpu")[0], tensors)
-    assert gradgradcheck(lambda *t: squeeze([block], [t], backend="cpu")[0], tensors)
+    assert gradgradcheck(lambda *t: squeeze([block], [t], backend="cpu")[0], tensors, fast_mode=True)
 
 
 def test_half_precision_is_one_rounding_of_the_float32_result():
@@ -232,12 +232,10 @@ def test_compiled_step_holds_one_operator_each_way_and_equals_eager():
     )  # the convolution's own rounding is not the matter
     x = torch.randn(2, 6, 9, 9, dtype=F64)
     counter = CompileCounterWithBackend("aot_eager")
-    torch.compile(conv, fullgraph=True, backend=counter)(x)
+    compiled = torch.compile(conv, fullgraph=True, backend=counter)  # test_conv.py has Inductor
+    torch.testing.assert_close(compiled(x), conv(x))
     calls = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert sum("orepa_kernels.squeeze" in call for call in calls) == 1
-    torch._dynamo.reset()
-    compiled = torch.compile(conv, fullgraph=True)
-    torch.testing.assert_close(compiled(x), conv(x))
     compiled(x).square().sum().backward()
     got = {name: p.grad.clone() for name, p in conv.named_parameters()}
     conv.zero_grad()

@@ -30,11 +30,15 @@ from orepa_kernels.backends.triton import configs
 from orepa_kernels.backends.triton import launcher as launch
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 
-#: the paper's block with each, and those that spilled with larger tiles
+#: where tiles have rules of their own: the paper's block, and those that spilled with larger tiles
 OTHER_MEMORY = [
-    *(("orepa", memory) for memory, options in MEMORY.items() if options),
-    *(("acnet", "contiguous"), ("ecb", "contiguous"), ("expandnet", "contiguous"), ("repvgg_dense", "bfloat16")),
+    *(("orepa", "contiguous"), ("acnet", "contiguous"), ("ecb", "contiguous"), ("expandnet", "contiguous")),
+    *(("orepa", "bfloat16"), ("repvgg_dense", "bfloat16")),
 ]
+#: where the tiles are the same and only addresses and conversions differ: once, for the generation with the larger tiles
+SAME_TILES = ["many blocks", "32 groups", "autocast"]
+#: one for each kind of tile that has products: several taps at once, one tap, a composition after another
+OTHER_PRECISION = [("orepa", 3), ("rep1x1", 1), ("expandnet", 3)]
 
 
 def check(target, precision, topology, size, **options):
@@ -65,13 +69,14 @@ class Everything:
         check(self.target, "tf32x3", topology, size)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("topology", "size"), catalogue())
-    def test_the_whole_catalogue_in_tf32(self, topology, size):
+    @pytest.mark.parametrize(("topology", "size"), OTHER_PRECISION)
+    def test_each_kind_of_tile_in_tf32(self, topology, size):
+        """With fewer registers than above; of the whole catalogue: benchmarks/triton_resources.py."""
         check(self.target, "tf32", topology, size)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-    def test_other_memory_and_many_blocks(self, topology, memory):
+    def test_other_memory(self, topology, memory):
         """At the precision that needs the most registers; the other, and all other blocks: benchmarks/triton_resources.py."""
         check(self.target, "tf32x3", topology, 3, **MEMORY[memory])
 
