@@ -79,24 +79,29 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 
 # What takes longest, in this order: among several processes it must not begin last.
 _LONG = (
-    "test_triton_aot.py",
     "test_triton_aot_sm90.py",
-    "test_triton.py",
-    "test_run_gpu.py",
+    "test_triton_aot.py",
     "test_train_resume.py",
-    "test_cpu_backend.py",
     "test_train_distributed.py",
     "test_prepare.py",
     "test_docs.py",
+    "test_triton.py",
+    "test_timm_contract.py",
+    "test_build.py",
     "test_train.py",
+    "test_cpu_backend.py",
     "test_examples.py",
-    "test_packaging.py",
-    "test_models.py",
-    "test_official_models.py",
     "test_conv.py",
+    "test_official_models.py",
+    "test_models.py",
     "test_cuda_emulator.py",
+    "test_merge.py",
     "test_bench_step.py",
+    "test_cli.py",
+    "test_run_gpu.py",
+    "test_training_budget.py",
     "test_bench_results.py",
+    "test_export.py",
 )
 
 
