@@ -26,9 +26,17 @@ def interpret(*options):
     assert child.returncode == 0, child.stdout + child.stderr
 
 
+EACH = "every_term or several_tiles or one_structure or bitwise or opcheck or strides"
+
+
 @pytest.mark.slow
-def test_in_the_interpreter():
-    interpret()
+def test_each_kind_of_call_in_the_interpreter():
+    interpret("-k", EACH)
+
+
+@pytest.mark.slow
+def test_every_shape_and_memory_in_the_interpreter():
+    interpret("-k", f"not ({EACH})")
 
 
 def block_of(*terms, size=(3, 3)):
