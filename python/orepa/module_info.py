@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 _GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -65,6 +66,15 @@ def random_input(conv: nn.Conv2d, device: torch.device | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, conv.in_channels, *size, generator=generator, dtype=torch.float64)
     return x.to(device or conv.weight.device)
+
+
+@torch.no_grad()
+def run_example(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with ``example_inputs``: one, a tuple of positional or a mapping of keyword arguments."""
+    inputs = tree_map_only(Tensor, torch.clone, inputs)  # a model may write into them
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def is_channels_last(*kernels: Tensor) -> bool:

@@ -128,6 +128,24 @@ def test_a_norm_after_the_sum_tells_its_statistics():
         assert (prepared(x) - expected).norm() < 0.05 * expected.norm()
 
 
+def test_example_inputs_tell_the_statistics():
+    """Then the first step in train mode on that batch computes what eval mode does, whatever the input."""
+    model, x = randomize(nn.Sequential(RepConv(), RepConv())), torch.randn(8, 4, 9, 9).double().cumsum(-1)
+    with torch.no_grad():
+        expected = model(x)
+        for inputs in (x, (x,), {"input": x}):
+            prepared = orepa.prepare(model, preserve=True, example_inputs=inputs)
+            assert not prepared.training
+            assert_same(prepared(x), expected)
+            assert_same(prepared.train()(x), expected, 1e-4)
+        assert (orepa.prepare(model, preserve=True).train()(x) - expected).norm() > 0.01 * expected.norm()
+    with pytest.raises(ValueError, match="example_inputs are for preserve=True"):
+        orepa.prepare(model, example_inputs=x)
+    with pytest.raises(RuntimeError):
+        orepa.prepare(model, preserve=True, example_inputs=x[:, :3], inplace=True)
+    assert type(model[0]) is RepConv
+
+
 # --- policies -------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..module_info import count_parameters, describe, join, random_input, walk
+from ..module_info import count_parameters, describe, join, random_input, run_example, walk
 from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
@@ -174,10 +174,10 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, inputs: Any, tolerance: float | None) -> None:
         self.inputs, self.tolerance = inputs, tolerance
-        self.expected = _run(model, inputs)
+        self.expected = run_example(model, inputs)
 
     def error(self, model: nn.Module) -> float:
-        return compare_outputs(self.expected, _run(model, self.inputs), self.tolerance)
+        return compare_outputs(self.expected, run_example(model, self.inputs), self.tolerance)
 
     def error_in_float64(self, model: nn.Module, merge: bool, folds: Mapping[str, str]) -> float | None:
         """Convert a copy of the model in float64; return its error, or None where that is too large or it does not run."""
@@ -323,14 +323,6 @@ def _verify(name: str, old: nn.Module, norm: nn.Module | None, new: nn.Module) -
                 f"{name}: the converted layer differs by {error:.1e} (relative), allowed is {limit:.1e}"
             )
     return max(errors)
-
-
-@torch.no_grad()
-def _run(model: nn.Module, inputs: Any) -> Any:
-    inputs = tree_map_only(Tensor, torch.clone, inputs)  # a model may write into them
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def compare_outputs(expected: Any, actual: Any, tolerance: float | None) -> float:

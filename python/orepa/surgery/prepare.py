@@ -28,7 +28,7 @@ from .linear_map import Inexact
 from .linear_regions import Region
 from .merge import region_error, rewrite_regions
 from .norms import is_norm
-from .online_regions import describe_branches, obstacle, to_online
+from .online_regions import calibrate, describe_branches, obstacle, to_online
 from .references import PARAMETER_HOOKS, find_references
 from .replace import carry_over, check_model, copy_model, customization, replace_modules
 from .report import LayerReport, Report, attach, relative_error
@@ -51,12 +51,17 @@ def prepare(
     policy: Policy | None = None,
     *,
     preserve: bool = False,
+    example_inputs: Any = None,
     inplace: bool = False,
     scaling: str = "vector",
     backend: str = "auto",
     norm_types: tuple[type[nn.Module], ...] = (),
 ) -> nn.Module:
     """Swap the convolutions of any model for `OREPAConv`, by a policy.
+
+    First, each *linear region* of two or more branches (parallel convolutions, batch norms and identities of one value, as in
+    MobileOne or RepVGG, whatever the class of the module) becomes one `OREPAConv` of the same branches and one batch norm after
+    their sum (paper section 3.2). Then the convolutions elsewhere are swapped one by one.
 
     A convolution is left alone, with the reason in `orepa.report`, where no norm layer follows it (paper Table 3: training
     diverges), where it is frozen, shares its weight, is parametrized or hooked, where it or its class replaces the forward of
@@ -69,12 +74,19 @@ def prepare(
         policy: by default the paper's block for each kernel size (`orepa.modules.default_topology`). Otherwise a topology for
             all; a mapping from layer names (shell patterns such as ``"layer1.*"``) or types to topologies, where the first
             match counts and layers without a match are left; or a function ``(name, conv)``. In place of a topology, None
-            leaves a layer alone and a mapping gives `OREPAConv`'s keyword arguments. With ``"offline": True`` among them the
+            leaves a layer alone and a mapping gives `OREPAConv`'s keyword arguments. It is asked about regions, too, by the
+            name of the module that holds one, with a convolution of its shape: a topology then takes the place of the region's
+            branches, which are kept by default and by keyword arguments without a topology; None leaves its convolutions to the
+            policy, ``"offline": True`` leaves the region as it is. With ``"offline": True`` among them the
             layer becomes an `OfflineConv`, the baseline, and the batch norm after it moves into the branches: only where a
             traced graph (or an `nn.Sequential`) proves that it takes all of that convolution's output, and not with
             ``preserve``.
         preserve: start from the model's weights, so that it computes the same function as before. The default policy then
-            takes ``"orepa"`` where a stack of small kernels could not hold the given one.
+            takes ``"orepa"`` where a stack of small kernels could not hold the given one. A region keeps its branches; one
+            norm stands for theirs, with the same function in eval mode and about the same in train mode.
+        example_inputs: with ``preserve``, a batch of data (one argument, a tuple of positional or a mapping of keyword
+            arguments), on which the norms of regions measure the statistics of their sums. Without it these are estimated from
+            the running statistics of the norms that they replace.
         inplace: change ``model`` itself instead of a copy.
         scaling, backend: of every `OREPAConv`, where the policy does not say otherwise.
         norm_types: module types that count as norms besides those that normalize by statistics of their input, such as a frozen
@@ -85,28 +97,37 @@ def prepare(
 
     Raises:
         TypeError: a policy of another kind, or one that gives something else.
-        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, ``preserve`` of weights
-            that are on the meta device, a model under DDP or FSDP (prepare it first), or one that cannot be copied. ``model``
-            is then unchanged.
+        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, ``preserve`` of weights that
+            are on the meta device, ``example_inputs`` without ``preserve``, a model under DDP or FSDP (prepare it first), or
+            one that cannot be copied. ``model`` is then unchanged.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     resolve(backend)
+    if example_inputs is not None and not preserve:
+        raise ValueError("example_inputs are for preserve=True: a block that starts anew has no function to keep")
     check_model(model, "prepare")
     parameters = dict(model.named_parameters())
     if not inplace:
         model = copy_model(model)
     choose = _Chooser(policy, preserve)
     before = count_parameters(model)
-    layers, regions, inner = _prepare_regions(model, choose, {"scaling": scaling, "backend": backend}, preserve)
+    settings = {"scaling": scaling, "backend": backend}
+    layers, regions, inner = _prepare_regions(model, choose, settings, preserve)
+    done = [regions]
     try:
-        layers += _prepare_layers(model, choose, {"scaling": scaling, "backend": backend}, preserve, norm_types, inner)
+        others, replacements = _prepare_layers(model, choose, settings, preserve, norm_types, inner)
+        done.append(replacements)
         choose.check_patterns()
+        if example_inputs is not None:
+            with set_mode(model, training=False), torch.no_grad():
+                calibrate(model, example_inputs)
     except Exception:
-        replace_modules(model, regions)  # undoes it
+        for replaced in reversed(done):
+            replace_modules(model, replaced)  # undoes it
         raise
     watch_replaced(parameters, model)
-    attach(model, Report("prepare", layers, (before, count_parameters(model))))
+    attach(model, Report("prepare", layers + others, (before, count_parameters(model))))
     return model
 
 
@@ -168,8 +189,8 @@ def _prepare_layers(
     preserve: bool,
     norm_types: tuple[type[nn.Module], ...],
     inner: Mapping[nn.Module, str],
-) -> list[LayerReport]:
-    """Replace single convolutions; return the report's lines."""
+) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Replace single convolutions; return the report's lines and what was replaced."""
     follows, owners = consumers(model, norm_types), count_owners(model)
     held = find_references(model, (m for m in model.modules() if is_conv(m) or is_norm(m, norm_types)))
     layers: list[LayerReport] = []
@@ -210,7 +231,7 @@ def _prepare_layers(
             detail += f" (norm {follows[name].norm} found by its place only)"
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     replace_modules(model, replacements)
-    return layers
+    return layers, replacements
 
 
 class _Chooser:
