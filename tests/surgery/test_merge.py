@@ -252,7 +252,7 @@ def test_a_second_call_finds_nothing(model):
 def test_the_rounded_convolution_is_held_against_the_region(monkeypatch):
     from orepa.surgery import merge
 
-    monkeypatch.setattr(merge, "_error", lambda region, conv: 1e-3)
+    monkeypatch.setattr(merge, "region_error", lambda *_: 1e-3)
     model = RepConv().eval()
     rewrite = merge_regions(model)
     assert not rewrite.replacements and "differs by 1.0e-03" in rewrite.left[0].problem

@@ -185,12 +185,14 @@ def trace(
             graph = tracer.trace(module, concrete_args=optional or None)
             calls, switches = tracer.calls, tracer.switches
             state_problem = "" if visible is None else tracer.find_problem(graph)
-            vars(tracer).clear()  # closures of torch keep it until the garbage is collected
             graph._tracer_cls = fx.Tracer  # what unpickles a graph module, with torch alone
             root = fx.GraphModule(module, graph, type(module).__name__)
+            graph.owning_module = None  # nodes refer to each other, so they would keep all layers
             draws = has_drawn()
     except Exception:  # a forward may raise anything on symbolic values
         return None
+    finally:
+        vars(tracer).clear()  # closures of torch keep it until the garbage is collected
     problem = customization(module, backward_hooks=True)
     if optional or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         problem = "its forward takes optional arguments"

@@ -217,7 +217,7 @@ class LinearForward:
         """Evaluate a node if it is a constant; return whether it is."""
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.root)
-            if isinstance(value, Tensor) and not value.is_meta:
+            if isinstance(value, Tensor) and not is_lazy(value) and not value.is_meta:
                 self.constants[node], self.read[node] = value.detach(), (value,)
             return node in self.constants
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
