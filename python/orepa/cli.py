@@ -8,10 +8,9 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
-
-from torch import nn
 
 from .bench.cli import add_commands as add_bench
 from .errors import UserError, reason
@@ -34,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         signal that stopped the run.
     """
     try:
-        args = _parser().parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = _parser(argv).parse_args(argv)
         if args.run is not _info:
             _check_backend()
         return args.run(args)
@@ -66,41 +66,14 @@ def _train(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     if args.official != (args.arch is not None):
         raise UserError("--official and --arch go together: orepa convert --official CKPT --arch ARCH OUT")
-    _require("timm", install=_INSTALL_MODELS if args.official else _INSTALL)
-    from .surgery.report import report
+    if (args.timm is None) != (args.weights is None):
+        raise UserError("--timm and --checkpoint go together: orepa convert --timm NAME --checkpoint FILE OUT")
+    if args.timm is not None and args.official:
+        raise UserError("--timm and --official exclude each other: FILE has timm's keys, or CKPT the authors'")
+    _require("timm", install=_INSTALL_MODELS if args.official or args.timm else _INSTALL)
+    from .convert_cli import run
 
-    if args.out.is_dir():
-        raise UserError(f"{args.out} is a folder; name the file to write")
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists already (--force replaces it)")
-    if not args.out.parent.is_dir():
-        raise UserError(f"cannot write {args.out}: the folder {args.out.parent} does not exist")
-    if args.official:
-        model, note = _convert_official(args)
-    else:
-        from .train.model import convert_checkpoint
-
-        model, note = convert_checkpoint(args.checkpoint, args.out)
-    print(report(model))
-    print(f"written to {args.out}: {note}")
-    return 0
-
-
-def _convert_official(args: argparse.Namespace) -> tuple[nn.Module, str]:
-    from . import models
-    from .models.checkpoints import plain_from_official
-    from .train.files import save
-
-    try:
-        _, spec = models.spec_of(args.arch)
-        model = plain_from_official(args.checkpoint, args.arch)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {args.checkpoint}: {reason(error)}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    save(args.out, dict(model.state_dict()))
-    ours = " (after import orepa.models)" if hasattr(models, spec.plain) else ""  # the one that timm lacks
-    return model, f"a state dict for timm.create_model({spec.plain!r}){ours}"
+    return run(args)
 
 
 def _analyze(args: argparse.Namespace) -> int:
@@ -200,7 +173,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"orepa: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of these arguments: with ``--timm``, ``convert`` has no CKPT (argparse cannot tell it from OUT)."""
     parser = _Parser(prog="orepa", description="Train with re-parameterised convolutions (OREPA), deploy plain ones.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -216,14 +190,26 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="turn a checkpoint of `orepa train` into plain weights",
+        help="turn a checkpoint into plain weights",
+        usage="orepa convert [--force] CKPT OUT\n"
+        "       orepa convert [--force] --official --arch ARCH CKPT OUT\n"
+        "       orepa convert [--force] --timm NAME --checkpoint FILE OUT",
         description="Convert a checkpoint of `orepa train` to plain convolutions, verify, and write weights for timm's model. "
-        "Or, with --official and --arch, one of the authors' checkpoints: OUT then is a state dict of timm's plain model.",
+        "With --official and --arch, one of the authors' checkpoints: OUT then is a state dict of timm's plain model. With "
+        "--timm, any weights of a model of timm: the branches of MobileOne, RepVGG and the like become one convolution each, "
+        "norms are folded, and a JSON file beside OUT says what was done.",
     )
-    convert.set_defaults(run=_convert)
-    convert.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run, or the authors' file")
-    convert.add_argument("out", type=Path, metavar="OUT", help="file to write")
-    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    convert.set_defaults(run=_convert, checkpoint=None)
+    if not {"--timm", "--checkpoint"} & {argument.partition("=")[0] for argument in argv}:
+        convert.add_argument(
+            "checkpoint", type=Path, metavar="CKPT", help="checkpoint.pt of a run, or the authors' file"
+        )
+    convert.add_argument("out", type=Path, metavar="OUT", help="file to write: with --timm, .safetensors, .pt or .pth")
+    convert.add_argument("--force", action="store_true", help="replace OUT (and its JSON file) if it exists")
+    convert.add_argument("--timm", metavar="NAME", help="convert weights of timm.create_model(NAME)")
+    convert.add_argument(
+        "--checkpoint", dest="weights", type=Path, metavar="FILE", help="its weights: a safetensors or a PyTorch file"
+    )
     convert.add_argument("--official", action="store_true", help="CKPT is one of the authors' checkpoints")
     convert.add_argument("--arch", metavar="ARCH", help="its model, such as ResNet-18 (see `orepa models`)")
 

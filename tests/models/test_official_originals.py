@@ -129,7 +129,7 @@ def test_online_repvgg_is_the_same_function() -> None:
     x = torch.randn(1, 3, 40, 32, dtype=torch.float64)
     model = orepa.load_official(state, "RepVGG-A0", online=True, backend="reference")
     assert orepa.report(model).operation == "prepare" and model.training
-    assert {m.backend for m in model.modules() if isinstance(m, orepa.OREPAConv)} == {"reference"}
+    assert [m.backend for m in model.modules() if isinstance(m, orepa.OREPAConv)] == ["reference"] * 22
     assert_same(model.eval()(x), run_repvgg(state, "RepVGG-A0", x))
 
 
@@ -171,6 +171,12 @@ def converted_file_fits(state: dict[str, Tensor], arch: str, name: str, folder: 
 def test_convert_repvgg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     converted_file_fits(random_values(original_shapes("RepVGG-A0")), "RepVGG-A0", "repvgg_a0", tmp_path)
     assert "22 left" in capsys.readouterr().out
+
+
+def test_convert_mobileone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted_file_fits(random_values(original_shapes("MobileOne-S0")), "MobileOne-S0", "mobileone_s0", tmp_path)
+    printed = capsys.readouterr().out
+    assert "43 left" in printed and "a state dict for timm.create_model('mobileone_s0')" in printed
 
 
 def test_convert_dbb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

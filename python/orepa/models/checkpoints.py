@@ -1,4 +1,4 @@
-"""Loads whole checkpoints of the authors, and of the originals: into our models, exactly, or into timm's plain ones."""
+"""Loads whole checkpoints: of the authors and of the originals, exactly, into our models or timm's; and timm's own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, get_pretrained_cfg
 from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from torch import Tensor, nn
 
 from ..module_info import count_parameters, walk
-from ..modules.official_blocks import Entries, check_tensors, deployed_key, key_problems, load_translated
+from ..modules.official_blocks import Entries, Entry, check_tensors, deployed_key, key_problems, load_translated
 from ..modules.offline_conv import OfflineConv
 from ..modules.online_form import online_form
 from ..modules.repvgg import RepVGGBlock
@@ -77,7 +79,7 @@ def plain_from_official(
     like = next(model.parameters())
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     if not spec.is_repvgg:
-        return convert(model, fold_bn=False, inplace=True, example_inputs=images)
+        return convert(model, fold_bn=False, inplace=True, example_inputs=images)  # nothing to merge
     with torch.no_grad():
         expected = model(images)
     plain = create_on_meta(spec.plain, num_classes=_classes(model.state_dict(), "head.fc.weight"))
@@ -88,12 +90,56 @@ def plain_from_official(
     missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     lost = [key for key in missing if ".conv_kxk.conv." not in key]
     assert not lost and not unexpected, (lost, unexpected)
-    plain = convert(plain.eval(), fold_bn=False, inplace=True, example_inputs=images)
+    plain = convert(plain.eval(), merge=False, fold_bn=False, inplace=True, example_inputs=images)
     with torch.no_grad():
         compare_outputs(
             expected, plain(images), tolerance=None
         )  # `convert` has not seen the blocks that were taken apart
     return plain
+
+
+def load_timm(name: str, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, int]]:
+    """Load a checkpoint of timm's model of that name, with as many classes and input channels as it has.
+
+    Args:
+        name: such as ``"mobileone_s0"``.
+        path: a state dict with the keys of `timm.create_model`, as a safetensors file or one of PyTorch; there, it may be
+            wrapped and prefixed as `timm.models.load_state_dict` knows it, and the average of the weights goes first.
+
+    Returns:
+        The model, in eval mode and float32, and those arguments of `timm.create_model` that are not its defaults.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no weights of this model.
+    """
+    state = clean_state_dict(_read(path, _WRAPPERS))
+    arguments = _timm_arguments(name, state)
+    model = timm.create_model(name, pretrained=False, **arguments)
+    assert isinstance(model, nn.Module)
+    entries = {key: Entry(key, optional=key.endswith("num_batches_tracked")) for key in model.state_dict()}
+    _check(state, entries, model, name)
+    model.load_state_dict(state, strict=False)  # what may be missing, the norms add
+    return model.eval(), arguments
+
+
+def _timm_arguments(name: str, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the number of classes and of input channels, where they are not those that timm gives the model."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        return {}
+    result = {}
+    for argument, layers, axis, default in (
+        ("num_classes", cfg.classifier, 0, cfg.num_classes),
+        ("in_chans", cfg.first_conv, 1, cfg.input_size[0]),
+    ):
+        layer = layers if isinstance(layers, str | None) else layers[0]
+        weight = state.get(f"{layer}.weight")
+        if weight is not None and weight.dim() > axis and weight.shape[axis] != default:
+            result[argument] = weight.shape[axis]
+        elif argument == "num_classes" and layer and not any(key.startswith(f"{layer}.") for key in state):
+            result[argument] = 0  # the file has no head
+    return result
 
 
 # --- the originals --------------------------------------------------------------------------------------------------------
@@ -149,35 +195,41 @@ def _online_state(offline: nn.Module, backend: str) -> dict[str, Tensor]:
 # --- reading --------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: object) -> dict[str, Tensor]:
+#: where timm's checkpoints have the state dict, the best one first
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def _read(path: object, wrappers: tuple[str, ...] = ("state_dict",)) -> dict[str, Tensor]:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"source must be a file or a mapping of names to tensors, got {type(path).__name__}")
+    file = Path(path)
+    file.open("rb").close()  # for the system's reason why not
+    kind = "safetensors" if file.suffix == ".safetensors" else "PyTorch"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        content = load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip and pickle readers may raise anything
-        raise ValueError(f"{os.fspath(path)} is not a readable checkpoint: damaged, or not a PyTorch file") from error
+        raise ValueError(f"{file} is not a readable checkpoint: damaged, or not a {kind} file") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{os.fspath(path)} is no checkpoint of the authors: it holds {_kind(content)}, no state dict")
+        raise ValueError(f"{file} is no checkpoint: it holds {_kind(content)}, no state dict")
     try:
-        return _unwrap(content)
+        return _unwrap(content, wrappers)
     except ValueError as error:
-        raise ValueError(f"{Path(path).name}: {error}") from error
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _state(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Tensor]:
     return _unwrap(source) if isinstance(source, Mapping) else _read(source)
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _unwrap(content: Mapping[str, Any], wrappers: tuple[str, ...] = ("state_dict",)) -> dict[str, Tensor]:
     """Return the tensors by their names, without the wrapper and the prefix of `torch.nn.DataParallel`."""
-    state = content.get("state_dict", content)
+    wrapper = next((key for key in wrappers if content.get(key) is not None), None)
+    state = content if wrapper is None else content[wrapper]
     if not isinstance(state, Mapping):
-        raise ValueError(f"no checkpoint of the authors: its state_dict is {_kind(state)}")
+        raise ValueError(f"no checkpoint: its {wrapper} is {_kind(state)}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"no checkpoint of the authors: {key!r} must be a tensor, got {_kind(value)}")
+            raise ValueError(f"no checkpoint: {key!r} must be a tensor, got {_kind(value)}")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -192,11 +244,12 @@ def _classes(state: Mapping[str, Tensor], key: str = "linear.weight") -> int:
 
 def _load(model: nn.Module, entries: Entries, state: Mapping[str, Tensor], name: str) -> None:
     _check(state, entries, model, name)
+    check_tensors(state, entries, model)
     load_translated(model, entries, state)
 
 
 def _check(state: Mapping[str, Tensor], entries: Entries, model: nn.Module, name: str) -> None:
-    """Raise ValueError for keys, shapes, devices or dtypes that do not fit."""
+    """Raise ValueError for keys or shapes that do not fit."""
     deployed = deployed_key(state)
     if deployed is not None:
         raise ValueError(f"the checkpoint is deployed already ({deployed!r}): plain convolutions, nothing to convert")
@@ -208,4 +261,3 @@ def _check(state: Mapping[str, Tensor], entries: Entries, model: nn.Module, name
             break
     if problems:
         raise ValueError(f"no checkpoint of {name}: {'; '.join(problems)}")
-    check_tensors(state, entries, model)
