@@ -189,7 +189,7 @@ def check_command(block: CodeBlock, command: Command) -> None:
         program, arguments = "orepa", arguments[2:]
     if program == "orepa":
         try:
-            cli._parser().parse_args(arguments)
+            cli._parser(arguments).parse_args(arguments)
         except SystemExit as end:
             raise AssertionError(f"{block}: orepa {shlex.join(arguments)}: no such options") from end
     elif program == "python" and arguments[:3] == ["-m", "pip", "install"]:

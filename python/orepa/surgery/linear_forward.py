@@ -70,7 +70,7 @@ class Step:
 def _scale(factor: Tensor, shift: Tensor | None = None) -> LinearMap:
     """Return a map of single pixels, ``[C]`` or ``[1]`` each."""
     shift = factor.new_zeros(1) if shift is None else shift
-    return LinearMap(factor.reshape(-1, 1, 1, 1), shift, shifted=bool(shift.detach().any()))
+    return LinearMap(factor.reshape(-1, 1, 1, 1), shift, shifted=shift.is_meta or bool(shift.detach().any()))
 
 
 def _unknown(kind: str, name: str, module: nn.Module, problem: str) -> Layer:
