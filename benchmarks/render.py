@@ -124,6 +124,11 @@ def step_overview(results: Results) -> tables.Table:
     return columns, table
 
 
+def _reparam(results: Results) -> str:
+    launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
+    return "\n\n".join(render(*table, "markdown") for table in tables.reparam_tables(results, launch))
+
+
 def _variant_name(name: str) -> str:
     kind, _, rest = name.partition("-")
     kind = {"orepa": "OREPA", "dbb": "DBB", "repvgg": "RepVGG"}.get(kind, kind)
@@ -185,6 +190,7 @@ def _training(metrics: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "squeeze": _squeeze,
     "step": _step,
+    "reparam": _reparam,
     "eval_cache": _eval_cache,
     "host_overhead": _host_overhead,
 }

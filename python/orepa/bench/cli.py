@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .providers import Provider
     from .results import Results
     from .runner import BenchConfig
+    from .step import StepCase
 
     Providers = Mapping[str, Provider]
 
@@ -25,6 +26,15 @@ wrong is reported and not timed. Compilation is never timed."""
 _STEP = """A whole training step: forward, loss, backward and SGD. Variants are the plain model, OREPA on every backend that
 runs here, both compiled, and DBB and RepVGG blocks trained offline. Those with the same weights must give the same logits and
 gradients; one that does not is reported and not timed. Compilation is never timed."""
+_REPARAM = """Re-parameterised nets of others. Steps, with their peak memory, of the net as it comes, of it online (every linear
+region is one OREPAConv), and of its plain twin (one convolution in each place). Inference of the net as it comes, after timm's
+reparameterize_model, and after orepa.convert. In eval mode all of them must give the same outputs; one that does not is
+reported and not timed."""
+#: by command and device batch sizes and pixels, where the user gives none
+_INPUTS: dict[str, dict[str, tuple[str, int]]] = {
+    "step": {"cpu": ("8", 64), "cuda": ("64,256", 224)},
+    "reparam": {"cpu": ("16", 128), "cuda": ("128", 224)},
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -34,6 +44,7 @@ def add_commands(commands: Any) -> None:
     for name, run, text, add_options in (
         ("squeeze", _squeeze, _SQUEEZE, add_squeeze_options),
         ("step", _step, _STEP, add_step_options),
+        ("reparam", _reparam, _REPARAM, _add_reparam_options),
         ("show", _show, "The tables of a result file.", _add_show_options),
     ):
         parser = inner.add_parser(name, help=text.partition(".")[0], description=text)
@@ -55,12 +66,21 @@ def add_squeeze_options(parser: argparse.ArgumentParser) -> None:
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `step_config` reads."""
-    add = parser.add_argument
-    add("--models", default="resnet18", metavar="NAMES", help="timm's names (default: resnet18)")
-    add("--batch-sizes", metavar="LIST", help="default: 8 on the CPU, 64,256 on CUDA")
-    add("--img-size", type=int_at_least(1), metavar="PX", help="default: 64 on the CPU, 224 on CUDA")
+    _add_model_options(parser, "resnet18", _INPUTS["step"])
+    parser.add_argument("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
+
+
+def _add_reparam_options(parser: argparse.ArgumentParser) -> None:
+    nets = "mobileone_s0,mobileone_s1,repvgg_a0,repvit_m0_9,fastvit_t8"
+    _add_model_options(parser, nets, _INPUTS["reparam"])
+
+
+def _add_model_options(parser: argparse.ArgumentParser, models: str, inputs: dict[str, tuple[str, int]]) -> None:
+    add, (cpu, cuda) = parser.add_argument, inputs.values()
+    add("--models", default=models, metavar="NAMES", help="timm's names (default: %(default)s)")
+    add("--batch-sizes", metavar="LIST", help=f"default: {cpu[0]} on the CPU, {cuda[0]} on CUDA")
+    add("--img-size", type=int_at_least(1), metavar="PX", help=f"default: {cpu[1]} on the CPU, {cuda[1]} on CUDA")
     add("--inputs", metavar="LIST", help="instead of these two, pairs of them: 8x64,32x224")
-    add("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
     add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="default: none")
     add("--channels-last", action="store_true", help="memory format of model and images")
     add("--cuda-graph", choices=("off", "on", "both"), help="the step as a CUDA graph (default: both, on CUDA)")
@@ -124,23 +144,37 @@ def _step(args: argparse.Namespace) -> int:
 def step_config(args: argparse.Namespace) -> BenchConfig:
     """Return what to measure, and set up torch; a UserError for what cannot be met."""
     require("timm", extras="bench,models")
-    from .step import StepCase
     from .variants import all_variants, choose
 
     variants = all_variants()
     timed = _pick("--variants", args.variants, variants)
+    cases = [(case, choose(timed, variants)) for case in _cases(args, _INPUTS["step"])]
+    return _config(args, cases, ("step",), args.cuda_graph, timed)
+
+
+def _reparam(args: argparse.Namespace) -> int:
+    require("timm", extras="bench,models")
+    from . import reparam
+
+    config = _config(args, _cases(args, _INPUTS["reparam"]), tuple(reparam.FORMS), args.cuda_graph)
+    return finish(reparam.run(config, say), args.out)
+
+
+def _cases(args: argparse.Namespace, defaults: dict[str, tuple[str, int]]) -> list[StepCase]:
+    """Return a case per model and input; a UserError for inputs that are none."""
+    from .step import StepCase
+
     device = _device(args)
     if args.inputs and (args.batch_sizes or args.img_size):
         raise UserError("--inputs stands for --batch-sizes and --img-size together: leave these out")
-    sizes, px = {"cpu": ("8", 64), "cuda": ("64,256", 224)}[device]
+    sizes, px = defaults[device]
     inputs = args.inputs or ",".join(f"{n}x{args.img_size or px}" for n in names(args.batch_sizes or sizes))
     pairs = [tuple(int(n) if n.isdecimal() else 0 for n in pair.split("x")) for pair in names(inputs)]
     if not pairs or any(len(pair) != 2 or pair[0] < 2 or pair[1] < 1 for pair in pairs):
         option = "--inputs must be pairs such as 8x64" if args.inputs else "--batch-sizes must be whole numbers"
         raise UserError(f"{option}, batches from 2 on, got {args.inputs or args.batch_sizes!r}")
     layout = "channels_last" if args.channels_last else "contiguous"
-    cases = [StepCase(m, n, px, args.autocast, layout, device) for m in names(args.models) for n, px in pairs]
-    return _config(args, [(case, choose(timed, variants)) for case in cases], ("step",), args.cuda_graph, timed)
+    return [StepCase(m, n, px, args.autocast, layout, device) for m in names(args.models) for n, px in pairs]
 
 
 def _config(

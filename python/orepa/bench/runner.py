@@ -55,6 +55,7 @@ class Candidate:
     status: str = "ok"
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    modes: Sequence[str] | None = None  # it has a row for these only; by default for all of the config's
 
 
 #: Builds and checks a candidate: fills in its tasks and facts, and returns its status and reason. Compilation happens here.
@@ -97,7 +98,8 @@ def run(
             began = time.perf_counter()
             for launch, watch in watches.items():
                 with others:
-                    rows, tasks = _rows(case, candidates, mode, launch, config.device)
+                    chosen = [c for c in candidates if mode in (c.modes or config.modes)]
+                    rows, tasks = _rows(case, chosen, mode, launch, config.device)
                     for name, samples in interleaved(tasks, config.rounds, share, watch).items() if tasks else ():
                         rows[name].processes = [samples]
                 results.rows += rows.values()

@@ -47,6 +47,22 @@ class StepCase:
     def __str__(self) -> str:
         return f"{self.model}, {self.batch} x {self.size} px"
 
+    def create(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """Return the model as timm builds it, on the CPU, and a batch of images and labels on the device."""
+        torch.manual_seed(0)
+        model = create_plain(self.model, model_arguments(self.model, CLASSES, 3, self.size), self.size)
+        images = torch.randn(self.batch, 3, self.size, self.size)
+        labels = torch.randint(CLASSES, (self.batch,))
+        return model, images.to(self.device, memory_format=self._format), labels.to(self.device)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and into the memory format."""
+        return model.to(self.device, memory_format=self._format)  # type: ignore[call-overload]
+
+    @property
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
 
 class TrainingStep:
     """Forward, loss, backward and SGD with momentum of a model in train mode, on one fixed batch.
@@ -133,12 +149,7 @@ class _Builder:
 
     def __init__(self, case: StepCase, compiler: Callable[[nn.Module], Any], probe: Probe) -> None:
         self._case, self._compiler, self._probe = case, compiler, probe
-        torch.manual_seed(0)
-        self._plain = create_plain(case.model, model_arguments(case.model, CLASSES, 3, case.size), case.size)
-        self._format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-        images = torch.randn(case.batch, 3, case.size, case.size)
-        self._images = images.to(case.device, memory_format=self._format)
-        self._labels = torch.randint(CLASSES, (case.batch,)).to(case.device)
+        self._plain, self._images, self._labels = case.create()
         self._twins: dict[str, tuple[dict[str, Tensor], StepOutput, StepOutput | None]] = {}
 
     def build(self, variant: Variant, candidate: Candidate) -> tuple[str, str]:
@@ -154,7 +165,7 @@ class _Builder:
             model.load_state_dict(twin[0])
         elif variant.twin != variant.name:
             return "skipped", f"{variant.twin}, which it is checked against, did not run"
-        model = model.to(self._case.device, memory_format=self._format)  # type: ignore[call-overload]
+        model = self._case.place(model)
         reason = variant.why_not(model, autocast)
         if reason:
             return "skipped", reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from .results import Results, Row
@@ -13,6 +14,7 @@ Style = Literal["terminal", "markdown"]
 Table = tuple[list[str], list[list[str]]]
 #: the baseline of the squeeze's ratios
 BASELINE = "eager"
+_NOT_TIMED = {"wrong": "WRONG", "failed": "failed", "skipped": "-"}
 #: facts of a squeeze to show: their columns, units and formats
 _FACTS = {
     "launches": ("launches", 1, "{:.0f}"),
@@ -100,7 +102,7 @@ def squeeze_table(results: Results, launch: str, modes: Sequence[str]) -> Table:
 
 def _cell(row: Row, base: Row | None) -> str:
     if row.status != "ok":
-        return {"wrong": "WRONG", "failed": "failed", "skipped": "-"}[row.status]
+        return _NOT_TIMED[row.status]
     if base is None or base is row or base.status != "ok" or row.floor:
         return median(row)
     return f"{median(row)} ({base.median_us / row.median_us:.2f}×)"
@@ -124,9 +126,7 @@ def step_table(rows: Sequence[Row]) -> Table:
     table = []
     for row in rows:
         c, f, base = row.case, row.facts, base_of(rows, row)
-        words = [c["model"], f"batch {c['batch']}", f"{c['size']} px", c.get("components")]
-        words += [f"autocast {c['autocast']}" if c["autocast"] != "none" else "", c["layout"].replace("contiguous", "")]
-        cells = [", ".join(filter(None, words)), row.provider, row.status.upper(), *[""] * 4]
+        cells = [_case_words(c), row.provider, row.status.upper(), *[""] * 4]
         if row.status == "ok":
             cells[2:] = [median(row, 1e3), ratio(row, base), f"{c['batch'] / row.median_us * 1e6:,.0f}"]
             cells += [f"{f['parameter_count'] / 1e6:.2f} M", f"{f['logits_error']:.0e}" if "logits_error" in f else ""]
@@ -135,15 +135,55 @@ def step_table(rows: Sequence[Row]) -> Table:
     return ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"], table
 
 
+def _case_words(case: dict[str, Any]) -> str:
+    words = [case["model"], f"batch {case['batch']}", f"{case['size']} px", case.get("components")]
+    words += [f"autocast {case['autocast']}" if case["autocast"] != "none" else ""]
+    return ", ".join(filter(None, [*words, case["layout"].replace("contiguous", "")]))
+
+
+def reparam_tables(results: Results, launch: str) -> list[Table]:
+    """Return two tables, a line per net and a column per form: training steps, and images per second at inference.
+
+    Ratios of steps are times of the first form and of the online one, divided by those of the next column.
+    """
+    tables = []
+    for mode, first in (("step", "training step: ms, peak MB"), ("inference", "inference: images/s")):
+        rows = [row for row in results.rows if (row.mode, row.launch) == (mode, launch)]
+        names = distinct(row.provider for row in rows)
+        pairs = list(pairwise(names)) if mode == "step" else []
+        lines = []
+        for line in by_case(rows):
+            base = line[names[0]]
+            cells = [_case_words(base.case), *(_reparam_cell(row, base) for row in line.values())]
+            timed = [[line[name] for name in pair if line[name].status == "ok"] for pair in pairs]
+            lines.append(cells + [ratio(*pair) if len(pair) == 2 else "" for pair in timed])
+        tables.append(([first, *names, *map(" / ".join, pairs)], lines))
+    return tables
+
+
+def _reparam_cell(row: Row, base: Row) -> str:
+    if row.status != "ok":
+        return _NOT_TIMED[row.status]
+    if row.mode == "step":
+        return f"{median(row, 1e3)}, {number(row.facts['peak_bytes'] / 1e6)}"
+    text = f"{number(row.case['batch'] / row.median_us * 1e6)} ±{100 * row.spread:.0f}%"
+    return text if row is base or base.status != "ok" else f"{text} ({ratio(base, row)}×)"
+
+
 def show(results: Results) -> None:
     """Print the tables of a result file, how it was measured, and why something is missing."""
     for launch in distinct(row.launch for row in results.rows):
         rows = [row for row in results.rows if row.launch == launch]
         modes = distinct(row.mode for row in rows)
         print(f"{results.benchmark}{', replayed from a CUDA graph' * (launch == 'graph')}: medians ± spread\n")
-        step = results.benchmark == "step"
-        table = step_table(rows) if step else squeeze_table(results, launch, modes)
-        print(render(*table, text=2 if step or len(modes) > 1 else 1), end="\n\n")
+        if results.benchmark == "reparam":
+            tables, text = reparam_tables(results, launch), 1
+        elif results.benchmark == "step":
+            tables, text = [step_table(rows)], 2
+        else:
+            tables, text = [squeeze_table(results, launch, modes)], 2 if len(modes) > 1 else 1
+        for table in tables:
+            print(render(*table, text=text), end="\n\n")
     if results.benchmark == "squeeze" and results.timed:
         print("memory saved for the backward pass, errors against float64\n")
         print(render(*details_table(results), text=3), end="\n\n")
