@@ -22,12 +22,13 @@ from ..surgery.replace import copy_model, replace_modules
 from ..surgery.report import relative_error
 from ..timing import Stopwatch, function
 from . import runner
-from .check import ALLOWED
 from .machine import environment
 from .results import Results
 from .runner import BenchConfig, Build, Candidate, Say
 from .step import AUTOCAST, StepCase, TrainingStep
 
+#: relative difference that the outputs of two forms may have, in float32
+ALLOWED = 1e-4
 #: makes a net of the same function from one in eval mode, which stays as it is
 Form = Callable[[nn.Module], nn.Module]
 
@@ -86,7 +87,8 @@ class _Builder:
     def __init__(self, case: StepCase) -> None:
         self._case = case
         self._net, self._images, self._labels = case.create()
-        perturb(self._net.eval())
+        randomize(self._net, self._images.cpu())
+        self._net.eval()
         self._outputs = self._evaluate(case.place(copy_model(self._net)))
 
     def build(self, mode: str, form: Form, candidate: Candidate) -> tuple[str, str]:
@@ -98,8 +100,8 @@ class _Builder:
         model = self._case.place(model)
         error = relative_error(self._outputs, self._evaluate(model))
         candidate.facts = {"parameter_count": count_parameters(model), "convolutions": count, "error": error}
-        if not error <= ALLOWED["logits"]:  # NaN is above everything
-            return "wrong", f"in eval mode its outputs differ by {error:.1e}, where {ALLOWED['logits']:.0e} is allowed"
+        if not error <= ALLOWED:  # NaN is above everything
+            return "wrong", f"in eval mode its outputs differ by {error:.1e}, where {ALLOWED:.0e} is allowed"
         step = TrainingStep(model, self._images, self._labels, AUTOCAST[self._case.autocast])
         if mode == "inference":
             candidate.tasks = {mode: function(torch.no_grad()(step.logits))}
@@ -118,11 +120,22 @@ class _Builder:
 
 
 @torch.no_grad()
-def perturb(net: nn.Module) -> None:
-    """Move all values per channel (norms, their statistics, layer scales) off those that could hide a mistake."""
-    for value in (*net.parameters(), *net.buffers()):
-        if value.is_floating_point() and value.numel() == max(value.shape, default=1):
-            value += 0.2 * torch.rand_like(value) - 0.1
+def randomize(net: nn.Module, images: torch.Tensor) -> None:
+    """Move values per channel (of norms, layer scales) off those that hide a mistake; norms get statistics of the images.
+
+    With the statistics of a fresh net, outputs can vanish or explode, and the check would see one branch or none.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for module in net.modules():
+        for value in () if isinstance(module, nn.Linear) else module.parameters(recurse=False):
+            if value.numel() == max(value.shape, default=1):
+                value.add_(0.4 * torch.rand_like(value) - 0.2)
+    for norm in norms:
+        norm.momentum = 1.0
+    net.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _convolutions(model: nn.Module) -> int:
