@@ -27,7 +27,7 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
-    (_steps if results.benchmark == "step" else _squeezes)(figure, results.timed)
+    (_steps if results.benchmark in ("step", "reparam") else _squeezes)(figure, results.timed)
     finish(figure, results, path)
 
 
@@ -84,14 +84,16 @@ def _size(row: Row) -> int:
 
 
 def _steps(figure: Any, rows: list[Row]) -> None:
-    """One panel per case, a bar per variant."""
+    """One panel per case and mode, a bar per variant."""
     cases = [list(case.values()) for case in by_case(rows)]
     figure.set_size_inches(7, 1 + 1.2 * len(cases) + 0.3 * len(rows))
     panels = figure.subplots(max(1, len(cases)), 1, squeeze=False)
     for (axes,), case in zip(panels, cases, strict=False):
         bars(axes, case)
         c, graph = case[0].case, ", CUDA graph" if case[0].launch == "graph" else ""
-        axes.set_title(f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}{graph}")
+        axes.set_title(
+            f"{c['model']}, batch {c['batch']}, {c['size']} px, autocast {c['autocast']}, {case[0].mode}{graph}"
+        )
 
 
 def bars(axes: Any, rows: list[Row]) -> None:
@@ -100,7 +102,7 @@ def bars(axes: Any, rows: list[Row]) -> None:
     median, low, high = ([s[key] / 1e3 for s in summaries] for key in ("median_us", "low_us", "high_us"))
     reach = [[m - v for m, v in zip(median, low, strict=True)], [v - m for m, v in zip(median, high, strict=True)]]
     axes.barh([row.provider for row in rows], median, xerr=reach, color="C0")
-    axes.set_xlabel("ms per step and its spread")
+    axes.set_xlabel("ms and their spread")
     axes.invert_yaxis()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import plots
 import pytest
 import render
 import torch
@@ -18,6 +19,7 @@ from training_budget import memory
 
 import orepa
 from orepa.bench import reparam
+from orepa.bench.check import ALLOWED
 from orepa.bench.results import load
 from orepa.bench.step import StepCase, TrainingStep
 from orepa.cli import main
@@ -64,6 +66,7 @@ def test_all_forms_are_measured_and_shown(tmp_path: Path, capsys: pytest.Capture
     assert render.main(["--document", str(tmp_path / "page.md"), "--results", str(tmp_path)]) == 0
     page = (tmp_path / "page.md").read_text()
     assert "| inference: images/s | as it comes | reparameterize_model | orepa.convert |" in page
+    assert plots.main([str(tmp_path / "a.json"), str(tmp_path / "a.png")]) == 0
 
 
 def test_another_function_is_wrong_and_not_timed(
@@ -104,6 +107,6 @@ def test_no_mistake_hides_behind_a_fresh_net() -> None:
         outputs = net(images)
         for norm in norms[::12]:
             norm.running_var *= 1.1
-            assert relative_error(outputs, net(images)) > 10 * reparam.ALLOWED
+            assert relative_error(outputs, net(images)) > 3 * ALLOWED["logits"]
             norm.running_var /= 1.1
     assert all(norm.momentum == 0.1 for norm in norms)

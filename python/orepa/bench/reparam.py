@@ -22,13 +22,12 @@ from ..surgery.replace import copy_model, replace_modules
 from ..surgery.report import relative_error
 from ..timing import Stopwatch, function
 from . import runner
+from .check import ALLOWED
 from .machine import environment
 from .results import Results
 from .runner import BenchConfig, Build, Candidate, Say
 from .step import AUTOCAST, StepCase, TrainingStep
 
-#: relative difference that the outputs of two forms may have, in float32
-ALLOWED = 1e-4
 #: makes a net of the same function from one in eval mode, which stays as it is
 Form = Callable[[nn.Module], nn.Module]
 
@@ -100,8 +99,8 @@ class _Builder:
         model = self._case.place(model)
         error = relative_error(self._outputs, self._evaluate(model))
         candidate.facts = {"parameter_count": count_parameters(model), "convolutions": count, "error": error}
-        if not error <= ALLOWED:  # NaN is above everything
-            return "wrong", f"in eval mode its outputs differ by {error:.1e}, where {ALLOWED:.0e} is allowed"
+        if not error <= ALLOWED["logits"]:  # NaN is above everything
+            return "wrong", f"in eval mode its outputs differ by {error:.1e}, where {ALLOWED['logits']:.0e} is allowed"
         step = TrainingStep(model, self._images, self._labels, AUTOCAST[self._case.autocast])
         if mode == "inference":
             candidate.tasks = {mode: function(torch.no_grad()(step.logits))}
