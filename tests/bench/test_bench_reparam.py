@@ -61,11 +61,11 @@ def test_all_forms_are_measured_and_shown(tmp_path: Path, capsys: pytest.Capture
     assert online["parameter_count"] > twin["parameter_count"] and branched["peak_bytes"] > twin["peak_bytes"]
 
     printed = capsys.readouterr().out
-    assert "tiny_mobileone, batch 2, 32 px" in printed and "online / plain twin" in printed and "images/s" in printed
+    assert "images/s, batch 2, 32 px" in printed and "online / plain twin" in printed
     (tmp_path / "page.md").write_text("<!-- results:a -->\n<!-- /results:a -->\n")
     assert render.main(["--document", str(tmp_path / "page.md"), "--results", str(tmp_path)]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "| inference: images/s | as it comes | reparameterize_model | orepa.convert |" in page
+    assert "| inference: images/s, batch 2, 32 px | as it comes | reparameterize_model | orepa.convert |" in page
     assert plots.main([str(tmp_path / "a.json"), str(tmp_path / "a.png")]) == 0
 
 

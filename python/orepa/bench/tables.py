@@ -144,6 +144,7 @@ def _case_words(case: dict[str, Any]) -> str:
 def reparam_tables(results: Results, launch: str) -> list[Table]:
     """Return two tables, a line per net and a column per form: training steps, and images per second at inference.
 
+    The header holds what all lines have in common.
     Ratios of steps are times of the first form and of the online one, divided by those of the next column.
     """
     tables = []
@@ -151,13 +152,16 @@ def reparam_tables(results: Results, launch: str) -> list[Table]:
         rows = [row for row in results.rows if (row.mode, row.launch) == (mode, launch)]
         names = distinct(row.provider for row in rows)
         pairs = list(pairwise(names)) if mode == "step" else []
+        works = distinct(_case_words(row.case).removeprefix(row.case["model"]) for row in rows)
+        common = works[0] if len(works) == 1 else ""
         lines = []
         for line in by_case(rows):
             base = line[names[0]]
-            cells = [_case_words(base.case), *(_reparam_cell(row, base) for row in line.values())]
+            case = _case_words(base.case).removesuffix(common)
+            cells = [case, *(_reparam_cell(row, base) for row in line.values())]
             timed = [[line[name] for name in pair if line[name].status == "ok"] for pair in pairs]
             lines.append(cells + [ratio(*pair) if len(pair) == 2 else "" for pair in timed])
-        tables.append(([first, *names, *map(" / ".join, pairs)], lines))
+        tables.append(([first + common, *names, *map(" / ".join, pairs)], lines))
     return tables
 
 
