@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rep_blocks import BLOCKS, MobileOne, RepConv, conv_bn, randomize
+from rep_blocks import BLOCKS, Frozen, MobileOne, RepConv, conv_bn, randomize
 from test_merge import FAMILIES
 from torch import nn
 from trained import trained
@@ -215,7 +215,13 @@ def layered(m):
     m.conv1[0].register_forward_hook(lambda *_: None)
 
 
+def one_frozen_norm(m):
+    m.bn = Frozen(4)
+    m.bn.eps = 1e-5  # as its forward has it
+
+
 REASONS = {
+    one_frozen_norm: "bn is frozen, or no batch norm of torch",
     freeze: "a part of it is frozen",
     drop: "conv2.2 drops values in train mode",
     hook: "its parameters have hooks",

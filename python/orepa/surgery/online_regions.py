@@ -67,10 +67,13 @@ def obstacle(region: Region) -> str:
             m = region.forward.root.get_submodule(str(node.target))
             if not m._parameters and type(m).forward is not nn.Identity.forward and _drop_rate(m):
                 return f"{node.target} drops values in train mode"
-    if any(layer.kind == "conv" and type(layer.module) is not nn.Conv2d for layer in region.layers):
-        return "it holds a block already, or a subclass of nn.Conv2d"
     if not _norms(region):
         return "it holds no batch norm, so none would follow its convolution"
+    for layer in region.layers:
+        if layer.kind == "conv" and not isinstance(layer.module, nn.Conv2d):
+            return f"{layer.name} is a block already"
+        if layer.kind == "norm" and not isinstance(layer.module, _BatchNorm):
+            return f"{layer.name} is frozen, or no batch norm of torch"
     return ""
 
 
@@ -185,7 +188,7 @@ def _read_branch(
             statistics = None if layer is after_sum else _output_statistics(layer)
         elif layer.kind == "scale":
             carry, start = carry * factor, start * float(factor.mean())
-            statistics = statistics and (statistics[0] * factor, statistics[1] * factor.square())
+            statistics = statistics and (statistics[0] * factor + linear.shift, statistics[1] * factor.square())
         elif layer.kind == "pool":
             if dilation != (1, 1):
                 raise ValueError(f"{layer.name} pools taps that are not neighbours")

@@ -92,22 +92,15 @@ def find_flag(site: CallSite) -> str:
     function = _function_at(site.file, site.line)
     if function is None:
         return "a jump in it" if any("JUMP_IF" in i.opname for i in dis.get_instructions(site.code)) else ""
-    layers = {  # that are looked up first: act = getattr(self, "act", None)
-        node.targets[0].id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _is_lookup(node.value)
-    }
+    lookups = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+    layers = {ast.unparse(node.targets[0]) for node in lookups if ast.unparse(node.value.func) == "getattr"}
     for node in _flags(function, site.owner, in_train_mode=True):
-        test = getattr(node, "test", node)
-        is_lookup = ast.unparse(test) in {f"{name} is{no} None" for name in layers for no in ("", " not")}
+        test = ast.unparse(getattr(node, "test", node))
+        is_lookup = any(test in (f"{name} is None", f"{name} is not None") for name in layers)
         is_dead = any(_is_missing(arm, site.owner) for arm in _arms(node))
         if not (isinstance(node, ast.For) or is_lookup or is_dead):
-            return ast.unparse(test)
+            return test
     return ""
-
-
-def _is_lookup(value: ast.expr) -> bool:
-    return isinstance(value, ast.Call) and ast.unparse(value.func) == "getattr"
 
 
 def _is_missing(arm: list[Any], owner: nn.Module | None) -> bool:
