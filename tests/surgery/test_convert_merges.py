@@ -199,3 +199,29 @@ def test_flags_that_no_state_can_set_do_not_matter():
     model, x = randomize(Net(Deployable())), torch.randn(2, 4, 9, 9, dtype=torch.float64)
     plain = orepa.convert(model, example_inputs=x)
     assert count(plain) == 2 and not orepa.report(plain).left
+
+
+class Deploys(nn.Sequential):
+    """A convolution and its norm, which a method of their own would fuse without the convolution's bias."""
+
+    def __init__(self):
+        super().__init__(*conv_bn(4, 4, 3))
+
+    def fuse(self):
+        conv, norm = self
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        fused = nn.Conv2d(4, 4, 3, padding=1, dtype=conv.weight.dtype)
+        fused.weight.data = conv.weight * factor.view(-1, 1, 1, 1)
+        fused.bias.data = norm.bias - norm.running_mean * factor
+        return fused
+
+
+def test_a_layer_that_could_deploy_itself_becomes_its_convolution():
+    model, x = randomize(Net(Deploys(), nn.ReLU())), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    plain = orepa.convert(model, example_inputs=x)
+    assert type(plain.blocks[0]) in (nn.Conv2d, nn.Sequential) and not any(
+        isinstance(m, nn.BatchNorm2d) for m in plain.modules()
+    )
+    assert_same(plain(x), model(x))
+    kept = orepa.convert(model, fold_bn=False)
+    assert type(kept.blocks[0]) is Deploys and torch.equal(kept(x), model(x))

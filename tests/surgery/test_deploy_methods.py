@@ -194,6 +194,9 @@ def test_norms_that_a_deploy_method_would_misread_stay(build):
     for model in (trained(build()), trained(nn.Sequential(nn.Sequential(build()), nn.ReLU()))):
         plain = orepa.convert(model)
         (layer,) = orepa.report(plain).layers
+        if build is Returns and len(list(model.modules())) > 3:  # a caller would put that convolution in its place
+            assert layer.action == "merged" and not any(isinstance(m, Returns) for m in plain.modules())
+            continue
         assert layer.action == "left" and f"left: {build.__name__}." in layer.detail
         assert orepa.convert(model, fold_bn=False).state_dict().keys() == plain.state_dict().keys()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
 from ..optim import watch_replaced
 from .consumer_graph import Consumer, consumers
-from .deploy_methods import deploy_conflicts
+from .deploy_methods import deploy_conflicts, self_fusing_pairs
 from .fold_bn import fold_batch_norm, is_foldable, norm_placeholder
 from .merge import merge_regions
 from .references import find_references
@@ -92,12 +93,13 @@ def convert(
         raise ConversionError(str(problem)) from problem
     before = count_parameters(model)
     check = None if example_inputs is None else _Comparison(model, example_inputs, tolerance)
-    layers, merged = _merge(model) if merge else ([], {})
+    merge_all = partial(_merge, whole=bool(fold_bn)) if merge else _merge_nothing
+    layers, merged = merge_all(model)
     try:
         follows = consumers(model) if fold_bn else {}
         folds, left = _choose_folds(model, follows, trust_order=check is not None, spare_deployment=fold_bn != "all")
         try:
-            replaced, error = _replace(model, merged, folds, left, check)
+            replaced, error = _replace(model, merged, folds, left, check, merge_all)
         except ConversionError:
             guesses = {
                 name: f"only its place says that it follows {name}" for name in folds if not follows[name].is_proven
@@ -105,7 +107,7 @@ def convert(
             if not guesses:
                 raise
             _leave(guesses, folds, left)
-            replaced, error = _replace(model, merged, folds, left, check)
+            replaced, error = _replace(model, merged, folds, left, check, merge_all)
     except Exception:
         replace_modules(model, merged)  # undoes it
         raise
@@ -114,9 +116,16 @@ def convert(
     return model
 
 
-def _merge(model: nn.Module) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
-    """Merge the linear regions of a model; return the report's lines and the replacements."""
-    rewrite = merge_regions(model)
+def _merge_nothing(_model: nn.Module) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    return [], {}
+
+
+def _merge(model: nn.Module, whole: bool) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Merge the linear regions of a model; return the report's lines and the replacements.
+
+    With ``whole``, so are pairs of a convolution and a norm that their module could fuse itself, but not with the norm folded.
+    """
+    rewrite = merge_regions(model, self_fusing_pairs(model) if whole else ())
     layers = []
     for region, conv, error in rewrite.done:
         detail = f"{region.convolutions} convolutions in {len(region.branches)} branches"
@@ -179,14 +188,15 @@ class _Comparison:
     def error(self, model: nn.Module) -> float:
         return compare_outputs(self.expected, run_example(model, self.inputs), self.tolerance)
 
-    def error_in_float64(self, model: nn.Module, merge: bool, folds: Mapping[str, str]) -> float | None:
+    def error_in_float64(
+        self, model: nn.Module, merge: Callable[[nn.Module], object], folds: Mapping[str, str]
+    ) -> float | None:
         """Convert a copy of the model in float64; return its error, or None where that is too large or it does not run."""
         try:
             exact = exact_copy(model)
             inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self.inputs)
             check = _Comparison(exact, inputs, _FLOAT32_TOLERANCE)
-            if merge:
-                _merge(exact)
+            merge(exact)
             replace_modules(exact, _build(exact, folds, {})[1])
             return check.error(exact)
         except Exception as problem:  # of the model's own code, too
@@ -200,6 +210,7 @@ def _replace(
     folds: Mapping[str, str],
     left: Mapping[str, str],
     check: _Comparison | None,
+    merge_all: Callable[[nn.Module], object],
 ) -> tuple[list[LayerReport], float | None]:
     """Replace the layers of a merged model, unless its outputs differ; return the report's lines and their error."""
     layers, replacements = _build(model, folds, left)
@@ -216,7 +227,7 @@ def _replace(
         if check.tolerance is not None or not isinstance(difference, _OutputDiffers):
             raise
         replace_modules(model, merged)  # undoes that, too
-        error = check.error_in_float64(model, bool(merged), folds)
+        error = check.error_in_float64(model, merge_all, folds)
         replace_modules(model, merged)
         if error is None:
             raise

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..module_info import conv_arguments
@@ -56,6 +57,37 @@ def deploy_conflicts(model: nn.Module, folds: Mapping[str, str]) -> dict[str, st
         if method is not None:
             conflicts |= dict.fromkeys(inside, f"{type(owner).__name__}.{method}")
     return conflicts
+
+
+def self_fusing_pairs(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of one convolution and one batch norm that a method of their own returns as one convolution.
+
+    Such as timm's ``ConvNorm.fuse``: its caller puts that convolution in the place of the module. With the norm folded,
+    it would lose the bias.
+    """
+    found = set()
+    for module in model.modules():
+        parts = list(module.named_modules())
+        convs = [name for name, m in parts if isinstance(m, nn.Conv2d | OREPAConv | OfflineConv)]
+        norms = [name for name, m in parts if isinstance(m, _BatchNorm)]
+        if len(convs) == len(norms) == 1 and module is not model:
+            pair = convs[0], norms[0]
+            methods = _deploy_methods(module) if deploy_conflicts(module, dict([pair])) else []
+            if any(_returns_conv(module, method, pair) for method in methods):
+                found.add(module)
+    return found
+
+
+@torch.no_grad()
+def _returns_conv(owner: nn.Module, method: str, pair: tuple[str, str]) -> bool:
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            copy = copy_model(owner).cpu().float()
+            _simplify(copy, [pair])
+            return isinstance(getattr(copy, method)(), nn.Conv2d)
+    except Exception as error:  # other people's code, which may raise anything
+        log.debug("%s.%s: %s", type(owner).__name__, method, error)
+        return False
 
 
 def _deploy_methods(module: nn.Module) -> list[str]:

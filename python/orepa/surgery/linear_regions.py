@@ -210,13 +210,14 @@ class Region:
 
 
 def read_regions(
-    name: str, owner: nn.Module, forward: Forward, everywhere: bool = False
+    name: str, owner: nn.Module, forward: Forward, whole: Collection[nn.Module] = (), everywhere: bool = False
 ) -> tuple[list[Region], set[nn.Module]]:
     """Find the largest regions of a traced forward.
 
     Args:
         name, owner: the module that was traced.
         forward: its trace.
+        whole: modules that are regions with a single convolution, too, as a `ConvNorm` is.
         everywhere: return also what lies in one call of a module below, which it does not own.
 
     Returns:
@@ -234,7 +235,7 @@ def read_regions(
         best: Region | None = None
         for source in sorted(linear.sources[sink] - {sink}, key=linear.index.__getitem__, reverse=True):
             region = Region(name, owner, linear, source, sink)
-            is_one = any(isinstance(m, ConvNorm) for m in (owner, *region.calls))
+            is_one = any(isinstance(m, ConvNorm) or m in whole for m in (owner, *region.calls))
             several = region.is_sum or region.convolutions > 1 or is_one
             if not region.convolutions or not several or taken & set(region.nodes):
                 continue
@@ -256,20 +257,25 @@ def read_regions(
     return sorted(found, key=lambda region: linear.index[region.sink]), owners
 
 
-def find_regions(model: nn.Module) -> list[Region]:
+def find_regions(model: nn.Module, whole: Collection[nn.Module] = ()) -> list[Region]:
     """Find the linear regions of a model in eval mode, and the sums of branches of one value that must stay.
 
     Nothing is changed. Two modules, one in the other, may have regions that overlap (`Region.tensors`).
 
+    Args:
+        model: in eval mode.
+        whole: modules in which a single convolution and its norm are a region, too.
+
     Returns:
         Regions with and without a `Region.problem`, those of outer modules first.
     """
-    regions = dict.fromkeys(_Search(model).visit(model, "", set()))
+    regions = dict.fromkeys(_Search(model, whole).visit(model, "", set()))
     return sorted(regions, key=lambda region: region.name.count(".") if region.name else -1)
 
 
 class _Search:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: Collection[nn.Module]) -> None:
+        self.whole = whole
         self.owners = count_owners(model)
         self.parents: dict[nn.Module, set[nn.Module]] = {}
         for parent in model.modules():
@@ -290,7 +296,7 @@ class _Search:
         forward = trace(module)
         own: list[Region] = []
         if forward is not None:
-            own, owners = read_regions(name, module, forward)
+            own, owners = read_regions(name, module, forward, self.whole)
             skipped = forward.entered - owners
             for region in own:
                 region.problem = region.problem or forward.problem or self._check_sharing(region)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,24 +46,31 @@ class Rewrite:
     left: list[Region] = field(default_factory=list)
 
 
-def merge_regions(model: nn.Module) -> Rewrite:
+def merge_regions(model: nn.Module, whole: Collection[nn.Module] = ()) -> Rewrite:
     """Merge every linear region of a model in eval mode into one `nn.Conv2d`, composed in float64 and rounded once.
 
     Each convolution is compared with its region (`to_conv2d`); a region that differs stays. Nothing is applied yet.
+
+    Args:
+        model: not changed.
+        whole: modules in which a single convolution and its norm are merged, too.
     """
-    return rewrite_regions(model, to_conv2d)
+    return rewrite_regions(model, to_conv2d, whole)
 
 
-def rewrite_regions(model: nn.Module, build: Callable[[Region], tuple[nn.Module, float]]) -> Rewrite:
+def rewrite_regions(
+    model: nn.Module, build: Callable[[Region], tuple[nn.Module, float]], whole: Collection[nn.Module] = ()
+) -> Rewrite:
     """Build a module for every linear region, and for each owner of regions the module that calls it.
 
     Args:
         model: not changed.
         build: gives the layer that takes a region's input and returns its output, and an error for the report. It raises
             `Inexact` for a region that shall stay.
+        whole: see `find_regions`.
     """
     result = Rewrite()
-    candidates = find_regions(model)  # larger owners first
+    candidates = find_regions(model, whole)  # larger owners first
     for owner, reason in find_references(model, {r.owner for r in candidates}, parameters=False).items():
         for region in candidates:
             region.problem = region.problem or (reason if region.owner is owner else "")
@@ -79,7 +86,7 @@ def rewrite_regions(model: nn.Module, build: Callable[[Region], tuple[nn.Module,
             visible |= region.entered if region.owner in visible else set()
         try:
             new, done, left = _rewrite(
-                own[0], visible, {region.tensors for region in open_regions}, build, owner is model
+                own[0], visible, whole, {region.tensors for region in open_regions}, build, owner is model
             )
         except Inexact as error:
             for region in own:
@@ -158,6 +165,7 @@ def _double(value: Any) -> Any:
 def _rewrite(
     like: Region,
     visible: set[nn.Module],
+    whole: Collection[nn.Module],
     wanted: set[frozenset[int]],
     build: Callable[[Region], tuple[nn.Module, float]],
     is_model: bool,
@@ -167,6 +175,7 @@ def _rewrite(
     Args:
         like: one of the owner's regions.
         visible: the modules around its regions. All others are called as they are, and keep their class and mode.
+        whole: see `find_regions`.
         wanted: the regions to rewrite, by what they read.
         build: see `rewrite_regions`.
         is_model: whether the owner is the model itself.
@@ -184,7 +193,7 @@ def _rewrite(
     left: list[Region] = []
     places: dict[str, str] = {}
     keys = {child: key for key, child in owner._modules.items()}
-    for region in read_regions(like.name, owner, traced, everywhere=True)[0]:
+    for region in read_regions(like.name, owner, traced, whole, everywhere=True)[0]:
         if region.problem or region.tensors not in wanted:
             continue
         try:

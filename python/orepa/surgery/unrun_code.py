@@ -92,8 +92,8 @@ def find_flag(site: CallSite) -> str:
     function = _function_at(site.file, site.line)
     if function is None:
         return "a jump in it" if any("JUMP_IF" in i.opname for i in dis.get_instructions(site.code)) else ""
-    lookups = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
-    layers = {ast.unparse(node.targets[0]) for node in lookups if ast.unparse(node.value.func) == "getattr"}
+    assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    layers = {ast.unparse(node.targets[0]) for node in assigned if ast.unparse(node.value).startswith("getattr(")}
     for node in _flags(function, site.owner, in_train_mode=True):
         test = ast.unparse(getattr(node, "test", node))
         is_lookup = any(test in (f"{name} is None", f"{name} is not None") for name in layers)
