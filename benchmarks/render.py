@@ -5,7 +5,7 @@
 
 ``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
 ``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py``,
-``host_overhead.py`` and ``ablation/``, and the ``metrics.json`` of an ``orepa train``.
+``host_overhead.py``, ``ablation/`` and ``reparam_accuracy/``, and the ``metrics.json`` of an ``orepa train``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation import tables as ablation_tables
 from ablation.rows import BENCHMARK as ABLATION
+from reparam_accuracy import tables as reparam_tables
 
 from orepa.bench import tables
 from orepa.bench.results import SCHEMA, Results, Row, load
@@ -69,10 +70,10 @@ def table(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
     if isinstance(content, dict) and content.get("schema") == SCHEMA:
         results = load(path)
-        if results.benchmark not in (*TABLES, ABLATION):
+        if results.benchmark in ACCURACIES:  # they have no medians to explain
+            return ACCURACIES[results.benchmark](results)
+        if results.benchmark not in TABLES:
             raise UserError(f"{path}: no table for the benchmark {results.benchmark!r}")
-        if results.benchmark == ABLATION:  # it has no medians to explain
-            return ablation_tables.markdown(results)
         return f"{TABLES[results.benchmark](results)}\n\n{tables.conditions(results)}"
     if isinstance(content, dict) and "outcome" in content:
         return _training(content)
@@ -193,6 +194,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "reparam": _reparam,
     "eval_cache": _eval_cache,
     "host_overhead": _host_overhead,
+}
+ACCURACIES: dict[str, Callable[[Results], str]] = {
+    ABLATION: ablation_tables.markdown,
+    reparam_tables.BENCHMARK: reparam_tables.markdown,
 }
 
 

@@ -108,11 +108,11 @@ def _table(table: PaperTable, variants: Mapping[str, VariantRuns]) -> str:
     before: VariantRuns | None = None
     for name, label in table.rows:
         variant = variants[name]
-        cells = [_accuracy(estimate(list(variant.accuracy.values())))]
-        cells.append("" if variant is base else _difference(difference(variant, base)))
+        cells = [show_accuracy(estimate(list(variant.accuracy.values())))]
+        cells.append("" if variant is base else show_difference(difference(variant, base)))
         if before_too:
             shown_before = before is None or before is base  # in the column before
-            cells.append("" if shown_before or before is None else _difference(difference(variant, before)))
+            cells.append("" if shown_before or before is None else show_difference(difference(variant, before)))
         loss = estimate(variant.training_loss)
         cells.append("" if loss is None else f"{loss.mean:.4f}")
         cells += [f"{variant.diverged} of {variant.runs}", f"{variant.parameters:,}"]
@@ -123,13 +123,15 @@ def _table(table: PaperTable, variants: Mapping[str, VariantRuns]) -> str:
     return render(header, lines, "markdown")
 
 
-def _accuracy(value: Estimate | None) -> str:
+def show_accuracy(value: Estimate | None) -> str:
+    """Return a cell: mean ± standard deviation."""
     if value is None:
         return "NaN"
     return f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
 
 
-def _difference(value: Estimate | None) -> str:
+def show_difference(value: Estimate | None) -> str:
+    """Return a cell: mean and interval, bold where it excludes zero."""
     if value is None:
         return ""
     text = f"{value.mean:+.2f}"

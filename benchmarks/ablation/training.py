@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def _run(ablation: AblationConfig, say: Callable[[str], None]) -> Results:
     config = ablation.recipe(0)
     data = load_data(config, None, default_cfg(config.model))
     count = len(data.train) if ablation.train_images is None else ablation.train_images
-    results = _start(ablation, _protocol(config, data, count))
+    results = start(BENCHMARK, ablation.out, ablation.overwrite, _protocol(config, data, count))
     done = {(row.provider, row.case["seed"]) for row in results.rows if row.mode == TRAIN}
     with StopRequest() as stop:
         # Seeds are the outer loop, so that the runs of an interrupted ablation can be compared in pairs.
@@ -111,7 +112,7 @@ def _run(ablation: AblationConfig, say: Callable[[str], None]) -> Results:
                 if (name, seed) not in done:
                     row = _train(name, ablation.recipe(seed), drawn, stop)
                     _add(results, row, ablation.out)
-                    say(f"seed {seed}  {name:22} {_describe(row)}")
+                    say(f"seed {seed}  {name:22} {describe(row)}")
     trained, timed = ({row.provider for row in results.rows if row.mode == mode} for mode in (TRAIN, STEP))
     if ablation.rounds and trained != timed:
         say("timing one step of each in turns ...")
@@ -134,31 +135,41 @@ def _protocol(config: Config, data: ImageData, count: int) -> dict[str, Any]:
         "train_images": count,
         "test_images": len(drawn.val),
         "fingerprint": data.fingerprint,
-        "backend": _backend(),
+        "backend": backend(),
     }
 
 
-def _backend() -> str:
+def backend() -> str:
     """Return the backend that squeezes here: the last bits depend on it."""
     conv = OREPAConv(8, 8, 3)
     like = conv.operands()[0]
     return select("auto", Request(conv.plan, like.device, like.dtype, like.dtype)).name
 
 
-def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
-    """Return the results to continue, or empty ones."""
+def start(benchmark: str, out: Path | None, overwrite: bool, protocol: dict[str, Any]) -> Results:
+    """Return the results to continue, or empty ones.
+
+    Args:
+        benchmark: its name.
+        out: the file; None for none.
+        overwrite: start anew whatever it holds.
+        protocol: what all runs of a file have in common; ``recipe`` in it is of `Config`, or a part of it.
+
+    Raises:
+        UserError: the file holds something else, or runs of another protocol.
+    """
     facts = environment()
-    if ablation.out is None or ablation.overwrite or not ablation.out.exists():
-        return Results(BENCHMARK, facts, {"protocol": protocol})
-    results = load(ablation.out)
+    if out is None or overwrite or not out.exists():
+        return Results(benchmark, facts, {"protocol": protocol})
+    results = load(out)
     written = results.settings.get("protocol")
-    if results.benchmark != BENCHMARK or not isinstance(written, dict):
-        raise UserError(f"{ablation.out} holds something else than an ablation: --overwrite discards it")
+    if results.benchmark != benchmark or not isinstance(written, dict):
+        raise UserError(f"{out} holds something else than results of {benchmark}: --overwrite discards it")
     old, new = _flat(written), _flat(protocol)
     changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise UserError(
-            f"{ablation.out} holds runs of another protocol ({'; '.join(changed)}): --overwrite discards them, another --out "
+            f"{out} holds runs of another protocol ({'; '.join(changed)}): --overwrite discards them, another --out "
             "keeps them"
         )
     telling = ("commit", "torch", "processor")
@@ -167,7 +178,7 @@ def _start(ablation: AblationConfig, protocol: dict[str, Any]) -> Results:
         others = results.environment.setdefault("continued_with", [])
         if now not in others:
             others.append(now)
-        print(f"orepa: note: {ablation.out} was begun with {then}, this is {now}", file=sys.stderr)
+        print(f"orepa: note: {out} was begun with {then}, this is {now}", file=sys.stderr)
     return results
 
 
@@ -191,28 +202,64 @@ def build(name: str, config: Config, data: ImageData) -> nn.Module:
 def _train(name: str, config: Config, data: ImageData, stop: StopRequest) -> Row:
     model = build(name, config, data)
     row = Row({"seed": config.seed}, name, TRAIN, facts={"parameters": count_parameters(model)})
+    # On all images, validation after every epoch would take a third of the time for unused numbers.
+    train(row, model, config, data, config.batch_size, stop)
+    return row
+
+
+def train(row: Row, model: nn.Module, config: Config, data: ImageData, watched: int, stop: StopRequest) -> list[int]:
+    """Train a model, and note in its row how it went.
+
+    The samples of the row are the seconds of processor time that the training of each epoch took, without validation.
+
+    Args:
+        row: gets samples and facts, or the reason why there are none.
+        model: to train.
+        config: the recipe.
+        data: whose validation images are all tested at the end.
+        watched: test so many of them after every epoch.
+        stop: the request to stop.
+
+    Returns:
+        How many of the watched images were right after each epoch.
+
+    Raises:
+        Stopped: a signal came.
+    """
     fabric = Fabric(accelerator="cpu", devices=1, precision=config.precision)  # type: ignore[arg-type]
     fabric.launch()
-    # The trainer validates after every epoch; on all images that would take a third of the time for unused numbers.
-    few = Picked([(data.val, index) for index in range(min(config.batch_size, len(data.val)))])
+    few = Picked([(data.val, index) for index in range(min(watched, len(data.val)))])
     loaders = Loaders(replace(data, val=few), config)
+    seconds: list[float] = []
+    began = time.process_time()
+
+    def on_step(step: int, _loss: float) -> None:
+        if step % loaders.steps == 0:
+            seconds.append(max(time.process_time() - began, 1e-3))
+
+    def on_epoch(_record: dict[str, Any]) -> None:
+        nonlocal began
+        began = time.process_time()
+
     with tempfile.TemporaryDirectory(prefix="orepa-ablation-") as folder:
-        trainer = Trainer(fabric, config, model, loaders, Path(folder) / "checkpoint.pt", {}, stop, sys.maxsize)
+        path = Path(folder) / "checkpoint.pt"
+        trainer = Trainer(fabric, config, model, loaders, path, {}, stop, sys.maxsize, on_step, on_epoch)
+        began = time.process_time()
         try:
             trainer.run()
         except Diverged:
             row.status = "failed"
             row.reason = f"not finite any more in epoch {trainer.epoch + 1}, at step {trainer.step}"
             row.facts |= {"diverged": True, "steps": trainer.step}
-            return row
+            return [record["val_correct"] for record in trainer.history]
         finally:
             loaders.close()
     # The last epoch counts, never the best one, which would be chosen by the test images.
     correct, loss = _test(trainer.module, Loaders(data, config))
-    row.processes = [[max(record["seconds"], 1e-3) for record in trainer.history]]
+    row.processes = [seconds]
     row.facts |= {"correct": correct, "images": len(data.val), "test_loss": loss}
     row.facts["train_loss"] = trainer.history[-1]["train_loss"]
-    return row
+    return [record["val_correct"] for record in trainer.history]
 
 
 @torch.no_grad()
@@ -227,7 +274,8 @@ def _test(model: nn.Module, loaders: Loaders) -> tuple[int, float]:
     return correct, loss / len(loaders.data.val)
 
 
-def _describe(row: Row) -> str:
+def describe(row: Row) -> str:
+    """Say in half a line how a run ended."""
     if row.status != "ok":
         return row.reason
     facts = row.facts

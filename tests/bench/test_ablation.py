@@ -155,7 +155,7 @@ def test_a_file_of_another_protocol_is_kept(tmp_path: Path) -> None:
     results, _ = run(tiny(out, ("plain",), epochs=2, overwrite=True))
     assert results.settings["protocol"]["recipe"]["epochs"] == 2 and len(results.rows) == 1
     Results("step", machine.environment()).save(out)
-    with pytest.raises(UserError, match="something else than an ablation"):
+    with pytest.raises(UserError, match="something else than results of ablation"):
         run(tiny(out, ("plain",)))
 
 
