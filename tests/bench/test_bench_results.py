@@ -405,7 +405,8 @@ def test_the_readme_says_what_the_results_say() -> None:
 def test_committed_results_can_be_read() -> None:
     files = [p for p in (ROOT / "benchmarks" / "results").rglob("*.json") if "orepa.bench" in p.read_text()[:200]]
     for path in files:
-        assert load(path).complete, path
+        results = load(path)  # each row of `reparam_accuracy` is a whole training, and there can always be more
+        assert results.complete or results.benchmark == "reparam_accuracy", path
 
 
 def test_render_shows_steps_of_several_sizes_a_line_each(render: ModuleType, tmp_path: Path) -> None:

@@ -216,7 +216,10 @@ class LinearForward:
     def _evaluate(self, node: fx.Node) -> bool:
         """Evaluate a node if it is a constant; return whether it is."""
         if node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(self.root)
+            try:
+                value = operator.attrgetter(str(node.target))(self.root)
+            except AttributeError:  # the forward itself had set it
+                return False
             if isinstance(value, Tensor) and not is_lazy(value) and not value.is_meta:
                 self.constants[node], self.read[node] = value.detach(), (value,)
             return node in self.constants
