@@ -230,7 +230,6 @@ def test_the_report_is_plain_data_and_prints():
 MODELS = {
     "resnet18": 20,
     "resnet50": 53,
-    "resnext50_32x4d": 53,
     "mobilenetv3_small_100": 34,
     "mobilenetv3_large_100": 46,
     "convnext_tiny": 19,
