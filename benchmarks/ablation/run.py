@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,13 +26,18 @@ from orepa.train.runtime import Stopped
 
 def main(argv: list[str] | None = None) -> int:
     """Train, print the tables, and write what was asked for; returns the exit code."""
+    return command("ablation", lambda: _run(_parser().parse_args(argv)))
+
+
+def command(name: str, run: Callable[[], int]) -> int:
+    """Run an experiment that is continued; return the exit code, and tell errors and signals in one line."""
     try:
-        return _run(_parser().parse_args(argv))
+        return run()
     except UserError as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print("ablation: stopped; the same command goes on with the run that it was in", file=sys.stderr)
+        print(f"{name}: stopped; the same command goes on with the run that it was in", file=sys.stderr)
         return 128 + stopped.number
 
 

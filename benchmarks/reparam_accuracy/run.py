@@ -19,11 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ablation.run import command
+
 from orepa.bench.cli import check_folders, names, require
 from orepa.bench.results import Row, load
 from orepa.errors import UserError
 from orepa.train.config import DIGITS, Config, float_in, int_at_least
-from orepa.train.runtime import Stopped
 
 _VARIES = ("model", "lr", "epochs", "warmup_epochs", "seed")  # between the runs of a file
 _WATCHED = 1000  # images for the curve
@@ -31,14 +32,7 @@ _WATCHED = 1000  # images for the curve
 
 def main(argv: list[str] | None = None) -> int:
     """Train what the file lacks, print the tables, and return the exit code."""
-    try:
-        return _run(_parser().parse_args(argv))
-    except UserError as error:
-        print(f"reparam_accuracy: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print("reparam_accuracy: stopped; the same command goes on with the run that it was in", file=sys.stderr)
-        return 128 + stopped.number
+    return command("reparam_accuracy", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
