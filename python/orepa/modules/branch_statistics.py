@@ -1,11 +1,11 @@
-"""Estimates the statistics of a sum of branches from those of each branch."""
+"""The norm after a sum of branches: estimates its statistics from those of each branch, and sets it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SMALLEST_VARIANCE = 1e-12  # of a channel that is constant, or whose branches cancel
 
@@ -35,3 +35,11 @@ def sum_statistics(
         unit = torch.nn.functional.normalize(flat, dim=1, eps=torch.finfo(torch.float64).tiny)
         total += (unit * variance.double().sqrt()[:, None]).view_as(kernel)
     return mean, total.flatten(1).square().sum(1).clamp_min(_SMALLEST_VARIANCE)
+
+
+@torch.no_grad()
+def set_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, shift: Tensor) -> None:
+    """Let a norm expect these statistics ``[C]`` and, in eval mode, only add a shift ``[C]``."""
+    weight, bias = (variance + norm.eps).sqrt(), shift + mean
+    for name, value in {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias}.items():
+        getattr(norm, name).copy_(value)

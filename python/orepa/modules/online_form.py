@@ -13,7 +13,7 @@ from orepa_kernels.reference import align
 from ..module_info import batch_norm_affine, conv_arguments
 from ..topology.language import Topology
 from ..topology.lowering import ConvStage, DepthwiseStage, NormStep
-from .branch_statistics import sum_statistics
+from .branch_statistics import set_statistics, sum_statistics
 from .conv_norm import ConvNorm
 from .offline_conv import OfflineBranch, OfflineConv
 from .orepa_conv import OREPAConv
@@ -42,7 +42,7 @@ def online_form(
     conv = OREPAConv(**conv_arguments(block), bias=False, topology=topology, backend=backend, device="meta", **options)
     assert block.bias is None  # it has norms
     state: dict[str, Tensor] = {}
-    scales, kernels, means, variances, biases = [], [], [], [], []
+    scales, kernels, means, variances, shifts = [], [], [], [], []
     for branch in block._branches:
         kernel, shift = block._squeeze_branch(branch)
         weights, norm = _weights(block, branch)
@@ -53,17 +53,14 @@ def online_form(
         kernels.append(align(kernel, block.kernel_size))
         means.append(norm.bias - shift)  # the mean of a norm's output is its bias
         variances.append(factor.square() * norm.running_var)
-        biases.append(norm.bias.double())
+        shifts.append(shift)
     state["scales"] = torch.stack(scales)
     conv.load_state_dict({name: value.to(like.dtype, copy=True) for name, value in state.items()}, assign=True)
 
     mean, variance = sum_statistics(kernels, means, variances)
-    after = nn.BatchNorm2d(block.out_channels, norm.eps, norm.momentum, device="meta")
-    statistics = {"weight": (variance + norm.eps).sqrt(), "bias": torch.stack(biases).sum(0)}
-    statistics |= {"running_mean": mean, "running_var": variance}
-    values = {name: value.to(norm.weight.dtype) for name, value in statistics.items()}
-    counter = {"num_batches_tracked": norm.state_dict()["num_batches_tracked"].clone()}
-    after.load_state_dict(values | counter, assign=True)
+    after = nn.BatchNorm2d(block.out_channels, norm.eps, norm.momentum, device=like.device, dtype=norm.weight.dtype)
+    set_statistics(after, mean, variance, torch.stack(shifts).sum(0))
+    after.get_buffer("num_batches_tracked").copy_(norm.get_buffer("num_batches_tracked"))
     return ConvNorm(conv, after).train(block.training)
 
 

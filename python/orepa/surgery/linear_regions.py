@@ -235,9 +235,13 @@ def read_regions(
         best: Region | None = None
         for source in sorted(linear.sources[sink] - {sink}, key=linear.index.__getitem__, reverse=True):
             region = Region(name, owner, linear, source, sink)
-            is_one = any(isinstance(m, ConvNorm) or m in whole for m in (owner, *region.calls))
-            several = region.is_sum or region.convolutions > 1 or is_one
-            if not region.convolutions or not several or taken & set(region.nodes):
+            if not region.convolutions or taken & set(region.nodes):
+                continue
+            if not (
+                region.is_sum
+                or region.convolutions > 1
+                or any(isinstance(m, ConvNorm) or m in whole for m in (owner, *region.calls))
+            ):
                 continue
             if best is not None and not region.extends(best):
                 continue

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from orepa_kernels import DTYPES
 
 from ..module_info import affine_of_statistics, is_channels_last, run_example
-from ..modules.branch_statistics import sum_statistics
+from ..modules.branch_statistics import set_statistics, sum_statistics
 from ..modules.conv_norm import ConvNorm
 from ..modules.orepa_conv import OREPAConv
 from ..topology import language as lang
@@ -312,7 +312,7 @@ def _load_statistics(norm: nn.BatchNorm2d, region: Region, linear: LinearMap, br
         mean, variance = _estimate(
             [(branch.kernel, branch.statistics) for branch in branches] or [(linear.kernel, None)]
         )
-    _set_statistics(norm, mean, variance, linear.shift)
+    set_statistics(norm, mean, variance, linear.shift)
 
 
 def calibrate(model: nn.Module, inputs: Any) -> None:
@@ -324,7 +324,7 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     def measure(norm: nn.BatchNorm2d, args: tuple[Tensor]) -> None:
         shift = norm.bias.double() - norm.get_buffer("running_mean").double()
         variance, mean = torch.var_mean(args[0].double(), (0, 2, 3), correction=0)
-        _set_statistics(norm, mean, variance, shift)
+        set_statistics(norm, mean, variance, shift)
 
     norms = [module.get_submodule("norm") for module in model.modules() if isinstance(module, ConvNorm)]
     handles = [norm.register_forward_pre_hook(measure) for norm in norms]
@@ -333,13 +333,6 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _set_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, shift: Tensor) -> None:
-    """Let a norm expect these statistics and, in eval mode, add a shift."""
-    weight, bias = (variance + norm.eps).sqrt(), shift + mean
-    for name, value in {"running_mean": mean, "running_var": variance, "weight": weight, "bias": bias}.items():
-        getattr(norm, name).copy_(value)
 
 
 def _estimate(branches: list[tuple[Tensor, tuple[Tensor, Tensor] | None]]) -> tuple[Tensor, Tensor]:
