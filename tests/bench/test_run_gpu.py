@@ -18,7 +18,14 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 def run(*arguments, **environment):
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     # A build would replace the compiled module under the tests that run beside this one: pip only says what it would do.
-    variables = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PIP_DRY_RUN": "1", **environment}
+    variables = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PIP_DRY_RUN": "1",
+        "PIP_QUIET": "0",
+        **environment,
+    }
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
