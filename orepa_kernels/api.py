@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .autograd import Call
-from .backends.base import Backend, Request, Signature
+from .backends.base import Backend, Gradients, Request, Signature
 from .dispatch import Squeezer, calls, resolve, select
 from .guards import is_plain, is_watched
 from .plan import Block
@@ -47,36 +46,106 @@ def squeeze(
         BackendError: the backend asked for cannot do it; the message says why.
     """
     name = resolve(backend)
-    key: tuple[object, ...]
-    if len(blocks) == 1 and len(tensors) == 1 and len(tensors[0]) == len(blocks[0].shapes):
-        operands, key = tensors[0], (name, dtype, memory_format, blocks[0])
-    else:
-        _check_counts(blocks, tensors)
-        operands, key = [tensor for part in tensors for tensor in part], (name, dtype, memory_format, *blocks)
+    key, operands = _key(name, blocks, tensors, dtype, memory_format)
     cacheable = not torch.compiler.is_compiling() and not is_watched()
     if cacheable:  # a training step makes the same calls every time
         call = calls.find(key, operands)
         if call is not None:
             return call(operands)
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {_names(DTYPES)}, got {dtype}")
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
+    _check_results(dtype, memory_format)
     groups = _group(name, blocks, tensors, dtype)
     if not (cacheable and all(group.plain for group in groups)):
         return _run(groups, [group.visible(memory_format) for group in groups], operands)
+    return _prepare(groups, key, operands, memory_format)(operands)
+
+
+def squeeze_again(
+    kernels: Sequence[Tensor],
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    *,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Return kernels that `squeeze` gave for the same operands, now with a graph of their own.
+
+    Nothing is computed before the backward pass: for activation checkpoints, which run a forward twice.
+
+    Args:
+        kernels: one per block, all of one dtype and memory format.
+        blocks, tensors, backend: as for `squeeze`; every tensor is a plain one.
+    """
+    memory_format = torch.contiguous_format if kernels[0].is_contiguous() else torch.channels_last
+    call, operands = _call(blocks, tensors, kernels[0].dtype, memory_format, backend)
+    return call.record(operands, kernels)
+
+
+def squeeze_gradients(
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    upstream: Sequence[Tensor | None],
+    *,
+    backend: str = "auto",
+) -> list[Tensor | None]:
+    """Return the gradients of operands from those of their kernels: the backward pass of `squeeze` without its forward.
+
+    Args:
+        blocks, tensors, backend: as for `squeeze`; every tensor is a plain one.
+        upstream: per block, the gradient of its kernel ``[O, I/g, kh, kw]``, of any dtype, or None where there is none. Sums
+            over many batches may be in a wider dtype than kernels.
+
+    Returns:
+        One per operand of all blocks, one block after the other, like that operand; None where it requires no gradient or its
+        block has none.
+    """
+    call, operands = _call(blocks, tensors, None, torch.contiguous_format, backend)
+    return call.backward(operands, upstream, [tensor.requires_grad for tensor in operands])
+
+
+def _key(
+    name: str,
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+) -> tuple[tuple[object, ...], Sequence[Tensor]]:
+    """Return the key of a call in the cache, and the operands of all blocks."""
+    if len(blocks) == 1 and len(tensors) == 1 and len(tensors[0]) == len(blocks[0].shapes):
+        return (name, dtype, memory_format, blocks[0]), tensors[0]
+    _check_counts(blocks, tensors)
+    return (name, dtype, memory_format, *blocks), [tensor for part in tensors for tensor in part]
+
+
+def _call(
+    blocks: Sequence[Block],
+    tensors: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+    backend: str,
+) -> tuple[Squeezer, Sequence[Tensor]]:
+    """Return what squeezes plain tensors, from the cache or new, and the operands of all blocks."""
+    name = resolve(backend)
+    key, operands = _key(name, blocks, tensors, dtype, memory_format)
+    call = calls.find(key, operands)
+    if call is None:
+        call = _prepare(_group(name, blocks, tensors, dtype), key, operands, memory_format)
+    return call, operands
+
+
+def _prepare(
+    groups: Sequence[_Group], key: tuple[object, ...], operands: Sequence[Tensor], memory_format: torch.memory_format
+) -> Squeezer:
     parts = [
         Call(group.backend, group.blocks, [operands[place] for place in group.places], group.dtype, memory_format)
         for group in groups
     ]
-    call = parts[0] if len(parts) == 1 else partial(_run, groups, parts)
-    if blocks:
+    call = parts[0] if len(parts) == 1 else _Parts(groups, parts)
+    if operands:
         calls.add(key, operands, call)
-    return call(operands)
+    return call
 
 
 class _Group:
-    """Blocks that go to one backend in one call, so that a fused backend can take them in one launch.
+    """Blocks on one device that go to one backend in one call, so that a fused backend can take them in one launch.
 
     Args:
         backend: that computes them.
@@ -90,7 +159,7 @@ class _Group:
         self.indices: list[int] = []  # of the blocks
         self.places: list[int] = []  # of their operands, among those of all blocks
 
-    def visible(self, memory_format: torch.memory_format) -> Squeezer:
+    def visible(self, memory_format: torch.memory_format) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         """Return what squeezes by operations that tracers, modes and transforms see: the registered operator, or plain ones."""
 
         def squeeze_visibly(operands: Sequence[Tensor]) -> list[Tensor]:
@@ -104,11 +173,38 @@ class _Group:
         return squeeze_visibly
 
 
+class _Parts:
+    """Calls of several backends, devices or dtypes as one."""
+
+    def __init__(self, groups: Sequence[_Group], parts: Sequence[Call]) -> None:
+        self._groups, self._parts = groups, parts
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return _run(self._groups, self._parts, tensors)
+
+    def record(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[Tensor]:
+        def recorder(group: _Group, part: Call) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+            return lambda operands: part.record(operands, [kernels[index] for index in group.indices])
+
+        return _run(self._groups, [recorder(*pair) for pair in zip(self._groups, self._parts, strict=True)], tensors)
+
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> Gradients:
+        gradients: Gradients = [None] * len(tensors)
+        for group, part in zip(self._groups, self._parts, strict=True):
+            operands, needs = [tensors[place] for place in group.places], [needed[place] for place in group.places]
+            values = part.backward(operands, [upstream[index] for index in group.indices], needs)
+            for place, value in zip(group.places, values, strict=True):
+                gradients[place] = value
+        return gradients
+
+
 def _group(
     name: str, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], dtype: torch.dtype | None
 ) -> list[_Group]:
     """Check all operands and pick the backends."""
-    groups: dict[tuple[str, torch.dtype], _Group] = {}
+    groups: dict[tuple[str, torch.device, torch.dtype], _Group] = {}
     place = 0
     for index, (block, operands) in enumerate(zip(blocks, tensors, strict=True)):
         _check_operands(block, operands, f"blocks[{index}]")
@@ -118,7 +214,7 @@ def _group(
         out_dtype = first.dtype if dtype is None else dtype
         widest = torch.float64 if torch.float64 in dtypes else first.dtype  # a float64 filter widens all
         backend = select(name, Request(block, first.device, widest, out_dtype, plain))
-        group = groups.setdefault((backend.name, out_dtype), _Group(backend, out_dtype))
+        group = groups.setdefault((backend.name, first.device, out_dtype), _Group(backend, out_dtype))
         group.plain = group.plain and plain
         group.blocks.append(block)
         group.indices.append(index)
@@ -127,7 +223,11 @@ def _group(
     return list(groups.values())
 
 
-def _run(groups: Sequence[_Group], squeezers: Sequence[Squeezer], operands: Sequence[Tensor]) -> list[Tensor]:
+def _run(
+    groups: Sequence[_Group],
+    squeezers: Sequence[Callable[[Sequence[Tensor]], list[Tensor]]],
+    operands: Sequence[Tensor],
+) -> list[Tensor]:
     """Squeeze the blocks of each group, and bring the kernels into the order of the blocks."""
     kernels: dict[int, Tensor] = {}
     for group, squeezer in zip(groups, squeezers, strict=True):
@@ -136,6 +236,13 @@ def _run(groups: Sequence[_Group], squeezers: Sequence[Squeezer], operands: Sequ
 
 
 # --- validation ---------------------------------------------------------------------------------------------------------
+
+
+def _check_results(dtype: torch.dtype | None, memory_format: torch.memory_format) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {_names(DTYPES)}, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
 
 
 def _check_counts(blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .backends.base import Backend, BackendError, Request, Support
+from .backends.base import Backend, BackendError, Gradients, Request, Support
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
 from .backends.reference import ReferenceBackend
@@ -36,8 +36,17 @@ _REASONS: dict[str, str] = {}
 
 # --- the cache ----------------------------------------------------------------------------------------------------------
 
-#: what squeezes the operands of all blocks, one after the other
-Squeezer: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+
+class Squeezer(Protocol):
+    """Squeezes the operands of all blocks, one after the other (see `orepa_kernels.autograd.Call`)."""
+
+    def __call__(self, tensors: Sequence[Tensor], /) -> list[Tensor]: ...
+
+    def record(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor], /) -> list[Tensor]: ...
+
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool], /
+    ) -> Gradients: ...
 
 
 class CallCache:

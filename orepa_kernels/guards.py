@@ -53,6 +53,14 @@ def is_watched() -> bool:
     return _modes() > 0 or forward_ad._current_level >= 0
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the number of writes to each tensor, as far as autograd counts them; 0 for those of inference mode."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------------
 
 
