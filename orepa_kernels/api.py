@@ -59,24 +59,28 @@ def squeeze(
     return _prepare(groups, key, operands, memory_format)(operands)
 
 
-def squeeze_again(
-    kernels: Sequence[Tensor],
+def squeeze_together(
     blocks: Sequence[Block],
     tensors: Sequence[Sequence[Tensor]],
     *,
+    kernels: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """Return kernels that `squeeze` gave for the same operands, now with a graph of their own.
+    """Squeeze plain tensors as `squeeze` does, with one autograd node for all blocks of a device, backend and dtype.
 
-    Nothing is computed before the backward pass: for activation checkpoints, which run a forward twice.
+    The node may be differentiated any number of times, for different kernels, and hooks on saved tensors do not see it.
 
     Args:
-        kernels: one per block, all of one dtype and memory format.
-        blocks, tensors, backend: as for `squeeze`; every tensor is a plain one.
+        blocks, tensors, dtype, memory_format, backend: as for `squeeze`.
+        kernels: of an earlier call with the same arguments. They get a graph of their own, and nothing is computed before its
+            backward pass: for activation checkpoints, which run a forward twice.
     """
-    memory_format = torch.contiguous_format if kernels[0].is_contiguous() else torch.channels_last
-    call, operands = _call(blocks, tensors, kernels[0].dtype, memory_format, backend)
-    return call.record(operands, kernels)
+    call, operands = _call(blocks, tensors, dtype, memory_format, backend)
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in operands]):
+        return call.record(operands, kernels)
+    return call(operands) if kernels is None else list(kernels)
 
 
 def squeeze_gradients(
@@ -182,9 +186,10 @@ class _Parts:
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return _run(self._groups, self._parts, tensors)
 
-    def record(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[Tensor]:
+    def record(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor] | None = None) -> list[Tensor]:
         def recorder(group: _Group, part: Call) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-            return lambda operands: part.record(operands, [kernels[index] for index in group.indices])
+            given = None if kernels is None else [kernels[index] for index in group.indices]
+            return lambda operands: part.record(operands, given)
 
         return _run(self._groups, [recorder(*pair) for pair in zip(self._groups, self._parts, strict=True)], tensors)
 

@@ -57,7 +57,7 @@ class Call:
         return self.prepared.forward(tensors)
 
     def record(self, tensors: Sequence[Tensor], kernels: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Return the kernels with their gradients; ``kernels`` are those of an earlier call, to be differentiated anew."""
+        """Return the kernels as the results of one node; given ones are those of an earlier call, to be differentiated anew."""
         recorded = _apply(self, kernels, *tensors)
         return [recorded] if self.alone else list(recorded)
 

@@ -12,6 +12,7 @@ from .analysis import Analysis, analyze
 from .modules.offline_conv import OfflineConv
 from .modules.orepa_conv import OREPAConv
 from .modules.repvgg import RepVGGBlock
+from .modules.step import squeeze_once
 from .official import block_from_official, load_official
 from .optim import OptimizerCheck, check_optimizer, parameter_groups
 from .surgery.convert import ConversionError, convert
@@ -41,5 +42,6 @@ __all__ = [
     "prune_branches",
     "register_topology",
     "report",
+    "squeeze_once",
     "topologies",
 ]

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import orepa
 from orepa import OfflineConv, OREPAConv
-from orepa.modules.kernel_cache import _detects_writes
+from orepa.modules.writes import detects_writes
 from orepa.topology import Branch, Conv, Depthwise, Nested, Norm, Topology
 
 F64 = torch.float64
@@ -115,7 +115,7 @@ def test_compiled_and_mapped():
 # --- what reads the parameter ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not _detects_writes(), reason="this torch does not tell writes, and nothing is cached")
+@pytest.mark.skipif(not detects_writes(), reason="this torch does not tell writes, and nothing is cached")
 @pytest.mark.parametrize("name", ["dense_weight", "separable_depthwise", "nested_block1.only_weight"])
 def test_a_write_to_a_dilated_parameter_is_seen(name):
     conv, x = make(4, 4, 5, padding=2, topology=mixed).eval(), torch.randn(1, 4, 6, 6, dtype=F64)

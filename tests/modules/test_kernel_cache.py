@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from orepa import OREPAConv, convert
-from orepa.modules import kernel_cache as cache
+from orepa.modules import kernel_store as cache
 from orepa.topology import AvgPool, Branch, Conv, Identity, Topology
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_cached_under_fsdp2():
 
 
 def test_another_thread_clears_or_replaces_the_kernel_in_between(x, monkeypatch):
-    conv, real = make(), cache.CachedKernel.is_current
+    conv, real = make(), cache.StoredKernel.is_current
     with torch.no_grad():
         y = conv(x)
 
@@ -179,7 +179,7 @@ def test_another_thread_clears_or_replaces_the_kernel_in_between(x, monkeypatch)
 
         for meanwhile in (cleared, replaced):
             conv(x)
-            monkeypatch.setattr(cache.CachedKernel, "is_current", meanwhile)
+            monkeypatch.setattr(cache.StoredKernel, "is_current", meanwhile)
             assert torch.equal(conv(x), y)
             monkeypatch.undo()
 

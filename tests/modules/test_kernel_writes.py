@@ -11,7 +11,7 @@ from test_conv import make
 from torch import nn
 
 from orepa import OREPAConv
-from orepa.modules import kernel_cache
+from orepa.modules import writes
 
 X = torch.randn(2, 4, 5, 5)
 
@@ -230,12 +230,12 @@ def test_memory_that_is_not_pytorchs_own_is_not_cached(move, tmp_path, monkeypat
 
 
 def test_a_pytorch_that_does_not_tell_is_not_cached(monkeypatch):
-    kernel_cache._detects_writes.cache_clear()
-    monkeypatch.setattr(kernel_cache, "_is_marked", lambda tensor: True)
+    writes.detects_writes.cache_clear()
+    monkeypatch.setattr(writes, "_is_marked", lambda tensor: True)
     conv = make().eval()
     assert_fresh(conv)
     assert conv._cached is None
-    kernel_cache._detects_writes.cache_clear()
+    writes.detects_writes.cache_clear()
 
 
 # --- reading and memory -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..module_info import batch_norm_affine
 from ..topology.language import Norm, Size, Topology, declaration
 from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, NormStep, Stage, Step
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
+from .kernel_store import in_backward
 from .linear_block import insert_zeros
 
 #: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
@@ -178,7 +179,7 @@ class OfflineConv(ConvBlock):
 
     def _may_be_recomputed(self) -> bool:
         """Return whether this forward looks like the first pass of a checkpoint: hooks take what is saved, or nothing is."""
-        if not self.training or torch.compiler.is_compiling() or _in_backward():
+        if not self.training or torch.compiler.is_compiling() or in_backward():
             return False
         return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -188,7 +189,7 @@ class OfflineConv(ConvBlock):
         Raises:
             RuntimeError: no pass had this input, or several that still wait for their backward pass.
         """
-        if not (self.training and self._passes) or torch.compiler.is_compiling() or not _in_backward():
+        if not (self.training and self._passes) or torch.compiler.is_compiling() or not in_backward():
             return None
         sample = _sample(x)
         same = [p for p in self._passes if p.sample.shape == sample.shape and torch.equal(p.sample, sample)]
@@ -304,10 +305,6 @@ class _Pass:
 def _sample(x: Tensor) -> Tensor:
     """Return few elements of a map that tell it from others."""
     return x.detach()[:, ::8, :: -(-x.shape[2] // 4), :: -(-x.shape[3] // 4)].clone()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 # --- branches with norms --------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from torch.fx import Proxy
 
 import orepa_kernels
 from orepa_kernels import Dense, Operand
+from orepa_kernels.api import squeeze_together
 from orepa_kernels.dispatch import resolve
 
 from ..topology.language import Size, Topology, declaration
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
-from .kernel_cache import CachedKernel, cache_key, is_capturing, squeeze_to_cache
+from .kernel_store import Step, StoredKernel, in_backward, open_steps, request_key, squeeze_to_store
 
 _requires_grad = attrgetter("requires_grad")  # cheaper than a generator: every training step asks
 
@@ -90,7 +91,9 @@ class OREPAConv(ConvBlock):
         if not self.plan.operands:
             raise ValueError(f"topology {self.topology!r} has nothing to learn: no layer with a weight and no scaling")
         self.backend = backend
-        self._cached: CachedKernel | None = None
+        self._cached: StoredKernel | None = None  # where the block does not train
+        self._stored: StoredKernel | None = None  # of the last step that squeezed it with others
+        self._once: Step | None = None  # the one of `orepa.squeeze_once`, while it is open
         self.register_load_state_dict_post_hook(_clear_cache)
 
     # --- forward ------------------------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class OREPAConv(ConvBlock):
             parameter.copy_(missing if scale is None else missing / scale.double().view(-1, 1, 1, 1))
 
     def clear_cache(self) -> None:
-        """Drop the cached kernel.
+        """Drop the stored kernel.
 
         Writes to parameters are detected, whoever makes them: ``parameter.data``, fused optimizers, collectives. Needed only
         after those that PyTorch does not make: through a NumPy array or a raw pointer taken before the kernel was cached, and
@@ -184,7 +187,7 @@ class OREPAConv(ConvBlock):
         memory. Nothing is cached for parameters in memory that is not PyTorch's own (shared with another process, mapped from a
         file, NumPy's), nor under FSDP.
         """
-        self._cached = None
+        self._cached = self._stored = None
 
     # --- the kernel ---------------------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class OREPAConv(ConvBlock):
             raise RuntimeError(
                 "the weight of a sharded block needs all of its parameters: call unshard() of FSDP2 before"
             )
-        kernel = self._cached_kernel(like, None, torch.contiguous_format)
+        kernel = self._stored_kernel(like, None, torch.contiguous_format)
         cached = self._cached
         if cached is not None and cached.kernel is kernel:
             kernel = torch._lazy_clone(kernel)  # whoever writes to the memory after all gets a copy
@@ -206,31 +209,52 @@ class OREPAConv(ConvBlock):
         """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
-        memory_format = torch.contiguous_format
-        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            memory_format = torch.channels_last
-        return self._cached_kernel(x, dtype, memory_format)
+        return self._stored_kernel(x, dtype, _memory_format(x))
 
-    def _cached_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
-        """Return the kernel, on the device of ``like``: a cached one where the block does not train."""
-        if torch.compiler.is_compiling() or is_capturing(like):
-            return self._squeeze(self.source_tensors(), dtype, memory_format, autocast=True)
-        # In train mode an update is next, also where a checkpoint switches gradients off: caching would be for nothing.
-        trains, cached = (
-            self.training or torch.is_grad_enabled(),
-            self._cached,
-        )  # read once: another thread may replace it
-        if cached is not None:
-            key = cache_key(like, dtype, memory_format, self.backend)
-            if cached.is_current(key, trains):
+    def _stored_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+        """Return the kernel, on the device of ``like``: from the store if it has a current one, else squeezed alone."""
+        squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True)
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return squeeze(self.source_tensors())
+        key = request_key(like, dtype, memory_format, self.backend)
+        captures = key[-1]
+        # In train mode an update is next, also where a checkpoint switches gradients off: a cache would be for nothing.
+        trains = self.training or torch.is_grad_enabled()
+        cached = self._cached  # read once: another thread may replace it
+        if cached is not None and not captures:
+            if cached.is_current(key) and not (trains and cached.is_trainable()):
                 return cached.kernel
-            self._cached = cached = None
+            self._cached = None
+        if trains:
+            kernel = self._step_kernel(key)
+            if kernel is not None:
+                return kernel
         tensors = self.source_tensors()
-        if not (trains and any(map(_requires_grad, tensors))):
-            key = cache_key(like, dtype, memory_format, self.backend)
-            squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True)
-            self._cached = cached = squeeze_to_cache(self, tensors, key, squeeze)
-        return self._squeeze(tensors, dtype, memory_format, autocast=True) if cached is None else cached.kernel
+        if captures or (trains and any(map(_requires_grad, tensors))):
+            return squeeze(tensors)
+        self._cached = cached = squeeze_to_store(self, tensors, key, squeeze)
+        return squeeze(tensors) if cached is None else cached.kernel
+
+    def _step_kernel(self, key: tuple[Any, ...]) -> Tensor | None:
+        """Return the kernel that was squeezed with those of other blocks, or None."""
+        if self._once is not None:
+            return self._once.kernel(self, key)
+        if open_steps.steps:
+            kernel: Tensor | None = open_steps.steps[-1].kernel(self, key)
+            return kernel
+        stored = self._stored
+        if stored is None or not in_backward() or not stored.is_current(key):
+            return None
+        # The second forward of a checkpoint has to find the kernel of the first.
+        (kernel,) = squeeze_together(
+            [self.plan],
+            [self.operands()],
+            kernels=[stored.kernel],
+            dtype=stored.kernel.dtype,
+            memory_format=key[1],
+            backend=self.backend,
+        )
+        return kernel
 
     def _squeeze(
         self,
@@ -271,24 +295,33 @@ class OREPAConv(ConvBlock):
     # --- invalidation of the cache --------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> OREPAConv:
-        self._cached = None
+        self.clear_cache()
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._cached = None
+        self.clear_cache()
         return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self) -> OREPAConv:
         replica: OREPAConv = super()._replicate_for_data_parallel()
-        replica._cached = None
+        replica._cached = replica._stored = replica._once = None
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None}
+        return {**super().__getstate__(), "_cached": None, "_stored": None, "_once": None}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    try:
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+    except RuntimeError:  # a batch within vmap does not tell
+        pass
+    return torch.contiguous_format
 
 
 def _clear_cache(module: nn.Module, _incompatible: object) -> None:

@@ -17,6 +17,7 @@ from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
+from ..modules.step import squeeze_alone_in
 from ..optim import watch_replaced
 from .consumer_graph import Consumer, consumers
 from .deploy_methods import deploy_conflicts, self_fusing_pairs
@@ -112,6 +113,7 @@ def convert(
         replace_modules(model, merged)  # undoes it
         raise
     watch_replaced(parameters, model)
+    squeeze_alone_in(model)
     attach(model, Report("convert", layers + replaced, (before, count_parameters(model)), error))
     return model
 

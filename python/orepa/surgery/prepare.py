@@ -19,6 +19,7 @@ from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv, default_topology
 from ..modules.repvgg import RepVGGBlock
+from ..modules.step import squeeze_alone_in, squeeze_together_in
 from ..optim import watch_replaced
 from ..topology.language import Topology, declaration
 from ..topology.lowering import SCALINGS
@@ -56,6 +57,7 @@ def prepare(
     scaling: str = "vector",
     backend: str = "auto",
     norm_types: tuple[type[nn.Module], ...] = (),
+    together: bool = True,
 ) -> nn.Module:
     """Swap the convolutions of any model for `OREPAConv`, by a policy.
 
@@ -91,6 +93,8 @@ def prepare(
         scaling, backend: of every `OREPAConv`, where the policy does not say otherwise.
         norm_types: module types that count as norms besides those that normalize by statistics of their input, such as a frozen
             batch norm.
+        together: squeeze all blocks at once in every forward of the model, by a hook on it. Without, and where a part of the
+            model is called alone, each block squeezes alone. `orepa.squeeze_once` squeezes for several forwards.
 
     Returns:
         The prepared model, trainable, in the mode, on the devices and in the dtypes that it had.
@@ -127,6 +131,7 @@ def prepare(
             replace_modules(model, replaced)  # undoes it
         raise
     watch_replaced(parameters, model)
+    (squeeze_together_in if together else squeeze_alone_in)(model)
     attach(model, Report("prepare", layers + others, (before, count_parameters(model))))
     return model
 

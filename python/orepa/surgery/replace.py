@@ -20,6 +20,7 @@ from torch import fx, nn
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
 from ..modules.repvgg import RepVGGBlock
+from ..modules.step import STEP_HOOKS
 from .references import PARAMETER_HOOKS, find_references, reconnect, redirect
 
 #: classes by name, so that none of their packages is imported
@@ -232,10 +233,10 @@ def customization(module: nn.Module, *, backward_hooks: bool = False) -> str:
 
     A replacement of the module would lose that. ``backward_hooks`` says whether hooks of the backward pass count, too.
     """
-    hooks = [module._forward_hooks, module._forward_pre_hooks]
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if backward_hooks:
-        hooks += [module._backward_hooks, module._backward_pre_hooks]
-    if any(hooks):
+        hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    if not all(hook in STEP_HOOKS for hook in hooks):
         return f"it has {'hooks' if backward_hooks else 'forward hooks'}, which a new module would not have"
     state_hooks = [hook for name in _STATE_HOOKS for hook in vars(module)[name].values()]
     homes = [str(getattr(getattr(hook, "hook", hook), "__module__", "")) for hook in state_hooks]  # torch wraps some

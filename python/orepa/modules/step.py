@@ -1,0 +1,377 @@
+"""One squeeze for all blocks of a model: in each of its forwards by a hook, or over many forwards by `squeeze_once`.
+
+A block that needs a kernel to train with asks the step that is open (`orepa.modules.orepa_conv`). The first one that asks makes
+the step squeeze all blocks that it expects to ask: all that were used in one of the last forwards, each for the dtype and the
+memory format that it asked for then. So nothing has to be known before the first block runs. A block that asks for something
+else squeezes alone, and is served the next time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from orepa_kernels.api import squeeze_gradients, squeeze_together
+from orepa_kernels.guards import is_watched
+
+from .kernel_store import StoredKernel, in_backward, open_steps, request_key, step_sources
+from .orepa_conv import OREPAConv
+
+#: forwards without a block until it is no longer squeezed for the next one
+_PATIENCE = 8
+
+#: bytes of parameters per squeeze where gradients are reduced among processes: the bucket of DistributedDataParallel, which
+#: reduces the first gradients while the backward pass goes on
+_BUCKET = 25 * 2**20
+
+
+@dataclass
+class _Demand:
+    """What a block asked for last, None before it has asked, and the forwards since."""
+
+    dtype: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+    idle: int = 0
+
+
+class _Demands:
+    """The blocks of one model with their demands."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._of: WeakKeyDictionary[OREPAConv, _Demand] = WeakKeyDictionary()
+        self.add(model)
+
+    def add(self, model: nn.Module) -> None:
+        """Add the blocks of a model that are new."""
+        for module in model.modules():
+            if isinstance(module, OREPAConv):
+                self._of.setdefault(module, _Demand())
+
+    def of(self, block: OREPAConv) -> _Demand | None:
+        return self._of.get(block)
+
+    def expected(self) -> list[OREPAConv]:
+        """Return the blocks that are likely to ask in the next forward. What was a block may be a plain convolution now."""
+        demands = list(self._of.items())
+        return [block for block, demand in demands if demand.idle < _PATIENCE and isinstance(block, OREPAConv)]
+
+    def close(self, used: Iterable[OREPAConv]) -> None:
+        """Count one forward."""
+        used = set(used)
+        for block, demand in list(self._of.items()):
+            demand.idle = 0 if block in used else demand.idle + 1
+
+
+_demands: WeakKeyDictionary[nn.Module, _Demands] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _demands_of(model: nn.Module) -> _Demands:
+    with _lock:
+        demands = _demands.get(model)
+        if demands is None:
+            demands = _demands[model] = _Demands(model)
+        return demands
+
+
+class _Member(NamedTuple):
+    """A block to be squeezed with others."""
+
+    block: OREPAConv
+    operands: list[Tensor]
+    sources: Any
+
+
+class _Made(NamedTuple):
+    """What a step has squeezed for a block."""
+
+    stored: StoredKernel
+    kernel: Tensor
+
+
+class _Step:
+    """Kernels of the blocks of one model, for one forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.demands, self.used = model, _demands_of(model), set[OREPAConv]()
+        self._grad = torch.is_grad_enabled()
+        self._made: dict[tuple[OREPAConv, tuple[Any, ...]], _Made] = {}
+        self._waiting: dict[OREPAConv, list[OREPAConv]] | None = None  # by block, those to be squeezed with it
+
+    def kernel(self, block: OREPAConv, key: tuple[Any, ...]) -> Tensor | None:
+        """Return the kernel of a block for a key (of `request_key`), or None where the block has to squeeze alone."""
+        demand = self.demands.of(block)
+        if demand is None or is_watched():
+            return None
+        demand.dtype, demand.memory_format, *_ = key
+        self.used.add(block)
+        made = self._made.get((block, key))
+        if made is None:
+            self._squeeze(self._take(block), key)
+            made = self._made.get((block, key))
+        if made is None or not made.stored.is_unwritten():
+            return None
+        block._stored = made.stored
+        return made.kernel
+
+    def _take(self, block: OREPAConv) -> list[OREPAConv]:
+        """Return what has to be squeezed when a block asks that has no kernel."""
+        if self._waiting is None:
+            self._waiting = {member: chunk for chunk in self._chunks() for member in chunk}
+        chunk = self._waiting.get(block, [])
+        for member in chunk:
+            del self._waiting[member]
+        return chunk
+
+    def _chunks(self) -> list[list[OREPAConv]]:
+        """Return the blocks that are expected to ask, in parts that are squeezed at once."""
+        blocks = self.demands.expected()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [blocks]
+        chunks: list[list[OREPAConv]] = []
+        room = 0
+        for block in blocks:
+            size = sum(parameter.nbytes for parameter in block.parameters())
+            if room < size:
+                chunks.append([])
+                room = _BUCKET
+            chunks[-1].append(block)
+            room -= size
+        return chunks
+
+    def _squeeze(self, blocks: Sequence[OREPAConv], key: tuple[Any, ...]) -> None:
+        """Squeeze blocks: each for what it asked for last, or, if it has not, for the given key."""
+        groups: dict[tuple[Any, ...], list[_Member]] = {}
+        with torch.set_grad_enabled(self._grad):
+            for block in blocks:
+                member, demand = _member(block), self.demands.of(block)
+                if member is not None and demand is not None:
+                    wanted = key[:2] if demand.memory_format is None else (demand.dtype, demand.memory_format)
+                    like = member.operands[block.plan.leading]
+                    groups.setdefault((*wanted, block.backend, like.device, like.dtype), []).append(member)
+            for (dtype, memory_format, backend, *_), members in groups.items():
+                like = members[0].operands[0]
+                key = request_key(like, dtype, memory_format, backend)
+                self._squeeze_group(members, None if like.dtype == torch.float64 else dtype, key)  # as autocast has it
+
+    def _squeeze_group(self, members: Sequence[_Member], dtype: torch.dtype | None, key: tuple[Any, ...]) -> None:
+        again: list[Tensor] | None = None
+        if (
+            in_backward()
+        ):  # the whole model is in a checkpoint, whose second forward has to find the kernels of the first
+            earlier = [member.block._stored for member in members]
+            again = [stored.kernel for stored in earlier if stored is not None and stored.is_current(key)]
+        _, memory_format, backend, *_ = key
+        kernels = squeeze_together(
+            [member.block.plan for member in members],
+            [member.operands for member in members],
+            kernels=again if again and len(again) == len(members) else None,
+            dtype=dtype,
+            memory_format=memory_format,
+            backend=backend,
+        )
+        for member, kernel in zip(members, kernels, strict=True):
+            stored = StoredKernel(kernel.detach(), key, member.sources)
+            self._made[member.block, key] = _Made(stored, kernel)
+
+
+def _member(block: OREPAConv) -> _Member | None:
+    """Return a block with its operands, or None where it has to squeeze alone.
+
+    That is where it is frozen, where `step_sources` says so, and where a hook of its own may change it before it runs.
+    """
+    if block._forward_pre_hooks:
+        return None
+    tensors = block.source_tensors()
+    if not any([tensor.requires_grad for tensor in tensors]):
+        return None
+    sources = step_sources(block, tensors)
+    return None if sources is None else _Member(block, block.operands_of(tensors), sources)
+
+
+# --- in each forward ----------------------------------------------------------------------------------------------------
+
+
+def squeeze_together_in(model: nn.Module) -> None:
+    """Make every forward of a model squeeze all of its blocks at once, as one node of autograd.
+
+    The hooks are plain functions, so that copies of the model, pickled ones too, have them as well.
+    """
+    squeeze_alone_in(model)
+    model.register_forward_pre_hook(begin_step)
+    model.register_forward_hook(end_step, always_call=True)
+
+
+def squeeze_alone_in(model: nn.Module) -> None:
+    """Undo `squeeze_together_in`, for a model and its parts."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if hook in STEP_HOOKS]:
+                del hooks[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
+def begin_step(model: nn.Module, _args: Any) -> None:
+    """Open a step, before a forward of ``model``."""
+    if not (torch.compiler.is_compiling() or torch._C._is_tracing()):
+        while any(step.model is model for step in open_steps.steps):  # it called itself, or was interrupted
+            open_steps.steps.pop()
+        open_steps.steps.append(_Step(model))
+
+
+def end_step(model: nn.Module, _args: Any, _output: Any) -> None:
+    """Close the step, after a forward of ``model`` or an exception in it."""
+    steps = open_steps.steps
+    if steps and steps[-1].model is model and not (torch.compiler.is_compiling() or torch._C._is_tracing()):
+        step = steps.pop()
+        if step.used:
+            step.demands.close(step.used)
+
+
+STEP_HOOKS = (begin_step, end_step)
+
+
+# --- over many forwards -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def squeeze_once(model: nn.Module) -> Iterator[None]:
+    """Squeeze all blocks of a model once for all forwards and backward passes within, and differentiate them once at the end.
+
+    For gradient accumulation, which otherwise squeezes for every micro-batch::
+
+        optimizer.zero_grad()
+        with orepa.squeeze_once(model):
+            for x, y in micro_batches:
+                (loss_fn(model(x), y) / len(micro_batches)).backward()
+        optimizer.step()
+
+    Within, the gradients of the kernels add up; those of the blocks' parameters are there after the block. They equal those
+    without `squeeze_once` to the rounding of a sum. After an exception all gradients of the model are as before.
+
+    Blocks that do not train use their cached kernels, as ever. Parametrized and sharded blocks, those with forward pre-hooks,
+    and everything inside `torch.compile`, `torch.func` and `torch.nn.DataParallel` squeeze for every forward. A block that is
+    open for a model stays so in a nested one. With a `torch.amp.GradScaler`, unscale and step after the block.
+
+    Args:
+        model: any module tree with `OREPAConv` in it. Parameters must not change within: step the optimizer after the block.
+
+    Raises:
+        RuntimeError: a parameter changed within, or another thread has the blocks open.
+    """
+    step = _StepOnce(model)
+    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    step.open()
+    try:
+        yield
+        step.backward()
+    except BaseException:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        raise
+    finally:
+        step.close()
+
+
+class _Group(NamedTuple):
+    """Blocks that were squeezed at once."""
+
+    members: Sequence[_Member]
+    leaves: list[_Leaf]
+    backend: str
+
+
+class _Leaf:
+    """A kernel that gathers gradients: in float32 at least, as those of many batches are summed."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel.requires_grad_()
+        self._sum: Tensor | None = None
+        if kernel.dtype in (torch.float16, torch.bfloat16):
+            self.kernel.register_post_accumulate_grad_hook(self._widen)
+
+    def _widen(self, kernel: Tensor) -> None:
+        assert kernel.grad is not None
+        gradient, kernel.grad = kernel.grad.float(), None
+        self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.kernel.grad if self._sum is None else self._sum
+
+
+class _StepOnce(_Step):
+    """Kernels as leaves, for many forwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._grad, self._groups, self._thread = True, list[_Group](), threading.get_ident()
+        self._blocks: list[OREPAConv] = []
+
+    def open(self) -> None:
+        """Let the blocks ask, except those that ask another step already."""
+        blocks = [module for module in self.model.modules() if isinstance(module, OREPAConv)]
+        self.demands.add(self.model)
+        steps = [block._once for block in blocks if block._once is not None]
+        if any(isinstance(step, _StepOnce) and step._thread != self._thread for step in steps):
+            raise RuntimeError("squeeze_once: another thread has blocks of this model open")
+        self._blocks = [block for block in blocks if block._once is None]
+        for block in self._blocks:
+            block._once = self
+
+    def close(self) -> None:
+        for block in self._blocks:
+            block._once = None
+        if self.used:
+            self.demands.close(self.used)
+
+    def backward(self) -> None:
+        """Add the gradients of the parameters, from those of the kernels."""
+        roots: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for members, leaves, backend in self._groups:
+            upstream = [leaf.gradient for leaf in leaves]
+            for member, gradient in zip(members, upstream, strict=True):
+                if gradient is not None and not all(source.is_current() for source in member.sources):
+                    raise RuntimeError(
+                        f"squeeze_once: parameters of {member.block} changed within; step the optimizer after the block"
+                    )
+            operands = [operand for member in members for operand in member.operands]
+            plans = [member.block.plan for member in members]
+            values = squeeze_gradients(plans, [member.operands for member in members], upstream, backend=backend)
+            for operand, value in zip(operands, values, strict=True):
+                if value is not None:
+                    roots.append(operand)
+                    gradients.append(value)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+    def _chunks(self) -> list[list[OREPAConv]]:
+        expected = self.demands.expected()
+        return [[block for block in expected if block._once is self]]
+
+    def _take(self, block: OREPAConv) -> list[OREPAConv]:
+        return super()._take(block) or [block]
+
+    def _squeeze_group(self, members: Sequence[_Member], dtype: torch.dtype | None, key: tuple[Any, ...]) -> None:
+        _, memory_format, backend, *_ = key
+        with torch.no_grad():
+            kernels = squeeze_together(
+                [member.block.plan for member in members],
+                [member.operands for member in members],
+                dtype=dtype,
+                memory_format=memory_format,
+                backend=backend,
+            )
+        leaves = [_Leaf(kernel) for kernel in kernels]
+        self._groups.append(_Group(members, leaves, backend))
+        for member, leaf in zip(members, leaves, strict=True):
+            stored = StoredKernel(leaf.kernel.detach(), key, member.sources)
+            self._made[member.block, key] = _Made(stored, leaf.kernel)
