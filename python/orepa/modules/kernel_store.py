@@ -12,10 +12,11 @@ parametrized or computed by hooks, and, from step to step, in memory that is not
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +24,91 @@ from torch import Tensor, nn
 from orepa_kernels.guards import float32_precision, is_plain, is_watched
 
 from .linear_block import LinearBlock
-from .writes import Mark, Version, detects_writes, mark
+from .writes import Mark, Versions, detects_writes, mark
 
 
-class _Source(NamedTuple):
-    """The place of one operand, its part of the storage, and what tells writes to it."""
+class Sources:
+    """The tensors of a block's operands, and where they are.
 
-    home: dict[str, Any]
-    name: str
-    tensor: Tensor
-    offset: int
-    stride: tuple[int, ...]
-    unwritten: Mark | Version
+    Raises:
+        NotStored: one of them is no plain parameter or buffer of the block.
+    """
 
-    def is_current(self) -> bool:
-        """Return whether the operand is in its place and unwritten."""
-        home, name, tensor, offset, stride, unwritten = self
+    def __init__(self, block: LinearBlock) -> None:
+        self._homes: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self.tensors: list[Tensor] = []
+        owner: nn.Module | None = None
+        for path, name in block.sources:
+            holder: nn.Module = block
+            for child in path:
+                holder = getattr(holder, child)
+            if holder is not owner and _is_sharded(holder):
+                raise NotStored
+            owner = holder
+            kind, home = (nn.Parameter, owner._parameters) if name in owner._parameters else (Tensor, owner._buffers)
+            tensor = home.get(name)
+            if type(tensor) is not kind or (vars(tensor) and not _FREED_BETWEEN_FORWARDS.isdisjoint(vars(tensor))):
+                raise NotStored
+            self._homes.append(home)
+            self._names.append(name)
+            self.tensors.append(tensor)
+        if not is_plain(self.tensors):
+            raise NotStored
+
+    def are_current(self) -> bool:
+        """Return whether every operand is in its place and unwritten."""
+        return all(map(operator.is_, map(dict.get, self._homes, self._names), self.tensors))
+
+
+class StepSources(Sources):
+    """Those of a kernel for one training step."""
+
+    def __init__(self, block: LinearBlock) -> None:
+        super().__init__(block)
+        if any([tensor.is_inference() for tensor in self.tensors]):
+            raise NotStored
+        self._versions = Versions(self.tensors)
+
+    def are_current(self) -> bool:
+        return super().are_current() and self._versions.hold()
+
+
+class LastingSources(Sources):
+    """Those of a kernel for more than one step."""
+
+    def __init__(self, block: LinearBlock) -> None:
+        super().__init__(block)
+        self._layouts = [(tensor.storage_offset(), tensor.stride()) for tensor in self.tensors]
+        marks = [mark(tensor) for tensor in self.tensors]
+        self._marks = [each for each in marks if each is not None]
+        if len(self._marks) < len(marks):
+            raise NotStored
+
+    def are_current(self) -> bool:
         return (
-            home.get(name) is tensor
-            and tensor.storage_offset() == offset
-            and tensor.stride() == stride
-            and unwritten.holds(tensor)
+            super().are_current()
+            and all(map(Mark.holds, self._marks, self.tensors))
+            and [(tensor.storage_offset(), tensor.stride()) for tensor in self.tensors] == self._layouts
         )
+
+
+class NotStored(Exception):
+    """A write to an operand could go unseen."""
+
+
+#: attributes by which FSDP1 and DeepSpeed mark parameters that they free between forwards, which a stored kernel would hinder
+_FREED_BETWEEN_FORWARDS = frozenset(("_fsdp_flattened", "ds_id"))
+
+
+def _is_sharded(owner: nn.Module) -> bool:
+    """Return whether FSDP2 manages the parameters, which frees them between forwards, too.
+
+    Within a forward it leaves plain parameters, and `FSDPModule` may be any ancestor. But it hooks the state dict of each
+    module whose parameters it shards.
+    """
+    hooks = (*owner._state_dict_pre_hooks.values(), *owner._load_state_dict_post_hooks.values())
+    return any([str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks])
 
 
 @dataclass(frozen=True)
@@ -53,19 +117,15 @@ class StoredKernel:
 
     kernel: Tensor
     key: tuple[Any, ...]
-    sources: tuple[_Source, ...]
+    sources: Sources
 
     def is_current(self, key: tuple[Any, ...]) -> bool:
         """Return whether this is still the kernel for a key (of `request_key`)."""
-        return key == self.key and self.is_unwritten()
-
-    def is_unwritten(self) -> bool:
-        """Return whether every operand is in its place and unwritten."""
-        return all([source.is_current() for source in self.sources])
+        return key == self.key and self.sources.are_current()
 
     def is_trainable(self) -> bool:
         """Return whether an operand requires a gradient."""
-        return any(source.tensor.requires_grad for source in self.sources)
+        return any([tensor.requires_grad for tensor in self.sources.tensors])
 
 
 def request_key(
@@ -92,70 +152,19 @@ def in_backward() -> bool:
 
 
 def squeeze_to_store(
-    block: LinearBlock,
-    operands: Sequence[Tensor],
-    key: tuple[Any, ...],
-    squeeze: Callable[[list[Tensor]], Tensor],
+    block: LinearBlock, key: tuple[Any, ...], squeeze: Callable[[list[Tensor]], Tensor]
 ) -> StoredKernel | None:
     """Squeeze the operands of a block for more than one step; None where a write to them could go unseen."""
-    if is_watched() or not is_plain(operands) or not detects_writes():
+    if is_watched() or not detects_writes():
         return None
     # A tensor of inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False), torch.no_grad():
-        homes = _homes(block, operands)
-        marks = None if homes is None else [mark(tensor) for tensor in operands]
-        if homes is None or marks is None or None in marks:
+        try:
+            sources = LastingSources(block)
+        except NotStored:
             return None
         # Backends take addresses, which counts as a write. So they get copies, made while the marks are there.
-        kernel = squeeze([tensor.clone() for tensor in operands])
-        return StoredKernel(kernel, key, _sources(homes, operands, marks))
-
-
-def step_sources(block: LinearBlock, operands: Sequence[Tensor]) -> tuple[_Source, ...] | None:
-    """Return the sources of a kernel for this training step; None where a write to them could go unseen."""
-    if not is_plain(operands) or any(tensor.is_inference() for tensor in operands):
-        return None
-    homes = _homes(block, operands)
-    return None if homes is None else _sources(homes, operands, [Version(tensor) for tensor in operands])
-
-
-def _sources(
-    homes: Sequence[tuple[dict[str, Any], str]], operands: Sequence[Tensor], unwritten: Sequence[Any]
-) -> tuple[_Source, ...]:
-    places = zip(homes, operands, unwritten, strict=True)
-    return tuple(
-        _Source(home, name, t, int(t.storage_offset()), t.stride(), proof) for (home, name), t, proof in places
-    )
-
-
-def _homes(block: LinearBlock, operands: Sequence[Tensor]) -> list[tuple[dict[str, Any], str]] | None:
-    """Return the dictionary and the name of each operand; None where one is no plain parameter or buffer of the block."""
-    homes: list[tuple[dict[str, Any], str]] = []
-    owner: nn.Module | None = None
-    for (path, name), tensor in zip(block.sources, operands, strict=True):
-        holder: nn.Module = block
-        for child in path:
-            holder = getattr(holder, child)
-        if holder is not owner and _is_sharded(holder):
-            return None
-        owner = holder
-        kind, home = (nn.Parameter, owner._parameters) if name in owner._parameters else (Tensor, owner._buffers)
-        if type(tensor) is not kind or home.get(name) is not tensor:
-            return None
-        if hasattr(tensor, "_fsdp_flattened") or hasattr(tensor, "ds_id"):  # of FSDP and DeepSpeed
-            return None
-        homes.append((home, name))
-    return homes
-
-
-def _is_sharded(owner: nn.Module) -> bool:
-    """Return whether FSDP2 manages the parameters: it frees them between forwards, which a stored kernel would hinder.
-
-    Within a forward it leaves plain parameters, and `FSDPModule` may be any ancestor. But it hooks the state dict of each
-    module whose parameters it shards.
-    """
-    hooks = (*owner._state_dict_pre_hooks.values(), *owner._load_state_dict_post_hooks.values())
-    return any(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
+        return StoredKernel(squeeze([tensor.clone() for tensor in sources.tensors]), key, sources)
 
 
 # --- steps --------------------------------------------------------------------------------------------------------------

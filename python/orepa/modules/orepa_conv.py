@@ -232,7 +232,7 @@ class OREPAConv(ConvBlock):
         tensors = self.source_tensors()
         if captures or (trains and any(map(_requires_grad, tensors))):
             return squeeze(tensors)
-        self._cached = cached = squeeze_to_store(self, tensors, key, squeeze)
+        self._cached = cached = squeeze_to_store(self, key, squeeze)
         return squeeze(tensors) if cached is None else cached.kernel
 
     def _step_kernel(self, key: tuple[Any, ...]) -> Tensor | None:

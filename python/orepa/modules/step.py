@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orepa_kernels.api import squeeze_gradients, squeeze_together
 from orepa_kernels.guards import is_watched
 
-from .kernel_store import StoredKernel, in_backward, open_steps, request_key, step_sources
+from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, open_steps, request_key
 from .orepa_conv import OREPAConv
 
 #: forwards without a block until it is no longer squeezed for the next one
@@ -86,7 +86,7 @@ class _Member(NamedTuple):
 
     block: OREPAConv
     operands: list[Tensor]
-    sources: Any
+    sources: StepSources
 
 
 class _Made(NamedTuple):
@@ -116,9 +116,9 @@ class _Step:
         if made is None:
             self._squeeze(self._take(block), key)
             made = self._made.get((block, key))
-        if made is None or not made.stored.is_unwritten():
+        if made is None or not made.stored.sources.are_current():
             return None
-        block._stored = made.stored
+        vars(block)["_stored"] = made.stored  # a tenth of the price of setting an attribute of a module
         return made.kernel
 
     def _take(self, block: OREPAConv) -> list[OREPAConv]:
@@ -185,15 +185,17 @@ class _Step:
 def _member(block: OREPAConv) -> _Member | None:
     """Return a block with its operands, or None where it has to squeeze alone.
 
-    That is where it is frozen, where `step_sources` says so, and where a hook of its own may change it before it runs.
+    That is where it is frozen, where a write to it could go unseen, and where a hook of its own may change it before it runs.
     """
     if block._forward_pre_hooks:
         return None
-    tensors = block.source_tensors()
-    if not any([tensor.requires_grad for tensor in tensors]):
+    try:
+        sources = StepSources(block)
+    except NotStored:
         return None
-    sources = step_sources(block, tensors)
-    return None if sources is None else _Member(block, block.operands_of(tensors), sources)
+    if not any([tensor.requires_grad for tensor in sources.tensors]):
+        return None
+    return _Member(block, block.operands_of(sources.tensors), sources)
 
 
 # --- in each forward ----------------------------------------------------------------------------------------------------
@@ -254,7 +256,8 @@ def squeeze_once(model: nn.Module) -> Iterator[None]:
         optimizer.step()
 
     Within, the gradients of the kernels add up; those of the blocks' parameters are there after the block. They equal those
-    without `squeeze_once` to the rounding of a sum. After an exception all gradients of the model are as before.
+    without `squeeze_once` to the rounding of a sum. After an exception all gradients of the model are as before; those that are
+    there at the beginning are copied for that.
 
     Blocks that do not train use their cached kernels, as ever. Parametrized and sharded blocks, those with forward pre-hooks,
     and everything inside `torch.compile`, `torch.func` and `torch.nn.DataParallel` squeeze for every forward. A block that is
@@ -339,7 +342,7 @@ class _StepOnce(_Step):
         for members, leaves, backend in self._groups:
             upstream = [leaf.gradient for leaf in leaves]
             for member, gradient in zip(members, upstream, strict=True):
-                if gradient is not None and not all(source.is_current() for source in member.sources):
+                if gradient is not None and not member.sources.are_current():
                     raise RuntimeError(
                         f"squeeze_once: parameters of {member.block} changed within; step the optimizer after the block"
                     )

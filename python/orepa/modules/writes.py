@@ -4,7 +4,7 @@ Marks: PyTorch's copy-on-write storages tell. A tensor is marked by a lazy clone
 has one owner again. The first access that may write, by whatever alias, takes the mark away, and neither copies nor moves
 anything. Reading leaves it.
 
-Versions: autograd counts writes, but not those of fused optimizers. So optimizers report their steps (`Version`).
+Versions: autograd counts writes, but not those of fused optimizers. So optimizers report their steps (`Versions`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 from weakref import ReferenceType, WeakValueDictionary, ref
@@ -93,28 +93,27 @@ def _count_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class Version:
-    """A period without writes to a tensor, as far as autograd counts them, and without a step of an optimizer that has it."""
+class Versions:
+    """A period without writes to some tensors that autograd counts, and without steps of optimizers that have them."""
 
-    __slots__ = ("_count", "_steps")
+    __slots__ = ("_counts", "_steps", "_tensors")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._count, self._steps = tensor._version, _steps
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._counts, self._steps = tensors, [tensor._version for tensor in tensors], _steps
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether nobody has written to the tensor since."""
-        if tensor._version != self._count:
-            return False
-        return self._steps == _steps or self._skipped(tensor)
+    def hold(self) -> bool:
+        """Return whether nobody has written to the tensors since."""
+        return [tensor._version for tensor in self._tensors] == self._counts and (
+            self._steps == _steps or self._skipped_by_optimizers()
+        )
 
-    def _skipped(self, tensor: Tensor) -> bool:
-        """Return whether no optimizer that made a step since has the tensor among its parameters."""
-        now = _steps
+    def _skipped_by_optimizers(self) -> bool:
+        now, own = _steps, set(map(id, self._tensors))
         optimizers = [made() for made in islice(_stepped, now - self._steps)]
         if len(optimizers) < now - self._steps:
             return False
         for optimizer in optimizers:
-            if optimizer is None or any(p is tensor for group in optimizer.param_groups for p in group["params"]):
+            if optimizer is None or any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
                 return False
         self._steps = now
         return True
