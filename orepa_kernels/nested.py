@@ -115,9 +115,47 @@ def _flat(term: Term, operand_of: Callable[[Operand | Block], Operand]) -> Term:
 
 def prepare(backend: Backend, blocks: Sequence[Block], signature: Signature) -> Prepared:
     """Prepare blocks, nested or not."""
-    if backend.traceable or all(map(_is_flat, blocks)):  # a traceable backend computes nested blocks as they are
+    if backend.traceable:  # which computes nested blocks as they are
         return backend.prepare(blocks, signature)
+    if all(map(_is_flat, blocks)):
+        return _prepare_flat(backend, blocks, signature)
     return _PreparedProgram(backend, program(blocks), signature)
+
+
+def _prepare_flat(backend: Backend, blocks: Sequence[Block], signature: Signature) -> Prepared:
+    prepared, idle = backend.prepare(blocks, signature), _idle_rows(blocks)
+    return _WithIdleRows(prepared, idle) if idle else prepared
+
+
+def _idle_rows(blocks: Sequence[Block]) -> list[tuple[int, int]]:
+    """Return the rows of scales that scale nothing, each behind the place of its operand among those of all blocks."""
+    rows, place = [], -1
+    for block in blocks:
+        place += len(block.operands)  # scales are the last operand of their block
+        if block.scales is not None:
+            used = {term.scale for term in block.terms}
+            rows += [(place, row) for row in range(block.scales.shape[0]) if row not in used]
+    return rows
+
+
+class _WithIdleRows(Prepared):
+    """Blocks with rows of scales that scale nothing. Kernels write the other rows of the gradient."""
+
+    def __init__(self, prepared: Prepared, idle: Sequence[tuple[int, int]]) -> None:
+        self._prepared, self._idle = prepared, idle
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._prepared.forward(tensors)
+
+    def backward(
+        self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> Gradients:
+        gradients = self._prepared.backward(tensors, upstream, needed)
+        for place, row in self._idle:
+            gradient = gradients[place]
+            if gradient is not None:
+                gradient[row].zero_()
+        return gradients
 
 
 class _PreparedProgram(Prepared):
@@ -133,7 +171,7 @@ class _PreparedProgram(Prepared):
         for level in (*steps.inner, steps.last):
             wanted = signature if level is steps.last else inner
             wanted = replace(wanted, layouts=tuple(layouts[key] for step in level for key in step.inputs))
-            self._levels.append((level, backend.prepare([step.block for step in level], wanted)))
+            self._levels.append((level, _prepare_flat(backend, [step.block for step in level], wanted)))
             layouts.update((step.output, inner.kernel(step.block)) for step in level)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -126,7 +126,8 @@ class Block:
         kernel_size: ``(kh, kw)`` of the squeezed kernel.
         terms: at least one.
         groups: ``g``; must divide ``I`` and ``O``.
-        scales: ``[B, O]`` (vector scaling) or ``[B, 1]`` (scalar scaling), one row per scaled term, or None.
+        scales: ``[B, O]`` (vector scaling) or ``[B, 1]`` (scalar scaling), or None. A row scales one term, or none: then its
+            gradient is zero.
 
     Raises:
         ValueError: a shape does not fit, groups do not divide the channels, or a term's kernel cannot be centred.
@@ -243,9 +244,8 @@ def _check_geometry(block: Block) -> None:
 
 def _check_scale_rows(block: Block) -> None:
     rows = sorted(term.scale for term in block.terms if term.scale is not None)
-    if block.scales is not None and rows != list(range(block.scales.shape[0])):
-        has = block.scales.shape[0]
-        raise ValueError(f"scales has {has} rows, each of which must scale exactly one term; the terms name {rows}")
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"a row of scales must scale at most one term; the terms name {rows}")
 
 
 def _check_term(block: Block, term: Term, where: str) -> None:

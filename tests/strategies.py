@@ -85,7 +85,7 @@ def blocks(draw, max_terms=4, most=19):
                 parts = (Dense(first), Dense(operand(groups * inner, per_group, *smaller(first_size))))
                 first = Block(groups * inner, i, first_size, parts, groups)
             terms.append(Composed(first, operand(o, inner, *second_size), False, scale))
-    rows = sum(term.scale is not None for term in terms)
+    rows = sum(term.scale is not None for term in terms) + draw(st.integers(0, 1))  # one may scale nothing
     return Block(o, i, size, tuple(terms), groups, operand(rows, scaled) if scaled else None)
 
 

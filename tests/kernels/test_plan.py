@@ -88,6 +88,12 @@ BAD = {
         lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 2),), scales=op("s", 2, 8)),
         "scale=2 is no row of scales, which has 2",
     ),
+    "two terms in a row": (
+        lambda: Block(
+            8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 0), Dense(op("v", 8, 4, 3, 3), 0)), scales=op("s", 1, 8)
+        ),
+        r"a row of scales must scale at most one term; the terms name \[0, 0\]",
+    ),
     "no scales": (
         lambda: Block(8, 4, (3, 3), (Dense(op("w", 8, 4, 3, 3), 0),)),
         "scale=0 is no row of scales, which has 0",

@@ -18,6 +18,7 @@ from orepa_kernels.api import squeeze_together
 from orepa_kernels.dispatch import resolve
 
 from ..topology.language import Size, Topology, declaration
+from .branch_order import ORDERS, SplitBlock, prefers_branch, split_block
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
 from .kernel_store import Step, StoredKernel, in_backward, open_steps, request_key, squeeze_to_store
 
@@ -53,6 +54,10 @@ class OREPAConv(ConvBlock):
             groups, ``"orepa"`` elsewhere.
         scaling: of the branches: ``"vector"``, ``"scalar"`` or ``"none"`` (paper Table 3).
         backend: that squeezes; see `orepa_kernels.squeeze`.
+        order: of the branch that is a sequence of convolutions, such as 1x1-kxk (of several, the one that costs most to
+            squeeze). ``"branch"`` runs it on feature maps wherever the block trains and squeezes the others; ``"squeeze"``
+            squeezes all; ``"auto"`` does what is cheaper for the shape of the input, see `orepa.modules.branch_order`. All
+            compute the same, but for rounding.
         options: of the topology, such as ``prior="dct2d"``.
 
     Raises:
@@ -80,6 +85,7 @@ class OREPAConv(ConvBlock):
         topology: str | Callable[..., Topology] | None = None,
         scaling: str = "vector",
         backend: str = "auto",
+        order: str = "auto",
         **options: Any,
     ) -> None:
         resolve(backend)
@@ -91,6 +97,7 @@ class OREPAConv(ConvBlock):
         if not self.plan.operands:
             raise ValueError(f"topology {self.topology!r} has nothing to learn: no layer with a weight and no scaling")
         self.backend = backend
+        self.order = order
         self._cached: StoredKernel | None = None  # where the block does not train
         self._stored: StoredKernel | None = None  # of the last step that squeezed it with others
         self._once: Step | None = None  # the one of `orepa.squeeze_once`, while it is open
@@ -99,10 +106,11 @@ class OREPAConv(ConvBlock):
     # --- forward ------------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve once, with the squeezed kernel."""
+        """Convolve once, with the squeezed kernel; or twice more for a branch that runs on feature maps, see ``order``."""
         if isinstance(x, Proxy):
             return call_as_leaf(self, x)
-        return self._convolve(x, self._kernel(x), self.bias)
+        tensors = self._tensors_to_split(x)
+        return self._convolve(x, self._kernel(x), self.bias) if tensors is None else self._convolve_split(x, tensors)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run the unsqueezed branches layer by layer on feature maps: the ground truth that `forward` equals.
@@ -207,9 +215,13 @@ class OREPAConv(ConvBlock):
 
     def _kernel(self, x: Tensor) -> Tensor:
         """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
+        return self._stored_kernel(x, *self._kernel_format(x))
+
+    @staticmethod
+    def _kernel_format(x: Tensor) -> tuple[torch.dtype | None, torch.memory_format]:
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
-        return self._stored_kernel(x, dtype, _memory_format(x))
+        return dtype, _memory_format(x)
 
     def _stored_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
         """Return the kernel, on the device of ``like``: from the store if it has a current one, else squeezed alone."""
@@ -262,11 +274,15 @@ class OREPAConv(ConvBlock):
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
         autocast: bool = False,
+        split: SplitBlock | None = None,
     ) -> Tensor:
+        """Squeeze the tensors at `sources`, of a ``split`` block all but one branch."""
         if autocast and tensors[0].dtype == torch.float64:
             dtype = None  # autocast leaves float64 alone
+        plan = self.plan if split is None else split.rest
+        operands = self.operands_of(tensors) if split is None else split.rest_operands(self, tensors)
         (kernel,) = orepa_kernels.squeeze(
-            [self.plan], [self.operands_of(tensors)], dtype=dtype, memory_format=memory_format, backend=self.backend
+            [plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
         )
         return kernel
 
@@ -289,8 +305,47 @@ class OREPAConv(ConvBlock):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
-            return F.conv2d(self.pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+            return self._convolve_padded(self.pad(x), weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _convolve_padded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    # --- the order ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> str:
+        """``"auto"``, ``"squeeze"`` or ``"branch"``; may be set at any time."""
+        return self._order
+
+    @order.setter
+    def order(self, value: str) -> None:
+        if value not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {value!r}")
+        split = None if value == "squeeze" else split_block(self._lowered)
+        if value == "branch" and split is None:
+            raise ValueError(
+                f"order='branch' needs a branch of two or more convolutions beside others, topology {self.topology!r} has none"
+            )
+        self._order, self._split = value, split
+
+    def _tensors_to_split(self, x: Tensor) -> list[Tensor] | None:
+        """Return the tensors at `sources` where one branch is to run on feature maps; None where all are to be squeezed."""
+        split = self._split
+        if split is None or not (self.training or torch.is_grad_enabled()):
+            return None
+        if self._order == "auto" and not prefers_branch(self, split, x):
+            return None
+        tensors = self.source_tensors()
+        return tensors if any(map(_requires_grad, tensors)) else None  # otherwise the kernel is cached
+
+    def _convolve_split(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
+        assert self._split is not None
+        kernel = self._squeeze(tensors, *self._kernel_format(x), autocast=True, split=self._split)
+        if self.padding_mode == "zeros":
+            return self._convolve(x, kernel, self.bias) + self._split.run(self, tensors, x)
+        x = self.pad(x)
+        return self._convolve_padded(x, kernel, self.bias) + self._split.run(self, tensors, x)
 
     # --- invalidation of the cache --------------------------------------------------------------------------------------------
 
@@ -312,7 +367,10 @@ class OREPAConv(ConvBlock):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+        for name in ("backend", "order"):
+            if getattr(self, name) != "auto":
+                text += f", {name}={getattr(self, name)}"
+        return text
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
