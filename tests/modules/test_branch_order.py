@@ -1,7 +1,10 @@
 """The order of a block: a branch on feature maps computes what the squeezed one does, and shapes alone decide."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import geometries, image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import orepa
 import orepa_kernels
 from orepa import OREPAConv
+from orepa.modules.branch_order import _prefers_branch
 from orepa.topology import AvgPool, Branch, Conv, Depthwise, Topology
 
 F64 = torch.float64
@@ -264,3 +270,101 @@ def test_the_option_is_checked_and_shown():
     assert (conv.order, "order" in repr(conv)) == ("auto", False)
     assert ", order=branch" in repr(make())
     assert ", order=squeeze" in repr(make(order="squeeze"))
+
+
+# --- the cheaper order ----------------------------------------------------------------------------------------------------
+
+
+def choice(conv, *shape, uses=1, device="cpu", half=False):
+    """What auto does with the branch for an input of a shape, without running it."""
+    return _prefers_branch(conv._split, shape, conv.stride, conv.dilation, conv.borders, half, device, uses)
+
+
+@pytest.mark.parametrize(("channels", "size", "branch"), [(512, 2, True), (64, 16, False)])
+def test_auto_runs_the_branch_where_it_is_cheaper(plans, channels, size, branch):
+    conv = make(channels, channels, 3, order="auto", dtype=torch.float32)
+    x = torch.randn(2, channels, size, size)
+    y = conv(x)
+    assert plans == [conv._split.rest if branch else conv.plan]
+    assert choice(conv, *x.shape) == branch
+    assert torch.equal(y, in_order(conv, "branch" if branch else "squeeze")(x))
+
+
+@given(
+    topology=st.sampled_from(SPLITTABLE),
+    channels=st.tuples(*[st.sampled_from([8, 64, 256, 1024])] * 2),
+    size=st.integers(3, 64),
+    stride=st.integers(1, 2),
+    device=st.sampled_from(["cpu", "cuda"]),
+    half=st.booleans(),
+    more=st.tuples(*[st.integers(0, 64)] * 3),
+    uses=st.integers(1, 4),
+)
+def test_more_pixels_and_more_uses_never_turn_it_to_the_branch(
+    topology, channels, size, stride, device, half, more, uses
+):
+    kernel = 1 if topology == "rep1x1" else 3
+    conv = OREPAConv(*channels, kernel, stride, kernel // 2, topology=topology, device="meta")
+    here = choice(conv, 1, channels[0], size, size, device=device, half=half)
+    there = choice(conv, 1 + more[0], channels[0], size + more[1], size + more[2], uses=uses, device=device, half=half)
+    assert here or not there
+
+
+def test_every_process_answers_alike():
+    """The answers to what a ResNet-18 asks at 8x64 px, by a process with other threads, load and seed."""
+    code = """
+import torch
+from orepa import OREPAConv
+torch.set_num_threads(1)
+convs = [OREPAConv(c, c, 3, padding=1, topology="dbb") for c in (64, 128, 256, 512)]
+print([conv._tensors_to_split(torch.randn(8, conv.in_channels, 1024 // conv.in_channels, 3)) is not None for conv in convs])
+"""
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+        for env in ({**os.environ, "OMP_NUM_THREADS": "2"}, {**os.environ, "PYTHONHASHSEED": "1"})
+    }
+    assert outputs == {"[False, False, True, True]\n"}
+
+
+def small(order):
+    """A block and an input for which auto takes the branch."""
+    return make(256, 256, 3, order=order), torch.randn(1, 256, 2, 2, dtype=F64)
+
+
+def test_compiled_and_traced_auto_squeezes(plans):
+    conv, x = small("auto")
+    conv(x)
+    assert plans == [conv._split.rest]
+    plans.clear()
+    torch.compile(conv, fullgraph=True, backend="eager")(x)
+    torch.jit.trace(conv, x, check_trace=False)
+    assert set(plans) == {conv.plan}
+
+
+def test_the_branch_compiles():
+    conv, x = small("branch")
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x), conv(x))
+    other = torch.randn(3, 256, 9, 7, dtype=F64)
+    torch.testing.assert_close(compiled(other), conv(other))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert conv(torch.empty(2, 256, 3, 3, dtype=F64)).shape == (2, 256, 3, 3)
+
+
+def test_symbolic_sizes_squeeze():
+    conv, x = small("auto")
+    parameters = {name: parameter.detach() for name, parameter in conv.named_parameters()}
+
+    def run(parameters, x):
+        return torch.func.functional_call(conv, parameters, (x,))
+
+    graph = make_fx(run, tracing_mode="symbolic")(parameters, x)
+    torch.testing.assert_close(graph(parameters, x), conv(x))
+
+
+def test_prepare_passes_it_on():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    prepared = orepa.prepare(model, {"0": {"order": "branch"}, "2": "dbb"}, order="squeeze")
+    assert [prepared[0].order, prepared[2].order] == ["branch", "squeeze"]
+    with pytest.raises(ValueError, match="order must be one of auto, squeeze, branch, got 'fast'"):
+        orepa.prepare(model, order="fast")

@@ -7,15 +7,17 @@ block's input, for a price that grows with the pixels. `split_block` finds the b
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orepa_kernels import Block
+from orepa_kernels import Block, autocast_dtype
 from orepa_kernels.reference import identity
 
 from ..topology.language import Size
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 
 ORDERS = ("auto", "squeeze", "branch")
 
+Borders: TypeAlias = tuple[int, int, int, int]  # left, right, top, bottom
+
+
+def check_order(order: str) -> None:
+    """Raise ValueError for anything but one of `ORDERS`."""
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+
 
 @dataclass(frozen=True, eq=False)
 class SplitBlock:
@@ -34,6 +44,7 @@ class SplitBlock:
 
     Args:
         name: of the branch.
+        products: of squeezing the branch.
         stages: its layers, each behind the place of its weight.
         kernel_size: of the branch.
         scales: the place of the scales and the branch's row in them, or None where it is not scaled.
@@ -42,11 +53,21 @@ class SplitBlock:
     """
 
     name: str
+    products: int
     stages: tuple[tuple[int, ConvStage], ...]
     kernel_size: Size
     scales: tuple[int, int] | None
     rest: Block
     places: tuple[int, ...]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The layers with the padding and with the stride: the first and the last of several taps.
+
+        Zeros stay zeros in a layer of one tap, which also needs only the pixels that a later stride picks.
+        """
+        taps = [index for index, (_, stage) in enumerate(self.stages) if stage.kernel_size != (1, 1)]
+        return (taps[0], taps[-1]) if taps else (0, 0)
 
     def run(self, block: ConvBlock, tensors: Sequence[Tensor], x: Tensor) -> Tensor:
         """Run the branch on the input of its block.
@@ -59,34 +80,31 @@ class SplitBlock:
         Returns:
             What the branch adds to the output of the block.
         """
-        # Centre alignment: a smaller kernel sees less of the border.
-        sizes = zip(block.kernel_size, self.kernel_size, block.dilation, strict=True)
-        rows, columns = ((k - b) // 2 * d for k, b, d in sizes)
         outer = block.borders if block.padding_mode == "zeros" else (0, 0, 0, 0)
-        left, right, top, bottom = (b - m for b, m in zip(outer, (columns, columns, rows, rows), strict=True))
+        left, right, top, bottom = self.own_borders(outer, block.dilation)
         padding = (top, left)
         if (left, top) != (right, bottom) or min(padding) < 0:
             x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        # Zeros stay zeros in layers of one tap, which also need only the pixels that a later stride picks.
-        taps = [index for index, (_, stage) in enumerate(self.stages) if stage.kernel_size != (1, 1)]
-        first, last = (taps[0], taps[-1]) if taps else (0, 0)
+        first, last = self.ends
         scale = None if self.scales is None else tensors[self.scales[0]][self.scales[1]]
         for index, (place, stage) in enumerate(self.stages):
             weight = tensors[place]
             if stage.identity:
                 weight = weight + identity(weight.shape[0], weight.shape[1], weight)
-            if scale is not None and stage is self.stages[-1][1] and _is_smaller(weight, x):
+            if scale is not None and stage is self.stages[-1][1] and _has_fewer_weights(weight, x):
                 weight, scale = weight * scale.view(-1, 1, 1, 1), None
-            x = F.conv2d(
-                x,
-                weight,
-                None,
-                block.stride if index == last else 1,
-                padding if index == first else 0,
-                (block.dilation[0] * stage.dilation[0], block.dilation[1] * stage.dilation[1]),
-                block.groups,
-            )
+            dilation = (block.dilation[0] * stage.dilation[0], block.dilation[1] * stage.dilation[1])
+            strides, borders = block.stride if index == last else (1, 1), padding if index == first else (0, 0)
+            x = _convolve(x, weight, strides, borders, dilation, block.groups)
         return x if scale is None else x * scale.to(x.dtype).view(-1, 1, 1)
+
+    def own_borders(self, borders: Borders, dilation: Size) -> Borders:
+        """Return the borders of the branch in a block with these: centred, a smaller kernel sees less of them."""
+        rows, columns = (
+            (k - b) // 2 * d for k, b, d in zip(self.rest.kernel_size, self.kernel_size, dilation, strict=True)
+        )
+        left, right, top, bottom = borders
+        return (left - columns, right - columns, top - rows, bottom - rows)
 
     def rest_operands(self, block: ConvBlock, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the operands of `rest`, of the tensors at `LinearBlock.sources`."""
@@ -94,8 +112,19 @@ class SplitBlock:
         return [insert_zeros(tensors[p], dilations[p]) if p in dilations else tensors[p] for p in self.places]
 
 
-def _is_smaller(weight: Tensor, x: Tensor) -> bool:
-    """Return whether an output channel has fewer weights than pixels: what is cheaper to scale."""
+def _convolve(x: Tensor, weight: Tensor, stride: Size, padding: Size, dilation: Size, groups: int) -> Tensor:
+    """Return `F.conv2d`: of few and small images on a CPU as one matrix product, which is up to 4 times as fast there."""
+    if groups > 1 or not x.is_cpu or x.dim() < 4 or _has_fewer_weights(weight, x) or x.shape[2] * x.shape[3] >= 64:
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+    columns = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # [N, C * taps, pixels]
+    product = weight.flatten(1) @ columns.transpose(0, 1).flatten(1)
+    return product.view(len(weight), len(x), *size).transpose(0, 1)
+
+
+def _has_fewer_weights(weight: Tensor, x: Tensor) -> bool:
+    """Return whether an output channel has fewer weights than pixels."""
     return torch.compiler.is_compiling() or weight[0].numel() < x.numel() // x.shape[-3]
 
 
@@ -107,7 +136,7 @@ def split_block(lowered: Lowered) -> SplitBlock | None:
     plan, candidates = lowered.plan, dict[int, int]()
     for index, branch in enumerate(lowered.branches):
         if len(branch.stages) > 1 and all(isinstance(stage, ConvStage) for stage in branch.stages):
-            candidates[index] = squeeze_products(branch, plan)
+            candidates[index] = _squeeze_products(branch, plan)
     if not candidates or len(plan.terms) == 1:
         return None
     index = max(candidates, key=candidates.__getitem__)
@@ -118,6 +147,7 @@ def split_block(lowered: Lowered) -> SplitBlock | None:
     branch, places = lowered.branches[index], {operand.name: place for place, operand in enumerate(plan.operands)}
     return SplitBlock(
         branch.name,
+        candidates[index],
         tuple((places[stage.weight.name], stage) for stage in branch.stages if isinstance(stage, ConvStage)),
         branch.kernel_size,
         None if branch.scale is None or plan.scales is None else (places[plan.scales.name], branch.scale),
@@ -126,7 +156,7 @@ def split_block(lowered: Lowered) -> SplitBlock | None:
     )
 
 
-def squeeze_products(branch: ResolvedBranch, plan: Block) -> int:
+def _squeeze_products(branch: ResolvedBranch, plan: Block) -> int:
     """Return the products of squeezing a sequence of convolutions, folded from the input on."""
     products, height, width = 0, 0, 0
     for stage in branch.stages:
@@ -137,6 +167,117 @@ def squeeze_products(branch: ResolvedBranch, plan: Block) -> int:
     return products
 
 
-def prefers_branch(block: ConvBlock, split: SplitBlock, x: Tensor) -> bool:
-    """Return whether the branch of a split block costs less on feature maps than in the squeeze."""
-    return False
+# --- the cheaper order --------------------------------------------------------------------------------------------------
+
+
+class Rates(NamedTuple):
+    """How fast a kind of device is."""
+
+    squeezed: float  # products per second
+    convolved: float  # products per second
+    moved: float  # bytes per second
+    calls: float  # operations per second
+
+    def squeeze(self, work: Work) -> float:
+        """Return the seconds of a squeeze."""
+        return work.products / self.squeezed + work.moved / self.moved + work.calls / self.calls
+
+    def convolve(self, work: Work) -> float:
+        """Return the seconds of convolutions."""
+        return work.products / self.convolved + work.moved / self.moved + work.calls / self.calls
+
+
+#: By kind of device and whether convolutions are in half precision. Those of CPUs were fitted by benchmarks/branch_order.py
+#: (benchmarks/results/cpu/branch_order.json) on an AMD EPYC without AVX-512, which emulates bfloat16. Those of GPUs are
+#: estimates, about half of the H100's peak rates: nothing has been measured there.
+RATES = {
+    ("cpu", False): Rates(41e9, 37e9, 5e9, 1e5),
+    ("cpu", True): Rates(41e9, 0.6e9, 5e9, 1e5),
+    ("cuda", False): Rates(28e12, 120e12, 2e12, 2e5),
+    ("cuda", True): Rates(28e12, 250e12, 2e12, 2e5),
+}
+#: A branch runs on feature maps where that costs less than this share of its squeeze. Rates differ by more from machine to
+#: machine, and a branch on feature maps saves an intermediate for the backward pass.
+MARGIN = 0.8
+
+
+class Work(NamedTuple):
+    """What a branch costs, forward and backward."""
+
+    products: int
+    moved: int  # bytes
+    calls: int  # operations
+
+
+def squeeze_work(split: SplitBlock) -> Work:
+    """Return what the branch of a block costs in the squeeze.
+
+    That is three products of matrices, the kernel and the gradients of both weights. They go through all weights, and once per
+    64 output channels, which is about what a cache or a tile holds, through the first one.
+    """
+    weights = 4 * sum(math.prod(stage.weight.shape) for _, stage in split.stages)
+    again = 3 * split.products // (64 * math.prod(split.kernel_size))
+    return Work(3 * split.products, 4 * (weights + again), 0)
+
+
+def branch_work(
+    split: SplitBlock, shape: tuple[int, ...], stride: Size, dilation: Size, borders: Borders, itemsize: int
+) -> Work:
+    """Return what the branch of a block costs on an input of a shape.
+
+    Each layer has three products: its own, and those of the gradients of its input and its weight. Each of them reads two
+    tensors and writes one. Outputs are added to those of the other branches, and so are gradients of the input.
+    """
+    images, channels, (height, width) = math.prod(shape[:-3]), shape[-3], shape[-2:]
+    left, right, top, bottom = split.own_borders(borders, dilation)
+    first, last = split.ends
+    products, weights, weight = 0, 0, 0
+    values = [images * channels * height * width]
+    for index, (_, stage) in enumerate(split.stages):
+        channels, columns, kh, kw = stage.weight.shape
+        if index == first:
+            height, width = height + top + bottom, width + left + right
+        height, width = height - (kh - 1) * dilation[0], width - (kw - 1) * dilation[1]
+        if index == last:
+            height, width = (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
+        # Dilated kernels have fewer taps than their size.
+        weight = channels * columns * math.prod((k - 1) // d + 1 for k, d in zip((kh, kw), stage.dilation, strict=True))
+        weights += weight
+        products += 3 * weight * images * height * width
+        values.append(images * channels * height * width)
+    scaled = 6 * min(weight, values[-1]) if split.scales is not None else 0
+    return Work(products, itemsize * (6 * sum(values) + scaled) + 4 * 6 * weights, 3 * len(split.stages) + 6)
+
+
+def prefers_branch(block: ConvBlock, split: SplitBlock, x: Tensor, uses: int = 1) -> bool:
+    """Return whether the branch of a split block costs less on feature maps than in the squeeze.
+
+    The answer depends on shapes, dtype and kind of device only, so it is the same in all processes.
+
+    Args:
+        block: whose branch this is.
+        split: the block in two parts.
+        x: the input of the block.
+        uses: forwards that share one squeeze.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not all(type(size) is int for size in x.shape):
+        return False
+    device = "cpu" if x.is_cpu else "cuda"
+    half = (autocast_dtype(device) or x.dtype).itemsize < 4
+    return _prefers_branch(split, tuple(x.shape), block.stride, block.dilation, block.borders, half, device, uses)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prefers_branch(
+    split: SplitBlock,
+    shape: tuple[int, ...],
+    stride: Size,
+    dilation: Size,
+    borders: Borders,
+    half: bool,
+    device: str,
+    uses: int,
+) -> bool:
+    rates = RATES[device, half]
+    branch = rates.convolve(branch_work(split, shape, stride, dilation, borders, 2 if half else 4))
+    return branch < MARGIN * rates.squeeze(squeeze_work(split)) / uses

@@ -18,7 +18,7 @@ from orepa_kernels.api import squeeze_together
 from orepa_kernels.dispatch import resolve
 
 from ..topology.language import Size, Topology, declaration
-from .branch_order import ORDERS, SplitBlock, prefers_branch, split_block
+from .branch_order import SplitBlock, check_order, prefers_branch, split_block
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
 from .kernel_store import Step, StoredKernel, in_backward, open_steps, request_key, squeeze_to_store
 
@@ -320,8 +320,7 @@ class OREPAConv(ConvBlock):
 
     @order.setter
     def order(self, value: str) -> None:
-        if value not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {value!r}")
+        check_order(value)
         split = None if value == "squeeze" else split_block(self._lowered)
         if value == "branch" and split is None:
             raise ValueError(
@@ -337,7 +336,8 @@ class OREPAConv(ConvBlock):
         if self._order == "auto" and not prefers_branch(self, split, x):
             return None
         tensors = self.source_tensors()
-        return tensors if any(map(_requires_grad, tensors)) else None  # otherwise the kernel is cached
+        # Of a frozen block the kernel is cached. (torch.compile traces no attrgetter.)
+        return tensors if any([tensor.requires_grad for tensor in tensors]) else None
 
     def _convolve_split(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
         assert self._split is not None

@@ -15,6 +15,7 @@ from orepa_kernels import DTYPES
 from orepa_kernels.dispatch import resolve
 
 from ..module_info import conv_arguments, count_owners, count_parameters, describe, is_channels_last, walk
+from ..modules.branch_order import check_order
 from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv, default_topology
@@ -56,6 +57,7 @@ def prepare(
     inplace: bool = False,
     scaling: str = "vector",
     backend: str = "auto",
+    order: str = "auto",
     norm_types: tuple[type[nn.Module], ...] = (),
     together: bool = True,
 ) -> nn.Module:
@@ -90,7 +92,7 @@ def prepare(
             arguments), on which the norms of regions measure the statistics of their sums. Without it these are estimated from
             the running statistics of the norms that they replace.
         inplace: change ``model`` itself instead of a copy.
-        scaling, backend: of every `OREPAConv`, where the policy does not say otherwise.
+        scaling, backend, order: of every `OREPAConv`, where the policy does not say otherwise.
         norm_types: module types that count as norms besides those that normalize by statistics of their input, such as a frozen
             batch norm.
         together: squeeze all blocks at once in every forward of the model, by a hook on it. Without, and where a part of the
@@ -101,13 +103,14 @@ def prepare(
 
     Raises:
         TypeError: a policy of another kind, or one that gives something else.
-        ValueError: an unknown topology, scaling or backend, a pattern that matches no convolution, ``preserve`` of weights that
-            are on the meta device, ``example_inputs`` without ``preserve``, a model under DDP or FSDP (prepare it first), or
-            one that cannot be copied. ``model`` is then unchanged.
+        ValueError: an unknown topology, scaling, backend or order, a pattern that matches no convolution, ``preserve`` of
+            weights that are on the meta device, ``example_inputs`` without ``preserve``, a model under DDP or FSDP (prepare it
+            first), or one that cannot be copied. ``model`` is then unchanged.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     resolve(backend)
+    check_order(order)
     if example_inputs is not None and not preserve:
         raise ValueError("example_inputs are for preserve=True: a block that starts anew has no function to keep")
     check_model(model, "prepare")
@@ -116,7 +119,7 @@ def prepare(
         model = copy_model(model)
     choose = _Chooser(policy, preserve)
     before = count_parameters(model)
-    settings = {"scaling": scaling, "backend": backend}
+    settings = {"scaling": scaling, "backend": backend, "order": order}
     layers, regions, inner = _prepare_regions(model, choose, settings, preserve)
     done = [regions]
     try:

@@ -142,6 +142,8 @@ def _without(conv: OREPAConv, removed: Sequence[str]) -> OREPAConv:
         scaling=conv.scaling,
         backend=conv.backend,
     )
+    if conv.order == "squeeze" or new._split is not None:
+        new.order = conv.order
     new.topology = f"{conv.topology.partition('[')[0]}[{'+'.join(branch_names(new))}]"
     parameters = dict(conv.named_parameters())
     rows = [b.scale for b in conv._lowered.branches if b.name not in removed and b.scale is not None]
