@@ -129,9 +129,11 @@ class StoredKernel:
 
 
 def request_key(
-    like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format, backend: str
+    like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format, backend: str, split: bool = False
 ) -> tuple[Any, ...]:
     """Return all that a kernel on the device of ``like`` depends on, except the operands. Keys of different inputs compare.
+
+    ``split`` says whether one branch runs on feature maps (`orepa.modules.branch_order`).
 
     The stream is part of it: work queued on one stream need not be done when another reads the kernel, nor would its memory
     be reused in the order of both. So is whether a CUDA graph captures: it would go on using an earlier kernel after a change.
@@ -139,7 +141,7 @@ def request_key(
     stream, captures = None, False
     if _is_on_gpu(like):
         stream, captures = torch.cuda.current_stream(like.device), torch.cuda.is_current_stream_capturing()
-    return dtype, memory_format, backend, float32_precision(), stream, captures
+    return dtype, memory_format, backend, split, float32_precision(), stream, captures
 
 
 def _is_on_gpu(x: Tensor) -> bool:
@@ -167,6 +169,11 @@ def squeeze_to_store(
         return StoredKernel(squeeze([tensor.clone() for tensor in sources.tensors]), key, sources)
 
 
+def may_be_recomputed() -> bool:
+    """Return whether this looks like the first forward of a checkpoint: hooks take what is saved, or nothing is."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 # --- steps --------------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +184,9 @@ class Step(Protocol):
 
     def kernel(self, block: Any, key: tuple[Any, ...]) -> Tensor | None:
         """Return the kernel of a block for a key (of `request_key`), or None where the block has to squeeze alone."""
+
+    def splits(self, block: Any, x: Tensor) -> bool:
+        """Return whether a branch of a block runs on feature maps, for an input."""
 
 
 class _OpenSteps(threading.local):

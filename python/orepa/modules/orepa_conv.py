@@ -109,8 +109,9 @@ class OREPAConv(ConvBlock):
         """Convolve once, with the squeezed kernel; or twice more for a branch that runs on feature maps, see ``order``."""
         if isinstance(x, Proxy):
             return call_as_leaf(self, x)
-        tensors = self._tensors_to_split(x)
-        return self._convolve(x, self._kernel(x), self.bias) if tensors is None else self._convolve_split(x, tensors)
+        split = self._split_for(x)
+        kernel = self._kernel(x, split)
+        return self._convolve(x, kernel, self.bias) if split is None else self._convolve_split(x, kernel, split)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run the unsqueezed branches layer by layer on feature maps: the ground truth that `forward` equals.
@@ -213,22 +214,24 @@ class OREPAConv(ConvBlock):
             kernel = torch._lazy_clone(kernel)  # whoever writes to the memory after all gets a copy
         return kernel
 
-    def _kernel(self, x: Tensor) -> Tensor:
+    def _kernel(self, x: Tensor, split: SplitBlock | None = None) -> Tensor:
         """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
-        return self._stored_kernel(x, *self._kernel_format(x))
-
-    @staticmethod
-    def _kernel_format(x: Tensor) -> tuple[torch.dtype | None, torch.memory_format]:
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
-        return dtype, _memory_format(x)
+        return self._stored_kernel(x, dtype, _memory_format(x), split)
 
-    def _stored_kernel(self, like: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format) -> Tensor:
+    def _stored_kernel(
+        self,
+        like: Tensor,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format,
+        split: SplitBlock | None = None,
+    ) -> Tensor:
         """Return the kernel, on the device of ``like``: from the store if it has a current one, else squeezed alone."""
-        squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True)
+        squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True, split=split)
         if torch.compiler.is_compiling() or torch._C._is_tracing():
             return squeeze(self.source_tensors())
-        key = request_key(like, dtype, memory_format, self.backend)
+        key = request_key(like, dtype, memory_format, self.backend, split is not None)
         captures = key[-1]
         # In train mode an update is next, also where a checkpoint switches gradients off: a cache would be for nothing.
         trains = self.training or torch.is_grad_enabled()
@@ -238,7 +241,7 @@ class OREPAConv(ConvBlock):
                 return cached.kernel
             self._cached = None
         if trains:
-            kernel = self._step_kernel(key)
+            kernel = self._step_kernel(key, split)
             if kernel is not None:
                 return kernel
         tensors = self.source_tensors()
@@ -247,20 +250,24 @@ class OREPAConv(ConvBlock):
         self._cached = cached = squeeze_to_store(self, key, squeeze)
         return squeeze(tensors) if cached is None else cached.kernel
 
-    def _step_kernel(self, key: tuple[Any, ...]) -> Tensor | None:
-        """Return the kernel that was squeezed with those of other blocks, or None."""
+    def _step(self) -> Step | None:
+        """Return what squeezes this block with others."""
         if self._once is not None:
-            return self._once.kernel(self, key)
-        if open_steps.steps:
-            kernel: Tensor | None = open_steps.steps[-1].kernel(self, key)
-            return kernel
+            return self._once
+        return open_steps.steps[-1] if open_steps.steps else None
+
+    def _step_kernel(self, key: tuple[Any, ...], split: SplitBlock | None) -> Tensor | None:
+        """Return the kernel that was squeezed with those of other blocks, or None."""
+        step = self._step()
+        if step is not None:
+            return step.kernel(self, key)
         stored = self._stored
         if stored is None or not in_backward() or not stored.is_current(key):
             return None
         # The second forward of a checkpoint has to find the kernel of the first.
         (kernel,) = squeeze_together(
-            [self.plan],
-            [self.operands()],
+            [self.plan if split is None else split.rest],
+            [self.operands_of(self.source_tensors(), split)],
             kernels=[stored.kernel],
             dtype=stored.kernel.dtype,
             memory_format=key[1],
@@ -279,8 +286,7 @@ class OREPAConv(ConvBlock):
         """Squeeze the tensors at `sources`, of a ``split`` block all but one branch."""
         if autocast and tensors[0].dtype == torch.float64:
             dtype = None  # autocast leaves float64 alone
-        plan = self.plan if split is None else split.rest
-        operands = self.operands_of(tensors) if split is None else split.rest_operands(self, tensors)
+        plan, operands = self.plan if split is None else split.rest, self.operands_of(tensors, split)
         (kernel,) = orepa_kernels.squeeze(
             [plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
         )
@@ -300,6 +306,9 @@ class OREPAConv(ConvBlock):
                     "use torch.nn.utils.parametrizations, or remove the hook first (torch.nn.utils.remove_weight_norm, "
                     "remove_spectral_norm, prune.remove)"
                 )
+
+    def operands_of(self, tensors: list[Tensor], split: SplitBlock | None = None) -> list[Tensor]:
+        return super().operands_of(tensors) if split is None else split.rest_operands(self, tensors)
 
     # --- the convolution ------------------------------------------------------------------------------------------------------
 
@@ -328,24 +337,31 @@ class OREPAConv(ConvBlock):
             )
         self._order, self._split = value, split
 
-    def _tensors_to_split(self, x: Tensor) -> list[Tensor] | None:
-        """Return the tensors at `sources` where one branch is to run on feature maps; None where all are to be squeezed."""
+    def _split_for(self, x: Tensor) -> SplitBlock | None:
+        """Return the block in two parts where one branch is to run on feature maps; None where all are to be squeezed."""
         split = self._split
         if split is None or not (self.training or torch.is_grad_enabled()):
             return None
-        if self._order == "auto" and not prefers_branch(self, split, x):
-            return None
-        tensors = self.source_tensors()
         # Of a frozen block the kernel is cached. (torch.compile traces no attrgetter.)
-        return tensors if any([tensor.requires_grad for tensor in tensors]) else None
+        if not any([tensor.requires_grad for tensor in self.source_tensors()]):
+            return None
+        step = None if torch.compiler.is_compiling() else self._step()
+        if step is not None:
+            return split if step.splits(self, x) else None
+        return split if self.prefers_branch(x) else None
 
-    def _convolve_split(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
-        assert self._split is not None
-        kernel = self._squeeze(tensors, *self._kernel_format(x), autocast=True, split=self._split)
+    def prefers_branch(self, x: Tensor, uses: int = 1) -> bool:
+        """Return whether ``order`` wants a branch on feature maps for an input, if ``uses`` forwards share one squeeze."""
+        if self._split is None or self._order == "branch":
+            return self._split is not None
+        return prefers_branch(self, self._split, x, uses)
+
+    def _convolve_split(self, x: Tensor, kernel: Tensor, split: SplitBlock) -> Tensor:
+        tensors = self.source_tensors()
         if self.padding_mode == "zeros":
-            return self._convolve(x, kernel, self.bias) + self._split.run(self, tensors, x)
+            return self._convolve(x, kernel, self.bias) + split.run(self, tensors, x)
         x = self.pad(x)
-        return self._convolve_padded(x, kernel, self.bias) + self._split.run(self, tensors, x)
+        return self._convolve_padded(x, kernel, self.bias) + split.run(self, tensors, x)
 
     # --- invalidation of the cache --------------------------------------------------------------------------------------------
 

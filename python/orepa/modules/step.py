@@ -9,7 +9,8 @@ else squeezes alone, and is served the next time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from orepa_kernels import Block
 from orepa_kernels.api import squeeze_gradients, squeeze_together
 from orepa_kernels.guards import is_watched
 
-from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, open_steps, request_key
+from .branch_order import SplitBlock
+from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, may_be_recomputed, open_steps, request_key
 from .orepa_conv import OREPAConv
 
 #: forwards without a block until it is no longer squeezed for the next one
@@ -34,10 +37,12 @@ _BUCKET = 25 * 2**20
 
 @dataclass
 class _Demand:
-    """What a block asked for last, None before it has asked, and the forwards since."""
+    """What a block asked for last, None before it has asked, how often in one step, and the steps since."""
 
     dtype: torch.dtype | None = None
     memory_format: torch.memory_format | None = None
+    split: bool = False
+    uses: int = 1
     idle: int = 0
 
 
@@ -52,7 +57,7 @@ class _Demands:
         """Add the blocks of a model that are new."""
         for module in model.modules():
             if isinstance(module, OREPAConv):
-                self._of.setdefault(module, _Demand())
+                self._of.setdefault(module, _Demand(split=module.order == "branch"))
 
     def of(self, block: OREPAConv) -> _Demand | None:
         return self._of.get(block)
@@ -62,11 +67,11 @@ class _Demands:
         demands = list(self._of.items())
         return [block for block, demand in demands if demand.idle < _PATIENCE and isinstance(block, OREPAConv)]
 
-    def close(self, used: Iterable[OREPAConv]) -> None:
-        """Count one forward."""
-        used = set(used)
+    def close(self, uses: Mapping[OREPAConv, int]) -> None:
+        """End a step, in which blocks were used so often."""
         for block, demand in list(self._of.items()):
-            demand.idle = 0 if block in used else demand.idle + 1
+            demand.idle = 0 if block in uses else demand.idle + 1
+            demand.uses = uses.get(block, demand.uses)
 
 
 _demands: WeakKeyDictionary[nn.Module, _Demands] = WeakKeyDictionary()
@@ -85,8 +90,13 @@ class _Member(NamedTuple):
     """A block to be squeezed with others."""
 
     block: OREPAConv
+    split: SplitBlock | None
     operands: list[Tensor]
     sources: StepSources
+
+    @property
+    def plan(self) -> Block:
+        return self.block.plan if self.split is None else self.split.rest
 
 
 class _Made(NamedTuple):
@@ -100,7 +110,9 @@ class _Step:
     """Kernels of the blocks of one model, for one forward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.demands, self.used = model, _demands_of(model), set[OREPAConv]()
+        self.model, self.demands = model, _demands_of(model)
+        self.uses: Counter[OREPAConv] = Counter()
+        self._split: dict[OREPAConv, bool] = {}
         self._grad = torch.is_grad_enabled()
         self._made: dict[tuple[OREPAConv, tuple[Any, ...]], _Made] = {}
         self._waiting: dict[OREPAConv, list[OREPAConv]] | None = None  # by block, those to be squeezed with it
@@ -111,7 +123,7 @@ class _Step:
         if demand is None or is_watched():
             return None
         demand.dtype, demand.memory_format, *_ = key
-        self.used.add(block)
+        self.uses[block] += 1
         made = self._made.get((block, key))
         if made is None:
             self._squeeze(self._take(block), key)
@@ -120,6 +132,24 @@ class _Step:
             return None
         vars(block)["_stored"] = made.stored  # a tenth of the price of setting an attribute of a module
         return made.kernel
+
+    def splits(self, block: OREPAConv, x: Tensor) -> bool:
+        """Return whether a branch of a block runs on feature maps, for an input.
+
+        What was squeezed before the input was known decides, and the input what is squeezed the next time. Within an activation
+        checkpoint only the input counts, so that the second forward decides as the first.
+        """
+        demand = self.demands.of(block)
+        wanted = block.prefers_branch(x, self._uses(demand))
+        if demand is not None:
+            demand.split = wanted
+        if block.order == "branch" or may_be_recomputed() or in_backward():
+            return wanted
+        return self._split.get(block, wanted)
+
+    def _uses(self, demand: _Demand | None) -> int:
+        """Return the forwards that share a squeeze."""
+        return 1
 
     def _take(self, block: OREPAConv) -> list[OREPAConv]:
         """Return what has to be squeezed when a block asks that has no kernel."""
@@ -151,39 +181,44 @@ class _Step:
         groups: dict[tuple[Any, ...], list[_Member]] = {}
         with torch.set_grad_enabled(self._grad):
             for block in blocks:
-                member, demand = _member(block), self.demands.of(block)
+                demand = self.demands.of(block)
+                member = None if demand is None else _member(block, demand.split)
                 if member is not None and demand is not None:
                     wanted = key[:2] if demand.memory_format is None else (demand.dtype, demand.memory_format)
-                    like = member.operands[block.plan.leading]
+                    like = member.operands[member.plan.leading]
                     groups.setdefault((*wanted, block.backend, like.device, like.dtype), []).append(member)
+                    self._split[block] = member.split is not None
             for (dtype, memory_format, backend, *_), members in groups.items():
                 like = members[0].operands[0]
                 key = request_key(like, dtype, memory_format, backend)
                 self._squeeze_group(members, None if like.dtype == torch.float64 else dtype, key)  # as autocast has it
 
     def _squeeze_group(self, members: Sequence[_Member], dtype: torch.dtype | None, key: tuple[Any, ...]) -> None:
-        again: list[Tensor] | None = None
-        if (
-            in_backward()
-        ):  # the whole model is in a checkpoint, whose second forward has to find the kernels of the first
-            earlier = [member.block._stored for member in members]
-            again = [stored.kernel for stored in earlier if stored is not None and stored.is_current(key)]
+        keys = [_with_split(key, member.split is not None) for member in members]
+        again: list[Tensor] = []
+        if in_backward():  # the second forward of a checkpoint around the whole model
+            earlier = [(member.block._stored, own) for member, own in zip(members, keys, strict=True)]
+            again = [stored.kernel for stored, own in earlier if stored is not None and stored.is_current(own)]
         _, memory_format, backend, *_ = key
         kernels = squeeze_together(
-            [member.block.plan for member in members],
+            [member.plan for member in members],
             [member.operands for member in members],
-            kernels=again if again and len(again) == len(members) else None,
+            kernels=again if len(again) == len(members) else None,
             dtype=dtype,
             memory_format=memory_format,
             backend=backend,
         )
-        for member, kernel in zip(members, kernels, strict=True):
-            stored = StoredKernel(kernel.detach(), key, member.sources)
-            self._made[member.block, key] = _Made(stored, kernel)
+        for member, own, kernel in zip(members, keys, kernels, strict=True):
+            stored = StoredKernel(kernel.detach(), own, member.sources)
+            self._made[member.block, own] = _Made(stored, kernel)
 
 
-def _member(block: OREPAConv) -> _Member | None:
-    """Return a block with its operands, or None where it has to squeeze alone.
+def _with_split(key: tuple[Any, ...], split: bool) -> tuple[Any, ...]:
+    return (*key[:3], split, *key[4:])
+
+
+def _member(block: OREPAConv, splits: bool) -> _Member | None:
+    """Return a block with its operands, in two parts where it ``splits``, or None where it has to squeeze alone.
 
     That is where it is frozen, where a write to it could go unseen, and where a hook of its own may change it before it runs.
     """
@@ -195,7 +230,8 @@ def _member(block: OREPAConv) -> _Member | None:
         return None
     if not any([tensor.requires_grad for tensor in sources.tensors]):
         return None
-    return _Member(block, block.operands_of(sources.tensors), sources)
+    split = block._split if splits else None
+    return _Member(block, split, block.operands_of(sources.tensors, split), sources)
 
 
 # --- in each forward ----------------------------------------------------------------------------------------------------
@@ -233,8 +269,8 @@ def end_step(model: nn.Module, _args: Any, _output: Any) -> None:
     steps = open_steps.steps
     if steps and steps[-1].model is model and not (torch.compiler.is_compiling() or torch._C._is_tracing()):
         step = steps.pop()
-        if step.used:
-            step.demands.close(step.used)
+        if step.uses:
+            step.demands.close(step.uses)
 
 
 STEP_HOOKS = (begin_step, end_step)
@@ -332,8 +368,8 @@ class _StepOnce(_Step):
     def close(self) -> None:
         for block in self._blocks:
             block._once = None
-        if self.used:
-            self.demands.close(self.used)
+        if self.uses:
+            self.demands.close(self.uses)
 
     def backward(self) -> None:
         """Add the gradients of the parameters, from those of the kernels."""
@@ -347,7 +383,7 @@ class _StepOnce(_Step):
                         f"squeeze_once: parameters of {member.block} changed within; step the optimizer after the block"
                     )
             operands = [operand for member in members for operand in member.operands]
-            plans = [member.block.plan for member in members]
+            plans = [member.plan for member in members]
             values = squeeze_gradients(plans, [member.operands for member in members], upstream, backend=backend)
             for operand, value in zip(operands, values, strict=True):
                 if value is not None:
@@ -355,6 +391,9 @@ class _StepOnce(_Step):
                     gradients.append(value)
         if roots:
             torch.autograd.backward(roots, gradients)
+
+    def _uses(self, demand: _Demand | None) -> int:
+        return 1 if demand is None else demand.uses
 
     def _chunks(self) -> list[list[OREPAConv]]:
         expected = self.demands.expected()
@@ -367,7 +406,7 @@ class _StepOnce(_Step):
         _, memory_format, backend, *_ = key
         with torch.no_grad():
             kernels = squeeze_together(
-                [member.block.plan for member in members],
+                [member.plan for member in members],
                 [member.operands for member in members],
                 dtype=dtype,
                 memory_format=memory_format,
@@ -376,5 +415,6 @@ class _StepOnce(_Step):
         leaves = [_Leaf(kernel) for kernel in kernels]
         self._groups.append(_Group(members, leaves, backend))
         for member, leaf in zip(members, leaves, strict=True):
-            stored = StoredKernel(leaf.kernel.detach(), key, member.sources)
-            self._made[member.block, key] = _Made(stored, leaf.kernel)
+            own = _with_split(key, member.split is not None)
+            stored = StoredKernel(leaf.kernel.detach(), own, member.sources)
+            self._made[member.block, own] = _Made(stored, leaf.kernel)
