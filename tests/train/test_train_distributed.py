@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from train_runs import FOLDER, steady, sync_norm, timm, train
+from train_runs import FOLDER, Run, free_port, steady, sync_norm, timm, train, two_runs
 
 from orepa.train import loop
 from orepa.train.distributed import world_size
@@ -30,19 +29,12 @@ pytestmark = [
 ]
 
 # Four steps in all, each of 16 images in two parts. 33 validation images: the shares of two processes differ.
+SYNC_ON_CPU = "import sync_norm; sync_norm.install()\n"
 TWO_EPOCHS = ("--limit", 33, "--batch-size", 16, "--epochs", 2, "--img-size", 16, "--grad-accum", 2, "--sync-bn")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(
-    arguments: tuple[object, ...], launcher: tuple[str, ...] = (), mishap: str = "", **environment: object
-) -> subprocess.Popen[str]:
-    """`orepa train` in another process, which says what its parameters are in the end; after some mishap, if wanted."""
+def start(arguments: tuple[object, ...], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """`orepa train` as its users start it, which says what its parameters are in the end."""
     script = Path("main.py")
     script.write_text(
         textwrap.dedent("""
@@ -59,24 +51,22 @@ def start(
                 print("parameters:", {type(p).__name__ for p in trainer.module.parameters()})
 
             run._evaluate = told
+            sys.exit(main())
         """).replace("TESTS", str(Path(__file__).parent))
-        + textwrap.dedent(mishap)
-        + "\nsys.exit(main())\n"
     )
     command = [sys.executable, *launcher, str(script), "train", "--accelerator", "cpu", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*processes: subprocess.Popen[str]) -> str:
-    """What the first one printed."""
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed."""
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        printed, errors = process.communicate(timeout=120)
     finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), [errors for _, errors in results]
-    return results[0][0]
+        process.kill()
+    assert process.returncode == 0, errors
+    return printed
 
 
 def difference(one: Path, other: Path, entry: str = "model") -> float:
@@ -134,9 +124,11 @@ def test_two_machines_skip_the_same_broken_image(folder: Path) -> None:
         victim.write_bytes(b"no image")
     arguments = ("--data", folder, *FOLDER, "--sync-bn")
     nodes = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    both = [start((*arguments, "--num-nodes", 2, "--out", "two"), NODE_RANK=rank, **nodes) for rank in range(2)]
+    two = (*arguments, "--accelerator", "cpu", "--num-nodes", 2, "--out", "two")
+    both = [Run(*two, before=SYNC_ON_CPU, NODE_RANK=rank, **nodes) for rank in range(2)]
     assert train(*arguments, "--out", "one") == 0
-    assert "2 skipped" in finish(*both)
+    assert [each.wait() for each in both] == [0, 0], [each.err for each in both]
+    assert "2 skipped" in both[0].out
     assert difference(Path("one"), Path("two")) < 1e-6
     one, two = (load_checkpoint(Path(out, "checkpoint.pt"))["progress"] for out in ("one", "two"))
     assert one["skipped"].keys() == two["skipped"].keys() == {str(victim) for victim in victims}
@@ -179,10 +171,10 @@ LOST = """
     ids=["a full disk", "divergence"],
 )
 def test_what_stops_one_process_stops_both(mishap: str, message: str) -> None:
-    process = start((*TWO_EPOCHS, "--devices", 2, "--out", "run"), mishap=mishap)
-    _, errors = process.communicate(timeout=120)
+    both = two_runs(*TWO_EPOCHS, "--accelerator", "cpu", "--out", "run", before=SYNC_ON_CPU + textwrap.dedent(mishap))
+    codes, errors = [each.wait() for each in both], both[0].err + both[1].err
     told = [line for line in errors.splitlines() if line.startswith("orepa: ")]
-    assert process.returncode == 2 and len(told) == 1 and told[0].startswith(f"orepa: error: {message}"), errors
+    assert codes == [2, 0] and len(told) == 1 and told[0].startswith(f"orepa: error: {message}"), (codes, errors)
     assert "Traceback" not in errors
     assert load_checkpoint(Path("run/checkpoint.pt"))["progress"]["step"] == 0
 

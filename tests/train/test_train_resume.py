@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from train_runs import FOLDER, OUTPUTS, SMALL, assert_same, assert_same_run, restless_trainer, steady, train
+from train_runs import (
+    FOLDER,
+    OUTPUTS,
+    SMALL,
+    Run,
+    assert_same,
+    assert_same_run,
+    restless_trainer,
+    steady,
+    train,
+    two_runs,
+)
 
 from orepa.errors import UserError
 from orepa.train import files, loop
@@ -30,23 +39,13 @@ pytestmark = pytest.mark.usefixtures("small_and_quick")
 # --- interruptions --------------------------------------------------------------------------------------------------------
 
 
-def in_another_process(where: str, out: Path) -> subprocess.CompletedProcess[str]:
-    """Train in another process, in which something happens at a given place, as `kill -9` does."""
-    script = f"""
-        import os, signal, sys
-        from orepa.cli import main
-        from orepa.train import files, loop
+DIE = """
+import os, signal
+from orepa.train import files, loop
 
-        def die():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        {textwrap.indent(textwrap.dedent(where), " " * 8).strip()}
-        sys.exit(main(["train", "--out", sys.argv[1], *{list(SMALL)!r}]))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 # Four steps are an epoch, and there is a checkpoint every three: at 3, 4, 6, 8, ...
 IN_A_STEP = """
 step = loop.Trainer._step
@@ -66,17 +65,17 @@ files.torch.save = torn
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 @pytest.mark.parametrize(("where", "saved"), [(IN_A_STEP, 6), (WHILE_WRITING, 4)], ids=["in a step", "while writing"])
+@pytest.mark.usefixtures("only_training")
 def test_kill_9_loses_nothing(where: str, saved: int, uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = Path("killed").absolute()
-    died = in_another_process(where, out)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    out = Path("killed")
+    died = Run(*SMALL, "--out", out, before=DIE + where)
+    assert died.wait() == -signal.SIGKILL, died.err
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     assert checkpoint["progress"]["step"] == saved
-    assert not (out / "deploy.pt").exists()
 
     assert train("--resume", "--out", out) == 0
     assert_same_run(uninterrupted, out)
-    assert {entry.name for entry in out.iterdir()} == OUTPUTS
+    assert {entry.name for entry in out.iterdir()} == {"checkpoint.pt", "tensorboard"}
     assert "epoch   1/" not in capsys.readouterr().out, "it must not begin from the start"
 
 
@@ -85,65 +84,45 @@ def test_kill_9_loses_nothing(where: str, saved: int, uninterrupted: Path, capsy
 def test_a_signal_from_outside_saves_and_tells_how_to_go_on(number: int, folder: Path) -> None:
     """To the whole process group, as a terminal or a batch system sends it: the data workers must not die of it first."""
     out = Path("a run").absolute()
-    options = [
-        "--data",
-        str(folder),
-        *FOLDER,
-        "--epochs",
-        "5000",
-        "--workers",
-        "1",
-        "--threads",
-        "1",
-        "--out",
-        str(out),
-    ]
-    command = [sys.executable, "-u", "-m", "orepa", "train", *options]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("epoch   2/") for line in process.stdout)
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
-    assert "nothing is lost" in errors and f"orepa train --resume --out '{out}'" in errors
-    assert "Traceback" not in errors
+    process = Run("--data", folder, *FOLDER, "--epochs", 5000, "--workers", 1, "--threads", 1, "--out", out)
+    while "epoch   2/" not in process.out:
+        assert process.running(), process.err
+        time.sleep(0.05)
+    process.send(number)
+    assert process.wait() == 128 + number, process.err
+    assert "nothing is lost" in process.err and f"orepa train --resume --out '{out}'" in process.err
+    assert "Traceback" not in process.err
     assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] >= 6
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+def test_two_processes_stop_at_the_same_step() -> None:
     """A signal that reaches one of them only stops both, and the checkpoint is whole."""
-    script = tmp_path / "main.py"
-    script.write_text(
-        textwrap.dedent("""
-            import os, signal, sys
-            from orepa.cli import main
-            from orepa.train import loop
+    interrupt = """
+        import os, signal
+        from orepa.train import loop
 
-            step = loop.Trainer._step
+        step = loop.Trainer._step
 
-            def interrupted(self, *batch):
-                if self.step == 5 and os.environ["LOCAL_RANK"] == "1":
-                    signal.raise_signal(signal.SIGTERM)
-                step(self, *batch)
+        def interrupted(self, *batch):
+            if self.step == 5 and os.environ["LOCAL_RANK"] == "1":
+                signal.raise_signal(signal.SIGTERM)
+            step(self, *batch)
 
-            loop.Trainer._step = interrupted
-            sys.exit(main())
-        """)
-    )
-    two = ("--accelerator", "cpu", "--devices", "2", "--out", "two")
-    done = subprocess.run(
-        [sys.executable, str(script), "train", *SMALL, *two], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 143, done.stderr
-    assert "orepa: stopped in epoch 2, step 6" in done.stderr and "--resume --out two --devices 2" in done.stderr
-    assert done.stdout.count("epoch   1/3") == 1, "only the first process speaks"
+        loop.Trainer._step = interrupted
+    """
+    one, other = two_runs(*SMALL, "--accelerator", "cpu", "--devices", 2, "--out", "two", before=interrupt)
+    assert (one.wait(), other.wait()) == (143, 0), (
+        one.err + other.err
+    )  # any code but 0 would make launchers kill the first
+    assert "orepa: stopped in epoch 2, step 6" in one.err and "--resume --out two --devices 2" in one.err
+    assert one.out.count("epoch   1/3") == 1 and other.out == "", "only the first process speaks"
     progress = load_checkpoint(Path("two/checkpoint.pt"))["progress"]
     assert progress["step"] == 6 and progress["sums"][2] == 32, "two batches of 16, over both processes"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("only_training")
 def test_a_signal_in_mid_epoch_and_bit_exact_resume(
     number: int, code: int, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +264,7 @@ def test_a_checkpoint_every_few_minutes(
 
 FULL = """
 import resource
+from orepa.train import loop
 step = loop.Trainer._step
 def full(self, *batch):
     if self.step == 5:  # the next checkpoint is due after step 6; a limit on files is the nearest thing to a full disk
@@ -297,14 +277,14 @@ loop.Trainer._step = full
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX limits")
 def test_a_full_disk_is_told_and_loses_nothing(uninterrupted: Path) -> None:
     out = Path("full").absolute()
-    ended = in_another_process(FULL, out)
-    errors = ended.stderr.splitlines()
-    assert ended.returncode == 2
-    assert errors == [f"orepa: error: cannot write {out / 'checkpoint.pt'}: File too large"]
+    ended = Run(*SMALL, "--out", out, before=FULL)
+    assert ended.wait() == 2
+    assert ended.err.splitlines() == [f"orepa: error: cannot write {out / 'checkpoint.pt'}: File too large"]
     assert {entry.name for entry in out.iterdir()} == {"checkpoint.pt", "tensorboard"}, "no temporary file is left"
     assert load_checkpoint(out / "checkpoint.pt")["progress"]["step"] == 4
     assert train("--resume", "--out", out) == 0
     assert_same_run(uninterrupted, out)
+    assert {entry.name for entry in out.iterdir()} == OUTPUTS
 
 
 def test_the_systems_reason_is_told_wherever_the_disk_was_full(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ PYTEST_DONT_REWRITE: the tests import it before pytest loads it as a plugin, too
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import socket
+import sys
+import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +68,85 @@ def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(*arguments: object) -> int:
     return main(["train", *map(str, arguments)])
+
+
+# --- other processes ------------------------------------------------------------------------------------------------------
+
+_FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+_FORKS.set_forkserver_preload([__name__])
+
+
+class Run:
+    """`orepa train` in a process and a session of its own, after ``before``, which is Python; what it prints is in files.
+
+    It is forked from a server that has imported everything, and computed nothing: imports take longer than the tiny runs.
+    """
+
+    def __init__(self, *arguments: object, before: str = "", **environment: object) -> None:
+        folder = Path(tempfile.mkdtemp(dir="."))
+        self._files = [(folder / name).absolute() for name in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}}
+        command = ["train", *map(str, arguments)]
+        self._process = _FORKS.Process(
+            target=_run, args=(self._files, variables, os.getcwd(), textwrap.dedent(before), command)
+        )
+        self._process.start()
+
+    def send(self, number: int) -> None:
+        """Send a signal to the whole session."""
+        assert self._process.pid is not None
+        os.killpg(self._process.pid, number)
+
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def wait(self) -> int:
+        """Return the exit code; of a process that a signal ended, the negative number."""
+        self._process.join(120)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    @property
+    def out(self) -> str:
+        return self._files[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self._files[1].read_text()
+
+
+def two_runs(*arguments: object, before: str = "") -> list[Run]:
+    """Two processes of one `orepa train`, as torchrun starts them."""
+    job = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [Run(*arguments, before=before, RANK=rank, LOCAL_RANK=rank, **job) for rank in range(2)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _run(files: list[Path], variables: dict[str, str], place: str, before: str, command: list[str]) -> None:
+    if hasattr(os, "setsid"):
+        os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # that of a program, for its data workers
+    for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(place)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    exec(before, {})
+    sys.exit(main(command))
 
 
 def stop_and_resume(monkeypatch: pytest.MonkeyPatch, at: int, *arguments: object) -> None:
