@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -40,6 +41,11 @@ def on_meta(name: str, **arguments: Any) -> nn.Module:
         return timm.create_model(name, backend="reference", **arguments)
 
 
+@functools.cache
+def report_of(name: str) -> Any:
+    return orepa.report(on_meta(name))
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -51,7 +57,7 @@ def test_all_are_registered() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts_are_the_authors(name: str) -> None:
     assert models.parameter_counts(name) == PARAMETERS[name]
-    assert orepa.report(on_meta(name)).parameters[1] == PARAMETERS[name][0]
+    assert report_of(name).parameters[1] == PARAMETERS[name][0]
 
 
 def repvgg_parameters(widths: list[int], classes: int = 1000) -> int:
@@ -92,7 +98,7 @@ def test_the_deployed_count_is_that_of_convert(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_policy(name: str) -> None:
-    layers = orepa.report(on_meta(name)).layers
+    layers = report_of(name).layers
     if "repvgg" in name:
         assert len(layers) == 22 and {layer.detail for layer in layers} == {"RepVGGBlock, repvgg_dense"}
         return

@@ -66,9 +66,10 @@ def test_no_more_convolutions_than_timm_leaves(name):
     with torch.no_grad():
         expected = model(x)
         assert error(plain(x), expected) < 1e-10
-        model, x = model.float(), x.float()
-        # Some of these random nets do not reach 1e-4 in float32 as they are.
-        assert error(merged(model)[0](x).double(), expected) < max(1e-4, 2 * error(model(x).double(), expected))
+        if name == "repvgg_a0":  # of each kind of block above
+            model, x = model.float(), x.float()
+            # Some of these random nets do not reach 1e-4 in float32 as they are.
+            assert error(merged(model)[0](x).double(), expected) < max(1e-4, 2 * error(model(x).double(), expected))
 
 
 class Untraceable(nn.Module):

@@ -249,20 +249,29 @@ def live_statistics(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_what_is_swapped_in_timm_models(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert len(orepa.report(orepa.prepare(model, inplace=True)).swapped) == MODELS[name]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
 def test_timm_models_preserve_train_and_convert(name):
+    """Small nets of the families above: with few channels and blocks, their kinds of layers are the same."""
     timm = pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
     model = live_statistics(timm.create_model(name, num_classes=10)).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
     prepared = orepa.prepare(model, preserve=True, inplace=True)
-    assert len(orepa.report(prepared).swapped) == MODELS[name]
+    assert len(orepa.report(prepared).swapped) > 5
     with torch.no_grad():
         assert (prepared(x) - expected).norm() <= 1e-4 * expected.norm()
 
     optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3, momentum=0.9)
     prepared.train()
-    for _ in range(5):
+    for _ in range(3):
         loss = nn.functional.cross_entropy(prepared(torch.randn(4, 3, 64, 64)), torch.randint(10, (4,)))
         optimizer.zero_grad()
         loss.backward()

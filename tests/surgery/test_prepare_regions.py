@@ -246,9 +246,7 @@ def test_dropout_that_drops_nothing_is_no_obstacle():
 # --- whole nets -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "regions"), [("mobileone_s0", 43), ("repvgg_a0", 22), ("repvit_m0_9", 23), ("fastvit_t8", 20)]
-)
+@pytest.mark.parametrize(("name", "regions"), [("repvgg_a0", 22), ("fastvit_t8", 20)])
 def test_timm_nets_keep_their_function_train_and_deploy(name, regions):
     timm = pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
     model, x = trained(timm.create_model(name, num_classes=5)), torch.randn(2, 3, 32, 32)
@@ -262,7 +260,7 @@ def test_timm_nets_keep_their_function_train_and_deploy(name, regions):
     train(prepared.train(), x, lr=1e-4)
     plain = orepa.convert(prepared.eval(), example_inputs=x)
     assert sum(isinstance(m, nn.Conv2d) for m in plain.modules()) == FAMILIES[name]
-    if name == "mobileone_s0":
+    if name == "repvgg_a0":
         again = orepa.prepare(timm.create_model(name, num_classes=5)).eval()
         again.load_state_dict(prepared.state_dict())
         with torch.no_grad():

@@ -106,12 +106,14 @@ def test_reduced_precision() -> None:
 # --- determinism ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("only_training")
 def test_same_seed_same_bits(uninterrupted: Path) -> None:
     torch.rand(7)  # what happened before must not matter
     assert train(*SMALL, "--out", "again") == 0
     assert_same_run(uninterrupted, Path("again"))
 
 
+@pytest.mark.usefixtures("only_training")
 def test_another_seed_gives_other_weights(uninterrupted: Path) -> None:
     assert train(*SMALL, "--seed", 1, "--out", "other") == 0
     with pytest.raises(AssertionError):
@@ -149,6 +151,7 @@ def test_a_run_is_not_overwritten_by_accident(uninterrupted: Path, capsys: pytes
     assert (uninterrupted / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.usefixtures("only_training")
 def test_overwrite_leaves_other_files_alone() -> None:
     tiny = ("--limit", 32, "--batch-size", 16, "--epochs", 1, "--out", "run")
     assert train(*tiny) == 0
