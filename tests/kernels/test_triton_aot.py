@@ -1,9 +1,11 @@
 """Every tile that the Triton backend may choose, compiled ahead of time for GPUs that are not here.
 
-With the versions of Triton that they were chosen with, nothing spills; with any other, next to nothing.
+With the versions of Triton that they were chosen with, nothing spills; with any other, next to nothing. Of kernels that are
+what they were when the committed results were made, those stand in for a compiler, but for a sample.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +13,7 @@ pytest.importorskip("triton", reason="needs triton, which this torch does not br
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton_aot
 from triton.runtime import driver
 from triton_aot import (
     LARGEST_SHARED,
@@ -21,13 +24,16 @@ from triton_aot import (
     catalogue,
     compile_and_listen,
     compile_kernel,
+    digest_of,
     kernels_of,
+    recorded,
     source_of,
     structures,
 )
 
 from orepa_kernels.backends.triton import configs
 from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 
 #: where tiles have rules of their own: the paper's block, and those that spilled with larger tiles
@@ -38,51 +44,89 @@ OTHER_MEMORY = [
 #: where the tiles are the same and only addresses and conversions differ: once, for the generation with the larger tiles
 SAME_TILES = ["many blocks", "32 groups", "autocast"]
 #: one for each kind of tile that has products: several taps at once, one tap, a composition after another
-OTHER_PRECISION = [("orepa", 3), ("rep1x1", 1), ("expandnet", 3)]
+KINDS = [("orepa", 3), ("rep1x1", 1), ("expandnet", 3)]
+GENERATIONS = ["sm_80", "sm_90"]
+
+#: kernels of the committed results, by all that decides what is compiled: a changed one is not among them, and is compiled
+KNOWN = recorded()
 
 
-def check(target, precision, topology, size, **options):
-    """Compile all kernels and tiles of a block for one GPU."""
+def check(target, precision, topology, size, known=KNOWN, **options):
+    """Compile all kernels and tiles of a block for one GPU, but for those that are known."""
     count = 0
     for forward, backward in structures(topology, size, **options):
-        for name, constants, resources in kernels_of(forward, backward, target, precision):
+        for name, constants, resources in kernels_of(forward, backward, target, precision, known):
             what = f"{topology} {size}x{size} {options}: {name} {constants} for {target}, {precision}: {resources}"
             assert resources.spills <= MOST_SPILLED, what
             assert resources.shared <= LARGEST_SHARED[target], what
+            assert KNOWN.get(resources.digest, resources) == resources, f"{what}, other than the committed results"
             count += 1
     assert count
 
 
-def test_one_block_for_each_nvidia_generation():
-    check("sm_80", "tf32x3", "plain", 3)
-    check("sm_90", "tf32x3", "plain", 3)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "topology", "size"),
+    [("sm_80", "plain", 3), ("sm_80", "orepa", 3), *(("sm_90", *kind) for kind in KINDS)],
+)
+def test_a_sample_is_always_compiled(target, topology, size):
+    """And needs what the committed results say."""
+    check(target, "tf32x3", topology, size, known={})
 
 
-class Everything:
-    """All tiles for one generation of GPUs; a test file for each, so that two processes can share the work."""
-
-    target: str
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("topology", "size"), catalogue())
-    def test_the_whole_catalogue(self, topology, size):
-        check(self.target, "tf32x3", topology, size)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("topology", "size"), OTHER_PRECISION)
-    def test_each_kind_of_tile_in_tf32(self, topology, size):
-        """With fewer registers than above; of the whole catalogue: benchmarks/triton_resources.py."""
-        check(self.target, "tf32", topology, size)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-    def test_other_memory(self, topology, memory):
-        """At the precision that needs the most registers; the other, and all other blocks: benchmarks/triton_resources.py."""
-        check(self.target, "tf32x3", topology, 3, **MEMORY[memory])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GENERATIONS)
+@pytest.mark.parametrize(("topology", "size"), catalogue())
+def test_the_whole_catalogue(topology, size, target):
+    check(target, "tf32x3", topology, size)
 
 
-class TestAmpere(Everything):
-    target = "sm_80"
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GENERATIONS)
+@pytest.mark.parametrize(("topology", "size"), KINDS)
+def test_each_kind_of_tile_in_tf32(topology, size, target):
+    """With fewer registers than above; of the whole catalogue: benchmarks/triton_resources.py."""
+    check(target, "tf32", topology, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GENERATIONS)
+@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
+def test_other_memory(topology, memory, target):
+    """At the precision that needs the most registers; the other, and all other blocks: benchmarks/triton_resources.py."""
+    check(target, "tf32x3", topology, 3, **MEMORY[memory])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", SAME_TILES)
+def test_other_memory_of_the_same_tiles(memory):
+    check("sm_90", "tf32x3", "orepa", 3, **MEMORY[memory])
+
+
+def test_only_an_unchanged_kernel_is_known(monkeypatch):
+    """Whatever decides what is compiled changes the digest; and a known kernel that spills is no better than a compiled one."""
+    forward, backward = next(structures("orepa", 3))
+    constants, options = launch.kernel_arguments(configs.FORWARD_SMALL, forward, "tf32x3")
+    other = replace(forward, terms=(*forward.terms[1:], replace(forward.terms[0], top=1)))
+    kernels = [
+        (source_of(squeeze_forward, forward, constants), "sm_80", options),
+        (source_of(squeeze_forward, forward, constants), "sm_90", options),
+        (source_of(squeeze_forward, forward, constants), "sm_80", {**options, "num_warps": 2}),
+        (source_of(squeeze_forward, forward, {**constants, "PRECISION": "tf32"}), "sm_80", options),
+        (source_of(squeeze_forward, other, {**constants, "SPEC": other}), "sm_80", options),
+        (source_of(squeeze_backward, forward, constants), "sm_80", options),
+    ]
+    digests = [digest_of(*kernel) for kernel in kernels]
+    monkeypatch.setattr(triton_aot, "SOURCES", triton_aot.SOURCES + b" ")
+    digests.append(digest_of(*kernels[0]))
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_aot.triton, "__version__", "3.0.0")
+    digests.append(digest_of(*kernels[0]))
+    monkeypatch.undo()
+    assert len({*digests}) == len(digests) and digest_of(*kernels[0]) == digests[0]
+    _, _, first = next(kernels_of(forward, backward, "sm_80", "tf32x3", KNOWN))
+    with pytest.raises(AssertionError, match=f"spills={MOST_SPILLED + 4}"):
+        check("sm_80", "tf32x3", "orepa", 3, known={first.digest: replace(first, spills=MOST_SPILLED + 4)})
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ A helper of the tests and of ``benchmarks/triton_resources.py``; needs Triton, a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 import orepa
-from orepa_kernels.backends.triton import configs
+from orepa_kernels.backends.triton import configs, kernels
 from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton import spec as spec_module
 from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 from orepa_kernels.backends.triton.kernels.sums import add_parts
@@ -41,10 +45,8 @@ TARGETS = {
 LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 #: Triton's versions (major, minor) that the tiles were chosen with: those of which there are results
-CHOSEN_WITH = {
-    tuple(path.stem.removeprefix("resources_").split(".")[:2])
-    for path in (Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton").glob("resources_*.json")
-}
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton"
+CHOSEN_WITH = {tuple(path.stem.removeprefix("resources_").split(".")[:2]) for path in RESULTS.glob("resources_*.json")}
 
 #: bytes that a thread may spill: none with those; each other version brings a compiler of its own, and 3.8 spills up to 24
 MOST_SPILLED = 0 if tuple(triton.__version__.split(".")[:2]) in CHOSEN_WITH else 32
@@ -74,7 +76,7 @@ ADDRESSES = {
 class Resources:
     """What a compiled kernel needs: registers per thread, bytes spilled and read back, bytes of shared memory.
 
-    ``digest`` is the kernel's name in Triton's cache: what is asked for twice has one.
+    ``digest`` says what was compiled, see `digest_of`.
     """
 
     registers: int
@@ -83,14 +85,46 @@ class Resources:
     digest: str
 
 
+#: all that Python runs while Triton reads a kernel: Triton's own key of a kernel leaves out plain functions and methods
+SOURCES = b"".join(
+    path.read_bytes()
+    for path in (*sorted(Path(kernels.__file__).parent.glob("*.py")), Path(spec_module.__file__))  # type: ignore[arg-type]
+)
+
+
+def digest_of(source: ASTSource, target: str, options: dict[str, int]) -> str:
+    """Name all that decides what is compiled: compiler, sources, types, constants (the structure, the tile), GPU, options."""
+    sources = hashlib.sha256(SOURCES).hexdigest()
+    parts = (triton.__version__, sources, source.hash(), str(TARGETS[target]), sorted(options.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def recorded() -> dict[str, Resources]:
+    """Return what this version of Triton made of kernels when `benchmarks/triton_resources.py` was last run, by digest."""
+    path = RESULTS / f"resources_{triton.__version__}.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    return {r["digest"]: Resources(r["registers"], r["spills"], r["shared"], r["digest"]) for r in rows}
+
+
 def compile_kernel(
-    function: Any, target: str, spec: Spec, constants: dict[str, Any], options: dict[str, int]
+    function: Any,
+    target: str,
+    spec: Spec,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    known: Mapping[str, Resources] = MappingProxyType({}),
 ) -> Resources:
-    """Compile a kernel as a launcher would ask for it, all addresses aligned."""
+    """Compile a kernel as a launcher would ask for it, all addresses aligned; unless it is known."""
     source = source_of(function, spec, constants)
+    digest = digest_of(source, target, options)
+    if digest in known:
+        return known[digest]
     compiled, log = compile_and_listen(source, target, options)
     if "amdgcn" in compiled.asm:
-        return Resources(*_amd(compiled.asm["amdgcn"]), compiled.metadata.shared, compiled.hash)
+        return Resources(*_amd(compiled.asm["amdgcn"]), compiled.metadata.shared, digest)
     # What ptxas says of the very run that makes the kernel: another run might be given other options than Triton gives it.
     # Triton keeps the kernel in its cache, but not this, so it is put there, for the tests of other processes too.
     kept = get_cache_manager(compiled.hash)
@@ -101,7 +135,7 @@ def compile_kernel(
         if not log:  # out of a cache that somebody else has filled
             compiled, log = compile_and_listen(source, target, options, always=True)
         kept.put(log, _LOG, binary=False)
-    return Resources(*_nvidia(log), compiled.metadata.shared, compiled.hash)
+    return Resources(*_nvidia(log), compiled.metadata.shared, digest)
 
 
 _LOG = "ptxas.log"
@@ -189,9 +223,9 @@ def _structure(
 
 
 def kernels_of(
-    forward: Spec, backward: Spec, target: str, precision: str
+    forward: Spec, backward: Spec, target: str, precision: str, known: Mapping[str, Resources]
 ) -> Iterator[tuple[str, dict[str, Any], Resources]]:
-    """Compile all that a launcher may, and yield (kernel, its tile, what it needs)."""
+    """Compile all that a launcher may and that is not known, and yield (kernel, its tile, what it needs)."""
     arch = 0 if target == "gfx942" else TARGETS[target].arch
     if not has_products(forward):
         precision = PRECISIONS[0]  # one kernel for all of them
@@ -202,9 +236,9 @@ def kernels_of(
         for config in dict.fromkeys(choices):
             constants, options = launch.kernel_arguments(config, spec, precision)
             tile = {**asdict(config), **options}
-            yield function.__name__, tile, compile_kernel(function, target, spec, constants, options)
+            yield function.__name__, tile, compile_kernel(function, target, spec, constants, options, known)
     constants = {"SPEC": backward, "PARTS": launch.SUM_PARTS, "COUNT": launch.SUM_COUNT}
-    yield add_parts.__name__, {}, compile_kernel(add_parts, target, backward, constants, launch.SUM_OPTIONS)
+    yield add_parts.__name__, {}, compile_kernel(add_parts, target, backward, constants, launch.SUM_OPTIONS, known)
 
 
 def has_products(spec: Spec) -> bool:
