@@ -79,13 +79,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 
 # What takes longest, in this order: among several processes it must not begin last.
 _LONG = (
-    "test_triton_aot_sm90.py",
-    "test_triton_aot.py",
-    "test_train_resume.py",
-    "test_train_distributed.py",
-    "test_prepare.py",
     "test_docs.py",
+    "test_train_distributed.py",
     "test_triton.py",
+    "test_train_resume.py",
+    "test_triton_aot.py",
     "test_timm_contract.py",
     "test_build.py",
     "test_train.py",
@@ -96,6 +94,8 @@ _LONG = (
     "test_models.py",
     "test_cuda_emulator.py",
     "test_merge.py",
+    "test_prepare_regions.py",
+    "test_prepare.py",
     "test_bench_step.py",
     "test_cli.py",
     "test_run_gpu.py",
