@@ -22,7 +22,7 @@ class Net(nn.Module):
             OREPAConv(8, 8, 3, padding=1, bias=False, **options),
             nn.BatchNorm2d(8),
             nn.ReLU(),
-            OREPAConv(8, 8, 1, groups=2, **options),
+            OREPAConv(8, 8, 1, groups=2, bias=False, **options),
             nn.BatchNorm2d(8),
         )
         self.left = OREPAConv(8, 4, 3, topology="repvgg_dense", **options)

@@ -342,3 +342,19 @@ def test_a_scale_that_overflows_skips_the_step():
     scaler.update()
     assert scaler.get_scale() == 2.0**119
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# --- one branch on feature maps -----------------------------------------------------------------------------------------------
+
+
+def test_the_forwards_that_share_a_squeeze_decide_the_order(monkeypatch):
+    together, alone = pair()
+    seen = []
+    monkeypatch.setattr(OREPAConv, "prefers_branch", lambda self, x, uses=1: (seen.append(uses), uses < 4)[1])
+    for uses in (1, 4):
+        seen.clear()
+        assert_accumulates_alike(together, alone)
+        assert set(seen) == ({1} if uses == 1 else {1, 4})
+    for block in (together.stem, together.body[0]):
+        block.order = "branch"
+    assert_accumulates_alike(together, alone)

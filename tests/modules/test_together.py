@@ -521,3 +521,58 @@ def test_nothing_keeps_a_model_alive():
     del together
     gc.collect()
     assert gone() is None
+
+
+# --- one branch on feature maps -----------------------------------------------------------------------------------------------
+
+
+def prefer_branch_on_small_images(monkeypatch):
+    monkeypatch.setattr(OREPAConv, "prefers_branch", lambda self, x, uses=1: bool(self._split) and x.shape[-1] <= 8)
+
+
+def sized(size, dtype=torch.float64):
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size), dtype=dtype)
+
+
+def test_blocks_in_two_parts_are_squeezed_with_the_others(monkeypatch):
+    together, alone = (model.float() for model in pair(order="auto"))
+    for block in (together.stem, together.body[0]):
+        block.order = "branch"
+    x = batch(dtype=torch.float32)
+    with counted(monkeypatch) as seen:
+        step(together, x)
+        assert seen == {"forward": [5], "backward": [5]}
+    step(alone, x)
+    assert_same_gradients(together, alone, 1e-5)
+
+
+def test_sizes_of_the_last_forward_decide(monkeypatch):
+    """But for the block that asks first, whose input is known."""
+    prefer_branch_on_small_images(monkeypatch)
+    together, alone = (model.float() for model in pair())
+    for block in alone.modules():
+        if isinstance(block, OREPAConv):
+            block.order = "squeeze"
+    real, ran = OREPAConv._convolve_split, []
+    monkeypatch.setattr(OREPAConv, "_convolve_split", lambda self, *args: (ran.append(self), real(self, *args))[1])
+    with counted(monkeypatch) as seen:
+        for size, expected in ((8, 1), (8, 5), (16, 4), (16, 0), (8, 1), (8, 5)):
+            ran.clear(), seen["forward"].clear()
+            step(together, sized(size, torch.float32))
+            assert len(ran) == expected and seen["forward"] == [5]
+            step(alone, sized(size, torch.float32))
+            assert_same_gradients(together, alone, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_changing_sizes(reentrant, monkeypatch):
+    class Checkpointed(Net):
+        def features(self, x):
+            return checkpoint(super().features, x, use_reentrant=reentrant)
+
+    prefer_branch_on_small_images(monkeypatch)
+    together, alone = pair(Checkpointed)
+    for model in (together, alone):
+        for small, large in ((8, 16), (16, 8), (8, 8)):
+            (loss(model(sized(small).requires_grad_())) + loss(model(sized(large).requires_grad_()))).backward()
+    assert_same_gradients(together, alone)

@@ -109,9 +109,8 @@ class OREPAConv(ConvBlock):
         """Convolve once, with the squeezed kernel; or twice more for a branch that runs on feature maps, see ``order``."""
         if isinstance(x, Proxy):
             return call_as_leaf(self, x)
-        split = self._split_for(x)
-        kernel = self._kernel(x, split)
-        return self._convolve(x, kernel, self.bias) if split is None else self._convolve_split(x, kernel, split)
+        tensors = self._tensors_to_split(x)
+        return self._convolve(x, self._kernel(x), self.bias) if tensors is None else self._convolve_split(x, tensors)
 
     def forward_branches(self, x: Tensor) -> Tensor:
         """Run the unsqueezed branches layer by layer on feature maps: the ground truth that `forward` equals.
@@ -214,23 +213,27 @@ class OREPAConv(ConvBlock):
             kernel = torch._lazy_clone(kernel)  # whoever writes to the memory after all gets a copy
         return kernel
 
-    def _kernel(self, x: Tensor, split: SplitBlock | None = None) -> Tensor:
+    def _kernel(self, x: Tensor, to_split: list[Tensor] | None = None) -> Tensor:
         """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
-        return self._stored_kernel(x, dtype, _memory_format(x), split)
+        return self._stored_kernel(x, dtype, _memory_format(x), to_split)
 
     def _stored_kernel(
         self,
         like: Tensor,
         dtype: torch.dtype | None,
         memory_format: torch.memory_format,
-        split: SplitBlock | None = None,
+        to_split: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return the kernel, on the device of ``like``: from the store if it has a current one, else squeezed alone."""
+        """Return the kernel, on the device of ``like``: from the store if it has a current one, else squeezed alone.
+
+        ``to_split`` are the tensors at `sources` of a block in two parts; the kernel is then that of the rest.
+        """
+        split = None if to_split is None else self._split
         squeeze = partial(self._squeeze, dtype=dtype, memory_format=memory_format, autocast=True, split=split)
         if torch.compiler.is_compiling() or torch._C._is_tracing():
-            return squeeze(self.source_tensors())
+            return squeeze(self.source_tensors() if to_split is None else to_split)
         key = request_key(like, dtype, memory_format, self.backend, split is not None)
         captures = key[-1]
         # In train mode an update is next, also where a checkpoint switches gradients off: a cache would be for nothing.
@@ -244,7 +247,7 @@ class OREPAConv(ConvBlock):
             kernel = self._step_kernel(key, split)
             if kernel is not None:
                 return kernel
-        tensors = self.source_tensors()
+        tensors = self.source_tensors() if to_split is None else to_split
         if captures or (trains and any(map(_requires_grad, tensors))):
             return squeeze(tensors)
         self._cached = cached = squeeze_to_store(self, key, squeeze)
@@ -337,18 +340,16 @@ class OREPAConv(ConvBlock):
             )
         self._order, self._split = value, split
 
-    def _split_for(self, x: Tensor) -> SplitBlock | None:
-        """Return the block in two parts where one branch is to run on feature maps; None where all are to be squeezed."""
-        split = self._split
-        if split is None or not (self.training or torch.is_grad_enabled()):
-            return None
-        # Of a frozen block the kernel is cached. (torch.compile traces no attrgetter.)
-        if not any([tensor.requires_grad for tensor in self.source_tensors()]):
+    def _tensors_to_split(self, x: Tensor) -> list[Tensor] | None:
+        """Return the tensors at `sources` where one branch is to run on feature maps; None where all are to be squeezed."""
+        if self._split is None or not (self.training or torch.is_grad_enabled()):
             return None
         step = None if torch.compiler.is_compiling() else self._step()
-        if step is not None:
-            return split if step.splits(self, x) else None
-        return split if self.prefers_branch(x) else None
+        if not (self.prefers_branch(x) if step is None else step.splits(self, x)):
+            return None
+        tensors = self.source_tensors()
+        # Of a frozen block the kernel is cached. (torch.compile traces no attrgetter.)
+        return tensors if any([tensor.requires_grad for tensor in tensors]) else None
 
     def prefers_branch(self, x: Tensor, uses: int = 1) -> bool:
         """Return whether ``order`` wants a branch on feature maps for an input, if ``uses`` forwards share one squeeze."""
@@ -356,12 +357,13 @@ class OREPAConv(ConvBlock):
             return self._split is not None
         return prefers_branch(self, self._split, x, uses)
 
-    def _convolve_split(self, x: Tensor, kernel: Tensor, split: SplitBlock) -> Tensor:
-        tensors = self.source_tensors()
+    def _convolve_split(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
+        assert self._split is not None
+        kernel = self._kernel(x, tensors)
         if self.padding_mode == "zeros":
-            return self._convolve(x, kernel, self.bias) + split.run(self, tensors, x)
+            return self._convolve(x, kernel, self.bias) + self._split.run(self, tensors, x)
         x = self.pad(x)
-        return self._convolve_padded(x, kernel, self.bias) + split.run(self, tensors, x)
+        return self._convolve_padded(x, kernel, self.bias) + self._split.run(self, tensors, x)
 
     # --- invalidation of the cache --------------------------------------------------------------------------------------------
 
