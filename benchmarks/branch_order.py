@@ -48,7 +48,7 @@ def cases(images: list[tuple[int, int]]) -> list[dict[str, Any]]:
     found = []
     for (batch, image), (channels, reduction) in itertools.product(images, STAGES):
         case = {"topology": "dbb", "out": channels, "in": channels, "k": 3, "stride": 1, "groups": 1, "batch": batch}
-        case["size"] = image // reduction
+        case |= {"image": image, "size": image // reduction}
         found.append(case)
         if channels > 64:
             found.append({**case, "in": channels // 2, "stride": 2, "size": 2 * image // reduction})
@@ -94,7 +94,11 @@ def measure(case: dict[str, Any], dtype: torch.dtype, rounds: int, seconds: floa
         return function(lambda: torch.autograd.grad(forward(block), wanted, upstream))
 
     samples = interleaved({name: step(block) for name, block in blocks.items()}, rounds, seconds)
-    return [Row(case, name, "both", processes=[values]) for name, values in samples.items()]
+    rows = [Row(case, name, "both", processes=[values]) for name, values in samples.items()]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        runs_branch = blocks["auto"]._tensors_to_split(x) is not None
+    rows[ORDERS.index("auto")].facts["chosen"] = "branch" if runs_branch else "squeeze"
+    return rows
 
 
 def measure_model(name: str, batch: int, size: int, rounds: int, seconds: float) -> list[Row]:
@@ -157,10 +161,12 @@ def fit(measured: list[list[Row]], itemsize: int) -> Rates:
 def show(rows: list[Row]) -> None:
     """Print a line: what was measured, and milliseconds by provider."""
     seconds = fastest(rows)
-    case = " ".join(f"{name}={value}" for name, value in rows[0].case.items() if name != "groups")
+    case = " ".join(f"{name}={value}" for name, value in rows[0].case.items() if name not in ("groups", "image"))
     line = f"{case:62}" + "".join(f"  {name} {1e3 * value:.1f}" for name, value in seconds.items())
     if REST in seconds:
-        line += f"  auto/better {seconds['auto'] / min(seconds['squeeze'], seconds['branch']):.2f}"
+        chosen = rows[ORDERS.index("auto")].facts["chosen"]
+        ratio = min(seconds["auto"], seconds[chosen]) / min(seconds["squeeze"], seconds["branch"])
+        line += f"  auto is {chosen}, {max(ratio, 1):.2f} of the better"
     print(line)
     sys.stdout.flush()
 

@@ -5,7 +5,8 @@
 
 ``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
 ``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py``,
-``host_overhead.py``, ``ablation/`` and ``reparam_accuracy/``, and the ``metrics.json`` of an ``orepa train``.
+``host_overhead.py``, ``branch_order.py``, ``ablation/`` and ``reparam_accuracy/``, and the ``metrics.json`` of an ``orepa
+train``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,25 @@ def _host_overhead(results: Results) -> str:
     return render(header, rows, "markdown")
 
 
+def _branch_order(results: Results) -> str:
+    """Return a line per block, a column per batch of images: the branch's order relative to the squeeze; then whole models."""
+    blocks = [row for row in results.timed if row.mode == "both"]
+    images = tables.distinct(f"{row.case['batch']} × {row.case['image']}" for row in blocks)
+    lines: dict[str, dict[str, str]] = {}
+    for line in tables.by_case(blocks):
+        case = line["auto"].case
+        squeeze, branch = (min(line[order].seconds) for order in ("squeeze", "branch"))
+        name = f"{case['topology']}, {case['in']} → {case['out']}" + (", stride 2" if case["stride"] > 1 else "")
+        cell = f"**{branch / squeeze:.2f}**" if line["auto"].facts["chosen"] == "branch" else f"{branch / squeeze:.2f}"
+        lines.setdefault(name, {})[f"{case['batch']} × {case['image']}"] = cell
+    rows = [[name, *(cells.get(image, "") for image in images)] for name, cells in lines.items()]
+    parts = [render(["branch on feature maps / all squeezed", *images], rows, "markdown")]
+    steps = replace(results, rows=[row for row in results.timed if row.mode == "step"])
+    if steps.rows:
+        parts.append(render(*step_overview(steps), "markdown"))
+    return "\n\n".join(parts)
+
+
 def _training(metrics: dict[str, Any]) -> str:
     try:
         outcome, config, facts = metrics["outcome"], metrics["config"], metrics["environment"]
@@ -194,6 +215,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "reparam": _reparam,
     "eval_cache": _eval_cache,
     "host_overhead": _host_overhead,
+    "branch_order": _branch_order,
 }
 ACCURACIES: dict[str, Callable[[Results], str]] = {
     ABLATION: ablation_tables.markdown,

@@ -352,6 +352,19 @@ def test_render_writes_what_was_measured(render: ModuleType, tmp_path: Path) -> 
     assert f"commit {machine.environment()['commit']}" in text
 
 
+def test_render_branch_order(render: ModuleType, tmp_path: Path) -> None:
+    case = {"topology": "dbb", "out": 8, "in": 4, "k": 3, "stride": 2, "groups": 1, "batch": 8, "image": 64, "size": 16}
+    rows = [Row(case, name, "both", processes=[[s, 2 * s]]) for name, s in (("squeeze", 0.4), ("branch", 0.3))]
+    rows.append(Row(case, "auto", "both", processes=[[0.3]], facts={"chosen": "branch"}))
+    model = {"model": "resnet18", "batch": 8, "size": 64}
+    rows += [Row(model, name, "step", processes=[[s]]) for name, s in (("plain", 0.1), ("orepa, auto", 0.18))]
+    Results("branch_order", machine.environment(), rows=rows).save(tmp_path / "order.json")
+    assert render.main(document(tmp_path, "<!-- results:order -->\n<!-- /results:order -->")) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| dbb, 4 → 8, stride 2 | **0.75** |" in text
+    assert "| resnet18 | 8 × 64 | 100.0 | 1.80 |" in text
+
+
 def test_render_eval_cache_and_training(render: ModuleType, tmp_path: Path) -> None:
     case = {"out": 8, "in": 8, "k": 3, "stride": 2, "groups": 1, "size": 8}
     rows = [Row(case, name, "eval", processes=[[s, s]]) for name, s in (("OREPAConv", 1.1e-5), ("Conv2d", 1e-5))]

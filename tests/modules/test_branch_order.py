@@ -1,10 +1,12 @@
 """The order of a block: a branch on feature maps computes what the squeezed one does, and shapes alone decide."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from torch.nn.utils import parametrize
 import orepa
 import orepa_kernels
 from orepa import OREPAConv
-from orepa.modules.branch_order import _prefers_branch
+from orepa.modules.branch_order import RATES, Rates, _prefers_branch
 from orepa.topology import AvgPool, Branch, Conv, Depthwise, Topology
 
 F64 = torch.float64
+ROOT = Path(__file__).resolve().parents[2]
 #: the topologies of the catalogue with a sequence of plain convolutions beside other branches
 SPLITTABLE = ["dbb", "ecb", "orepa", "rep1x1", "repvgg_dense"]
 
@@ -310,20 +313,45 @@ def test_more_pixels_and_more_uses_never_turn_it_to_the_branch(
     assert here or not there
 
 
-def test_every_process_answers_alike():
-    """The answers to what a ResNet-18 asks at 8x64 px, by a process with other threads, load and seed."""
+def test_the_rates_are_those_that_were_fitted():
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "branch_order.json").read_text())
+    assert Rates(**results["settings"]["rates"]) == RATES["cpu", False]
+    chosen = {}
+    for row in results["rows"]:
+        if row["provider"] == "auto":
+            case = row["case"]
+            conv = OREPAConv(
+                case["in"],
+                case["out"],
+                case["k"],
+                case["stride"],
+                case["k"] // 2,
+                topology=case["topology"],
+                device="meta",
+            )
+            branch = choice(conv, case["batch"], case["in"], case["size"], case["size"])
+            chosen[row["facts"]["chosen"], "branch" if branch else "squeeze"] = case
+    assert chosen.keys() == {("branch", "branch"), ("squeeze", "squeeze")}
+
+
+def test_another_process_answers_alike():
+    """What a ResNet-18 asks at 8x64 px, with other threads and another seed of hashes."""
     code = """
 import torch
 from orepa import OREPAConv
-torch.set_num_threads(1)
-convs = [OREPAConv(c, c, 3, padding=1, topology="dbb") for c in (64, 128, 256, 512)]
-print([conv._tensors_to_split(torch.randn(8, conv.in_channels, 1024 // conv.in_channels, 3)) is not None for conv in convs])
+
+def answers():
+    for channels in (64, 128, 256, 512):
+        conv = OREPAConv(channels, channels, 3, padding=1, topology="dbb")
+        yield conv._tensors_to_split(torch.randn(8, channels, 1024 // channels, 1024 // channels)) is not None
 """
-    outputs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
-        for env in ({**os.environ, "OMP_NUM_THREADS": "2"}, {**os.environ, "PYTHONHASHSEED": "1"})
-    }
-    assert outputs == {"[False, False, True, True]\n"}
+    here: dict = {}
+    exec(code, here)
+    command = [sys.executable, "-c", f"{code}\nprint(list(answers()))"]
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "1"}
+    there = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    assert list(here["answers"]()) == [False, False, False, True]
+    assert there == "[False, False, False, True]\n"
 
 
 def small(order):

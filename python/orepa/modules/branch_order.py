@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orepa_kernels import Block, autocast_dtype
+from orepa_kernels.guards import is_dispatched
 from orepa_kernels.reference import identity
 
 from ..topology.language import Size
@@ -187,12 +188,12 @@ class Rates(NamedTuple):
         return work.products / self.convolved + work.moved / self.moved + work.calls / self.calls
 
 
-#: By kind of device and whether convolutions are in half precision. Those of CPUs were fitted by benchmarks/branch_order.py
-#: (benchmarks/results/cpu/branch_order.json) on an AMD EPYC without AVX-512, which emulates bfloat16. Those of GPUs are
-#: estimates, about half of the H100's peak rates: nothing has been measured there.
+#: By kind of device (all but CPUs count as GPUs) and whether convolutions are in half precision. Those of CPUs were fitted by
+#: benchmarks/branch_order.py (benchmarks/results/cpu/branch_order.json) on an AMD EPYC without AVX-512, which emulates
+#: bfloat16. Those of GPUs are estimates, about half of the H100's peak rates: nothing has been measured there.
 RATES = {
-    ("cpu", False): Rates(47e9, 38e9, 4.6e9, 1e5),
-    ("cpu", True): Rates(47e9, 0.6e9, 4.6e9, 1e5),
+    ("cpu", False): Rates(44e9, 35e9, 4.6e9, 1e5),
+    ("cpu", True): Rates(44e9, 1.5e9, 4.6e9, 1e5),
     ("cuda", False): Rates(28e12, 120e12, 2e12, 2e5),
     ("cuda", True): Rates(28e12, 250e12, 2e12, 2e5),
 }
@@ -260,11 +261,14 @@ def prefers_branch(block: ConvBlock, split: SplitBlock, x: Tensor, uses: int = 1
         x: the input of the block.
         uses: forwards that share one squeeze.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or not all(type(size) is int for size in x.shape):
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    device = "cpu" if x.is_cpu else "cuda"
-    half = (autocast_dtype(device) or x.dtype).itemsize < 4
-    return _prefers_branch(split, tuple(x.shape), block.stride, block.dilation, block.borders, half, device, uses)
+    if is_dispatched() and any(type(size) is not int for size in x.shape):  # symbols of a tracer
+        return False
+    # Asking for the name of a device costs more than all else.
+    autocast = autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
+    half, kind = (autocast or x.dtype).itemsize < 4, "cpu" if x.is_cpu else "cuda"
+    return _prefers_branch(split, tuple(x.shape), block.stride, block.dilation, block.borders, half, kind, uses)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -275,9 +279,9 @@ def _prefers_branch(
     dilation: Size,
     borders: Borders,
     half: bool,
-    device: str,
+    kind: str,
     uses: int,
 ) -> bool:
-    rates = RATES[device, half]
+    rates = RATES[kind, half]
     branch = rates.convolve(branch_work(split, shape, stride, dilation, borders, 2 if half else 4))
     return branch < MARGIN * rates.squeeze(squeeze_work(split)) / uses
