@@ -11,6 +11,7 @@ from orepa_kernels import BackendError, __version__
 from .analysis import Analysis, analyze
 from .modules.offline_conv import OfflineConv
 from .modules.orepa_conv import OREPAConv
+from .modules.reduction import exclude_from_ddp
 from .modules.repvgg import RepVGGBlock
 from .modules.step import squeeze_once
 from .official import block_from_official, load_official
@@ -36,6 +37,7 @@ __all__ = [
     "block_from_official",
     "check_optimizer",
     "convert",
+    "exclude_from_ddp",
     "load_official",
     "parameter_groups",
     "prepare",

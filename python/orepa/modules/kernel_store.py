@@ -43,7 +43,7 @@ class Sources:
             holder: nn.Module = block
             for child in path:
                 holder = getattr(holder, child)
-            if holder is not owner and _is_sharded(holder):
+            if holder is not owner and is_sharded(holder):
                 raise NotStored
             owner = holder
             kind, home = (nn.Parameter, owner._parameters) if name in owner._parameters else (Tensor, owner._buffers)
@@ -101,7 +101,7 @@ class NotStored(Exception):
 _FREED_BETWEEN_FORWARDS = frozenset(("_fsdp_flattened", "ds_id"))
 
 
-def _is_sharded(owner: nn.Module) -> bool:
+def is_sharded(owner: nn.Module) -> bool:
     """Return whether FSDP2 manages the parameters, which frees them between forwards, too.
 
     Within a forward it leaves plain parameters, and `FSDPModule` may be any ancestor. But it hooks the state dict of each

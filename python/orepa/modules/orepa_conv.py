@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -36,6 +37,11 @@ def default_topology(kernel_size: Size, groups: int = 1) -> str:
     if any(k % 2 == 0 for k in kernel_size):
         return "repvgg_dense"
     return "deep_stem" if groups == 1 and 7 <= max(kernel_size) < 13 else "orepa"
+
+
+def process_count() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class OREPAConv(ConvBlock):
@@ -67,6 +73,9 @@ class OREPAConv(ConvBlock):
     Shape:
         ``[N, I, H, W]`` (or ``[I, H, W]``) to ``[N, O, H', W']`` as for `torch.nn.Conv2d`.
     """
+
+    #: whether DistributedDataParallel leaves the parameters alone (`orepa.exclude_from_ddp`)
+    excluded = False
 
     def __init__(
         self,
@@ -215,6 +224,8 @@ class OREPAConv(ConvBlock):
 
     def _kernel(self, x: Tensor, to_split: list[Tensor] | None = None) -> Tensor:
         """Return the kernel for a convolution of ``x``, in the dtype of autocast where that is on."""
+        if self.excluded:
+            self._check_reduced()
         # Asking for the name of a device costs more than all of these.
         dtype = orepa_kernels.autocast_dtype("cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type)
         return self._stored_kernel(x, dtype, _memory_format(x), to_split)
@@ -300,6 +311,15 @@ class OREPAConv(ConvBlock):
         """Return the kernel, computed in ``dtype`` throughout."""
         operands = [t.to(dtype) for t in self.operands()]
         return orepa_kernels.squeeze([self.plan], [operands], backend="reference")[0]
+
+    def _check_reduced(self) -> None:
+        """Raise where parameters would drift apart among the processes, as nobody averages their gradients."""
+        trains = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in self.parameters()])
+        if self._once is None and trains and process_count() > 1:
+            raise RuntimeError(
+                f"{self} is excluded from DDP, and nobody averages its gradients here: train it inside "
+                "orepa.squeeze_once(model, process_group=...), and run it elsewhere without gradients"
+            )
 
     def _check_parameters(self) -> None:
         for path, name in self.sources:

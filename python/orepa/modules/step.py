@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,14 +25,11 @@ from orepa_kernels.guards import is_watched
 
 from .branch_order import SplitBlock
 from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, may_be_recomputed, open_steps, request_key
-from .orepa_conv import OREPAConv
+from .orepa_conv import OREPAConv, process_count
+from .reduction import BUCKET, Reducer, check_group, reducing
 
 #: forwards without a block until it is no longer squeezed for the next one
 _PATIENCE = 8
-
-#: bytes of parameters per squeeze where gradients are reduced among processes: the bucket of DistributedDataParallel, which
-#: reduces the first gradients while the backward pass goes on
-_BUCKET = 25 * 2**20
 
 
 @dataclass
@@ -113,7 +110,7 @@ class _Step:
         self.model, self.demands = model, _demands_of(model)
         self.uses: Counter[OREPAConv] = Counter()
         self._split: dict[OREPAConv, bool] = {}
-        self._grad = torch.is_grad_enabled()
+        self._grad, self._may_split = torch.is_grad_enabled(), True
         self._made: dict[tuple[OREPAConv, tuple[Any, ...]], _Made] = {}
         self._waiting: dict[OREPAConv, list[OREPAConv]] | None = None  # by block, those to be squeezed with it
 
@@ -126,7 +123,7 @@ class _Step:
         self.uses[block] += 1
         made = self._made.get((block, key))
         if made is None:
-            self._squeeze(self._take(block), key)
+            self._squeeze(self._take(block), block, key)
             made = self._made.get((block, key))
         if made is None or not made.stored.sources.are_current():
             return None
@@ -161,9 +158,12 @@ class _Step:
         return chunk
 
     def _chunks(self) -> list[list[OREPAConv]]:
-        """Return the blocks that are expected to ask, in parts that are squeezed at once."""
+        """Return the blocks that are expected to ask, in parts that are squeezed at once.
+
+        `DistributedDataParallel` reduces the first gradients while the backward pass goes on: a part is one of its buckets.
+        """
         blocks = self.demands.expected()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if process_count() == 1:
             return [blocks]
         chunks: list[list[OREPAConv]] = []
         room = 0
@@ -171,19 +171,21 @@ class _Step:
             size = sum(parameter.nbytes for parameter in block.parameters())
             if room < size:
                 chunks.append([])
-                room = _BUCKET
+                room = BUCKET
             chunks[-1].append(block)
             room -= size
         return chunks
 
-    def _squeeze(self, blocks: Sequence[OREPAConv], key: tuple[Any, ...]) -> None:
-        """Squeeze blocks: each for what it asked for last, or, if it has not, for the given key."""
+    def _squeeze(self, blocks: Sequence[OREPAConv], asking: OREPAConv, key: tuple[Any, ...]) -> None:
+        """Squeeze blocks: each for what it asked for last, or, if it has not, for the given key, which one is asking for."""
         groups: dict[tuple[Any, ...], list[_Member]] = {}
         with torch.set_grad_enabled(self._grad):
             for block in blocks:
                 demand = self.demands.of(block)
-                member = None if demand is None else _member(block, demand.split)
-                if member is not None and demand is not None:
+                if demand is None:
+                    continue
+                member = _member(block, key[3] if block is asking else demand.split and self._may_split)
+                if member is not None:
                     wanted = key[:2] if demand.memory_format is None else (demand.dtype, demand.memory_format)
                     like = member.operands[member.plan.leading]
                     groups.setdefault((*wanted, block.backend, like.device, like.dtype), []).append(member)
@@ -280,7 +282,7 @@ STEP_HOOKS = (begin_step, end_step)
 
 
 @contextmanager
-def squeeze_once(model: nn.Module) -> Iterator[None]:
+def squeeze_once(model: nn.Module, process_group: Any = None, micro_batches: int | None = None) -> Iterator[None]:
     """Squeeze all blocks of a model once for all forwards and backward passes within, and differentiate them once at the end.
 
     For gradient accumulation, which otherwise squeezes for every micro-batch::
@@ -299,18 +301,31 @@ def squeeze_once(model: nn.Module) -> Iterator[None]:
     and everything inside `torch.compile`, `torch.func` and `torch.nn.DataParallel` squeeze for every forward. A block that is
     open for a model stays so in a nested one. With a `torch.amp.GradScaler`, unscale and step after the block.
 
+    With a ``process_group``, the mean over its processes is taken of the kernels' gradients instead of those of the parameters,
+    which are several times as many. It is taken of sums in float32 at least, and has the same bits in all processes. A block
+    that is used in some of them only counts with zeros in the others, as in `DistributedDataParallel`. DDP goes on to reduce
+    the rest of the model, after `orepa.exclude_from_ddp`. After an exception in one process only, the others wait for it until
+    their timeout and raise an error: restart them.
+
     Args:
-        model: any module tree with `OREPAConv` in it. Parameters must not change within: step the optimizer after the block.
+        model: any module tree with `OREPAConv` in it, or DDP's wrapper of one. Parameters must not change within: step the
+            optimizer after the block.
+        process_group: as ``torch.distributed.group.WORLD``, which is None where there is a single process.
+        micro_batches: the number of forwards of ``model`` within, if it is known. During the backward pass of the last one,
+            the first gradients are exchanged already, and none may come after that. Used with ``process_group`` only.
 
     Raises:
-        RuntimeError: a parameter changed within, or another thread has the blocks open.
+        RuntimeError: a parameter changed within, or another thread has the blocks open. With a ``process_group``: DDP reduces
+            the blocks' gradients already or has ``find_unused_parameters``, blocks are sharded (FSDP), the processes differ in
+            what is frozen, in the blocks or in their first values, or the forwards are not ``micro_batches``.
     """
     step = _StepOnce(model)
     gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     step.open()
     try:
-        yield
-        step.backward()
+        with step.reduce(process_group, micro_batches):
+            yield
+            step.backward()
     except BaseException:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -319,31 +334,33 @@ def squeeze_once(model: nn.Module) -> Iterator[None]:
         step.close()
 
 
-class _Group(NamedTuple):
-    """Blocks that were squeezed at once."""
-
-    members: Sequence[_Member]
-    leaves: list[_Leaf]
-    backend: str
-
-
 class _Leaf:
-    """A kernel that gathers gradients: in float32 at least, as those of many batches are summed."""
+    """A kernel that gathers gradients: in float32 at least, as those of many batches are summed.
 
-    def __init__(self, kernel: Tensor) -> None:
-        self.kernel = kernel.requires_grad_()
+    Args:
+        kernel: of ``member``.
+        arrived: called whenever a backward pass has added to them.
+    """
+
+    def __init__(self, member: _Member, kernel: Tensor, arrived: Callable[[OREPAConv, Tensor], None] | None) -> None:
+        self.member, self.kernel = member, kernel.requires_grad_()
+        self._arrived = arrived
         self._sum: Tensor | None = None
-        if kernel.dtype in (torch.float16, torch.bfloat16):
-            self.kernel.register_post_accumulate_grad_hook(self._widen)
+        self._widens = kernel.dtype in (torch.float16, torch.bfloat16)
+        if self._widens or arrived is not None:
+            self.kernel.register_post_accumulate_grad_hook(self._accumulated)
 
-    def _widen(self, kernel: Tensor) -> None:
-        assert kernel.grad is not None
-        gradient, kernel.grad = kernel.grad.float(), None
-        self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+    def _accumulated(self, kernel: Tensor) -> None:
+        if self._widens:
+            assert kernel.grad is not None
+            gradient, kernel.grad = kernel.grad.float(), None
+            self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+        if self._arrived is not None:
+            self._arrived(self.member.block, kernel)
 
     @property
     def gradient(self) -> Tensor | None:
-        return self.kernel.grad if self._sum is None else self._sum
+        return self._sum if self._widens else self.kernel.grad
 
 
 class _StepOnce(_Step):
@@ -351,8 +368,11 @@ class _StepOnce(_Step):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._grad, self._groups, self._thread = True, list[_Group](), threading.get_ident()
+        self._grad, self._thread = True, threading.get_ident()
+        self._leaves: dict[OREPAConv, list[_Leaf]] = {}
         self._blocks: list[OREPAConv] = []
+        self._reducer: Reducer | None = None
+        self._is_nested = False
 
     def open(self) -> None:
         """Let the blocks ask, except those that ask another step already."""
@@ -362,8 +382,23 @@ class _StepOnce(_Step):
         if any(isinstance(step, _StepOnce) and step._thread != self._thread for step in steps):
             raise RuntimeError("squeeze_once: another thread has blocks of this model open")
         self._blocks = [block for block in blocks if block._once is None]
+        self._is_nested = bool(steps)
         for block in self._blocks:
             block._once = self
+
+    @contextmanager
+    def reduce(self, group: Any, micro_batches: int | None) -> Iterator[None]:
+        """Average gradients over the processes of a group, if there are more than one."""
+        if group is None:
+            check_group(self._blocks)
+        if group is None or torch.distributed.get_world_size(group) == 1:
+            yield
+            return
+        if self._is_nested:
+            raise RuntimeError("squeeze_once: process_group is for the outermost one")
+        self._may_split = False  # the gradient of a kernel among processes has to be that of the whole
+        with reducing(self.model, self._blocks, group, micro_batches, self.gradient) as self._reducer:
+            yield
 
     def close(self) -> None:
         for block in self._blocks:
@@ -371,26 +406,62 @@ class _StepOnce(_Step):
         if self.uses:
             self.demands.close(self.uses)
 
+    def kernel(self, block: OREPAConv, key: tuple[Any, ...]) -> Tensor | None:
+        kernel = super().kernel(block, key)
+        if kernel is not None and self._reducer is not None:
+            self._reducer.asked(block, kernel)
+        return kernel
+
+    def gradient(self, block: OREPAConv) -> Tensor | None:
+        """Return the gradient of a block's kernel, from all that it has asked for."""
+        return next((gradient for _, gradient in self._sums(block)), None)
+
+    def _sums(self, block: OREPAConv) -> Iterator[tuple[_Member, Tensor]]:
+        """Give the gradient of each kernel of a block, whole and in two parts, from all dtypes and memory formats."""
+        for splits in (False, True):
+            leaves = [leaf for leaf in self._leaves.get(block, ()) if (leaf.member.split is not None) == splits]
+            gradients = [leaf.gradient for leaf in leaves if leaf.gradient is not None]
+            if gradients:
+                yield leaves[-1].member, sum(gradients[1:], gradients[0])
+
     def backward(self) -> None:
         """Add the gradients of the parameters, from those of the kernels."""
-        roots: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for members, leaves, backend in self._groups:
-            upstream = [leaf.gradient for leaf in leaves]
-            for member, gradient in zip(members, upstream, strict=True):
-                if gradient is not None and not member.sources.are_current():
+        for block, leaves in self._leaves.items():
+            for leaf in leaves:
+                if leaf.gradient is not None and not leaf.member.sources.are_current():
                     raise RuntimeError(
-                        f"squeeze_once: parameters of {member.block} changed within; step the optimizer after the block"
+                        f"squeeze_once: parameters of {block} changed within; step the optimizer after the block"
                     )
+        if self._reducer is None:
+            sums = [pair for block in self._leaves for pair in self._sums(block)]
+        else:
+            sums = [(self._member(block), gradient) for block, gradient in self._reducer.average().items()]
+        backends: dict[str, list[tuple[_Member, Tensor]]] = {}
+        for member, gradient in sums:
+            backends.setdefault(member.block.backend, []).append((member, gradient))
+        roots: list[Tensor] = []
+        upstream: list[Tensor] = []
+        for backend, pairs in backends.items():
+            members = [member for member, _ in pairs]
             operands = [operand for member in members for operand in member.operands]
             plans = [member.plan for member in members]
-            values = squeeze_gradients(plans, [member.operands for member in members], upstream, backend=backend)
+            values = squeeze_gradients(plans, [m.operands for m in members], [g for _, g in pairs], backend=backend)
             for operand, value in zip(operands, values, strict=True):
                 if value is not None:
                     roots.append(operand)
-                    gradients.append(value)
+                    upstream.append(value)
         if roots:
-            torch.autograd.backward(roots, gradients)
+            torch.autograd.backward(roots, upstream)
+
+    def _member(self, block: OREPAConv) -> _Member:
+        leaves = self._leaves.get(block)
+        member = leaves[-1].member if leaves else _member(block, splits=False)
+        if member is None:
+            raise RuntimeError(f"squeeze_once: {block} squeezes alone in this process, and not in others")
+        return member
+
+    def splits(self, block: OREPAConv, x: Tensor) -> bool:
+        return self._may_split and super().splits(block, x)
 
     def _uses(self, demand: _Demand | None) -> int:
         return 1 if demand is None else demand.uses
@@ -412,9 +483,10 @@ class _StepOnce(_Step):
                 memory_format=memory_format,
                 backend=backend,
             )
-        leaves = [_Leaf(kernel) for kernel in kernels]
-        self._groups.append(_Group(members, leaves, backend))
-        for member, leaf in zip(members, leaves, strict=True):
+        for member, kernel in zip(members, kernels, strict=True):
+            arrived = None if self._reducer is None else self._reducer.arrived
+            leaf = _Leaf(member, kernel, arrived)
+            self._leaves.setdefault(member.block, []).append(leaf)
             own = _with_split(key, member.split is not None)
-            stored = StoredKernel(leaf.kernel.detach(), own, member.sources)
+            stored = StoredKernel(kernel.detach(), own, member.sources)
             self._made[member.block, own] = _Made(stored, leaf.kernel)

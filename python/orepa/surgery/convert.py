@@ -16,6 +16,7 @@ from ..module_info import count_parameters, describe, join, random_input, run_ex
 from ..modules.linear_block import LinearBlock
 from ..modules.offline_conv import OfflineConv
 from ..modules.orepa_conv import OREPAConv
+from ..modules.reduction import include_in_ddp
 from ..modules.repvgg import RepVGGBlock
 from ..modules.step import squeeze_alone_in
 from ..optim import watch_replaced
@@ -114,6 +115,7 @@ def convert(
         raise
     watch_replaced(parameters, model)
     squeeze_alone_in(model)
+    include_in_ddp(model)
     attach(model, Report("convert", layers + replaced, (before, count_parameters(model)), error))
     return model
 
