@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -33,7 +34,7 @@ SYNC_ON_CPU = "import sync_norm; sync_norm.install()\n"
 TWO_EPOCHS = ("--limit", 33, "--batch-size", 16, "--epochs", 2, "--img-size", 16, "--grad-accum", 2, "--sync-bn")
 
 
-def start(arguments: tuple[object, ...], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(arguments: tuple[object, ...], launcher: tuple[str, ...] = (), mishap: str = "") -> subprocess.Popen[str]:
     """`orepa train` as its users start it, which says what its parameters are in the end."""
     script = Path("main.py")
     script.write_text(
@@ -49,10 +50,12 @@ def start(arguments: tuple[object, ...], launcher: tuple[str, ...] = ()) -> subp
 
             def told(trainer, *_):
                 print("parameters:", {type(p).__name__ for p in trainer.module.parameters()})
+                print("excluded:", any(getattr(module, "excluded", False) for module in trainer.module.modules()))
 
             run._evaluate = told
-            sys.exit(main())
         """).replace("TESTS", str(Path(__file__).parent))
+        + textwrap.dedent(mishap)
+        + "\nsys.exit(main())\n"
     )
     command = [sys.executable, *launcher, str(script), "train", "--accelerator", "cpu", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -81,13 +84,34 @@ def histories(*outs: str) -> list[list[dict[str, Any]]]:
     return [steady(load_checkpoint(Path(out, "checkpoint.pt"))["progress"]["history"]) for out in outs]
 
 
+KILLED = """
+    import os, signal
+    from orepa.train import loop
+
+    loss = loop.Objective.loss
+
+    def killed(self, *batch):
+        loss.calls += 1
+        if loss.calls == 8 and os.environ["LOCAL_RANK"] == "1":  # between two parts of the fourth step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(self, *batch)
+
+    loss.calls, loop.Objective.loss = 0, killed
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one() -> None:
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_two_processes_equal_one_even_if_one_of_them_is_killed() -> None:
     """In float64, where rounding cannot hide a mistake, to far less than 1e-6; batch norms over all processes."""
     arguments = (*TWO_EPOCHS, "--precision", "64-true", "--ema", 0.6, "--label-smoothing", 0.1)
-    two = start((*arguments, "--devices", 2, "--out", "two"))
+    killed = start((*arguments, "--devices", 2, "--checkpoint-every", 1, "--out", "two"), mishap=KILLED)
     assert train(*arguments, "--out", "one") == 0
-    assert "parameters: {'Parameter'}" in finish(two)
+    _, errors = killed.communicate(timeout=120)  # the other one does not wait for it
+    assert killed.returncode != 0, errors
+    assert load_checkpoint(Path("two/checkpoint.pt"))["progress"]["step"] == 3
+    printed = finish(start(("--resume", "--devices", 2, "--out", "two")))
+    assert "parameters: {'Parameter'}" in printed and "excluded: True" in printed
     for entry in ("model", "ema"):
         assert difference(Path("one"), Path("two"), entry) < 1e-12
     for a, b in zip(*histories("one", "two"), strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import CosineLRScheduler
@@ -19,6 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..errors import CollectiveError, UserError
+from ..modules.reduction import exclude_from_ddp
+from ..modules.step import squeeze_once
 from ..optim import check_optimizer, parameter_groups
 from .config import Config
 from .data import Loaders, derive_seed, seed_everything
@@ -100,6 +103,11 @@ class Trainer:
 
         self._single = fabric.world_size == 1
         self.module = convert_sync_batchnorm(model) if config.sync_bn and not self._single else model
+        self._group = (
+            torch.distributed.group.WORLD if isinstance(fabric.strategy, DDPStrategy) and config.orepa else None
+        )
+        if self._group is not None:
+            exclude_from_ddp(self.module)  # `squeeze_once` exchanges fewer bytes
         self.model = fabric.setup_module(self.module)  # before the optimizer: FSDP2 replaces the parameters
         decay: dict[str, Any] = {"weight_decay": config.weight_decay, "decay_scales": config.scale_weight_decay}
         self._optimizer = torch.optim.SGD(parameter_groups(self.module, config.lr, **decay), config.lr, momentum=0.9)
@@ -172,15 +180,16 @@ class Trainer:
         self._scheduler.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for part, (inputs, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-            truth = truth.to(device)
-            inputs, targets = self._objective.mix(inputs.to(device), truth)
-            with self.fabric.no_backward_sync(self.model, enabled=part < parts - 1):
-                logits = self.model(inputs)
-                loss = self._objective.loss(logits, targets)
-                self.fabric.backward(loss / parts)
-            total += loss.detach() / parts
-            _accumulate(self.sums, loss.detach(), logits.detach(), truth)
+        with squeeze_once(self.model, self._group, micro_batches=parts):
+            for part, (inputs, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+                truth = truth.to(device)
+                inputs, targets = self._objective.mix(inputs.to(device), truth)
+                with self.fabric.no_backward_sync(self.model, enabled=part < parts - 1):
+                    logits = self.model(inputs)
+                    loss = self._objective.loss(logits, targets)
+                    self.fabric.backward(loss / parts)
+                total += loss.detach() / parts
+                _accumulate(self.sums, loss.detach(), logits.detach(), truth)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.module, step + 1)
