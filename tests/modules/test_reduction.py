@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import time
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -175,7 +176,8 @@ def sends_early(rank):
                 assert not sent
                 with run.no_sync():
                     loss(run(batch())).backward()
-                early = len(sent)
+                early, step = len(sent), weakref.ref(together.stem._once)
+            assert step() is None, "its gradients would wait for the garbage collector"
             found.append((early, len(sent), [inside for _, inside in sent]))
     finally:
         reduction._Bucket.send, reduction.BUCKET = send, 25 * 2**20

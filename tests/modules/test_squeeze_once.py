@@ -1,7 +1,9 @@
 """`orepa.squeeze_once`: one squeeze for many forwards, one backward of it, the same gradients."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -114,6 +116,27 @@ def test_a_change_without_use_is_fine_and_seen_afterwards():
     with torch.no_grad():
         alone.stem.scales.mul_(2)
     assert_accumulates_alike(together, alone)
+
+
+def test_a_backward_pass_afterwards_is_refused():
+    """Its gradients would get lost."""
+    model, _ = pair()
+    with orepa.squeeze_once(model):
+        value = loss(model(batch()))
+    with pytest.raises(RuntimeError, match=r"came after the block, call backward within"):
+        value.backward()
+
+
+def test_nothing_waits_for_the_garbage_collector():
+    model, _ = pair()
+    gc.disable()
+    try:
+        with orepa.squeeze_once(model):
+            step = weakref.ref(model.stem._once)
+            accumulate(model)
+        assert step() is None
+    finally:
+        gc.enable()
 
 
 def test_another_thread_is_refused():

@@ -93,9 +93,8 @@ def check_group(blocks: Iterable[OREPAConv]) -> None:
 
 
 class _Groups(NamedTuple):
-    """A group of processes, one of the same for a few numbers, and one for gradients during a backward pass."""
+    """For the processes of a group: one for a few numbers, and one for gradients during a backward pass."""
 
-    given: Any
     control: Any
     overlapping: Any
 
@@ -111,7 +110,7 @@ def _groups_of(group: Any, overlap: bool) -> _Groups:
         ranks = dist.get_process_group_ranks(group)
         settings: Any = {"timeout": _timeout(group), "use_local_synchronization": True}
         control = dist.new_group(ranks, backend="gloo", **settings) if groups is None else groups.control
-        groups = _groups[group] = _Groups(group, control, dist.new_group(ranks, **settings) if overlap else None)
+        groups = _groups[group] = _Groups(control, dist.new_group(ranks, **settings) if overlap else None)
     return groups
 
 
@@ -227,7 +226,7 @@ class Reducer:
         self._processes = dist.get_world_size(group)
         if self._processes < 1:
             raise RuntimeError("squeeze_once: this process is not in process_group")
-        self._groups = _groups_of(group, overlap=micro_batches is not None)
+        self._group, self._groups = group, _groups_of(group, overlap=micro_batches is not None)
         self._before = {p: None if p.grad is None else (p.grad, p.grad._version) for p in self._parameters}
         # The last blocks get their gradients first.
         rows = [(block, of) for block, of in self._of_block.items() if any([p.requires_grad for p in of])]
@@ -327,7 +326,7 @@ class Reducer:
     def _send(self) -> None:
         """Send the next bucket. Their order is the same in all processes."""
         self._check_compared()
-        group = self._groups.given if self._micro_batches is None else self._groups.overlapping
+        group = self._group if self._micro_batches is None else self._groups.overlapping
         self._buckets[self._sent].send(self._gradient, group)
         self._sent += 1
 
@@ -350,7 +349,7 @@ class Reducer:
         in_place = [p for p, flag in zip(self._parameters, flags[len(self._places) :], strict=True) if flag]
         others = _fill_buckets(_Entry(p, p.shape, p) for p in in_place)
         for bucket in others:
-            bucket.send(lambda p: p.grad, self._groups.given)
+            bucket.send(lambda p: p.grad, self._group)
         means = {owner: mean for bucket in self._buckets for owner, mean in bucket.means(self._processes)}
         for bucket in others:
             for parameter, mean in bucket.means(self._processes):

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -339,28 +340,35 @@ class _Leaf:
 
     Args:
         kernel: of ``member``.
-        arrived: called whenever a backward pass has added to them.
+        arrived: called with the block and the kernel whenever a backward pass has added to them.
     """
 
-    def __init__(self, member: _Member, kernel: Tensor, arrived: Callable[[OREPAConv, Tensor], None] | None) -> None:
-        self.member, self.kernel = member, kernel.requires_grad_()
-        self._arrived = arrived
+    def __init__(self, member: _Member, kernel: Tensor, arrived: Callable[[OREPAConv, Tensor], None]) -> None:
+        self.member, self.kernel, self._arrived = member, kernel.requires_grad_(), arrived
         self._sum: Tensor | None = None
         self._widens = kernel.dtype in (torch.float16, torch.bfloat16)
-        if self._widens or arrived is not None:
-            self.kernel.register_post_accumulate_grad_hook(self._accumulated)
+        # A reference to itself would keep the gradients until a garbage collection.
+        self.kernel.register_post_accumulate_grad_hook(partial(_accumulated, ref(self)))
 
-    def _accumulated(self, kernel: Tensor) -> None:
+    def accumulated(self) -> None:
+        """Take note that a backward pass has added to the gradient."""
+        kernel = self.kernel
         if self._widens:
             assert kernel.grad is not None
             gradient, kernel.grad = kernel.grad.float(), None
             self._sum = gradient if self._sum is None else self._sum.add_(gradient)
-        if self._arrived is not None:
-            self._arrived(self.member.block, kernel)
+        self._arrived(self.member.block, kernel)
 
     @property
     def gradient(self) -> Tensor | None:
         return self._sum if self._widens else self.kernel.grad
+
+
+def _accumulated(leaf: ReferenceType[_Leaf], _kernel: Tensor) -> None:
+    here = leaf()
+    if here is None:
+        raise RuntimeError("squeeze_once: the gradient of a kernel came after the block, call backward within")
+    here.accumulated()
 
 
 class _StepOnce(_Step):
@@ -398,9 +406,13 @@ class _StepOnce(_Step):
             raise RuntimeError("squeeze_once: process_group is for the outermost one")
         self._may_split = False  # the gradient of a kernel among processes has to be that of the whole
         with reducing(self.model, self._blocks, group, micro_batches, self.gradient) as self._reducer:
-            yield
+            try:
+                yield
+            finally:
+                self._reducer = None
 
     def close(self) -> None:
+        self._leaves.clear()
         for block in self._blocks:
             block._once = None
         if self.uses:
@@ -411,6 +423,11 @@ class _StepOnce(_Step):
         if kernel is not None and self._reducer is not None:
             self._reducer.asked(block, kernel)
         return kernel
+
+    def _arrived(self, block: OREPAConv, kernel: Tensor) -> None:
+        """Take note that a backward pass has added to the gradient of a kernel."""
+        if self._reducer is not None:
+            self._reducer.arrived(block, kernel)
 
     def gradient(self, block: OREPAConv) -> Tensor | None:
         """Return the gradient of a block's kernel, from all that it has asked for."""
@@ -484,8 +501,7 @@ class _StepOnce(_Step):
                 backend=backend,
             )
         for member, kernel in zip(members, kernels, strict=True):
-            arrived = None if self._reducer is None else self._reducer.arrived
-            leaf = _Leaf(member, kernel, arrived)
+            leaf = _Leaf(member, kernel, self._arrived)
             self._leaves.setdefault(member.block, []).append(leaf)
             own = _with_split(key, member.split is not None)
             stored = StoredKernel(kernel.detach(), own, member.sources)
