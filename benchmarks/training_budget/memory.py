@@ -135,7 +135,12 @@ def probe(device: str) -> Callable[[TrainingStep, bool], dict[str, Any]]:
     """Return the function that measures one variant: see `orepa.bench.step.Probe`."""
     warm_up(device)
     before = occupied(device)
-    return lambda step, eager: measure(step, recorder(device), before, eager)
+
+    def measured(step: TrainingStep, eager: bool) -> dict[str, Any]:
+        step()  # gives the optimizer its state
+        return measure(step, recorder(device), before, eager)
+
+    return measured
 
 
 def warm_up(device: str) -> None:

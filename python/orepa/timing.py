@@ -7,6 +7,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 #: seconds that the calls of one CPU sample fill, because a single short call measures mostly the clock
 LEAST_SAMPLE = 1e-3
 MOST_CALLS = 100
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 3
 
 Samples = dict[str, list[float]]
 
@@ -232,6 +233,34 @@ def host_us(task: Task, calls: int = 10, rounds: int = 10, clock: Callable[[], f
         totals.append(clock() - begin)
     torch.cuda.synchronize()
     return min(totals) / calls * 1e6
+
+
+def cpu_peak(call: Callable[[], object]) -> int:
+    """Return how many bytes more than before a call has allocated on the CPU at its peak."""
+    total = peak = 0
+    events = _cpu_events(call, profile_memory=True)
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def reduced_bytes(call: Callable[[], object]) -> int:
+    """Return the bytes that one call hands over to be summed among processes, on CPUs."""
+    sizes = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::Half": 2, "c10::BFloat16": 2, "unsigned char": 1}
+    events = [event for event in _cpu_events(call, record_shapes=True) if event.name() == "gloo:all_reduce"]
+    return sum(sizes[event.dtypes()[0]] * math.prod(event.shapes()[0]) for event in events)
+
+
+def _cpu_events(call: Callable[[], object], profile_memory: bool = False, record_shapes: bool = False) -> list[Any]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the profiler's, on repeated use
+        how = {"profile_memory": profile_memory, "record_shapes": record_shapes, "acc_events": True}
+        with profile(activities=[ProfilerActivity.CPU], **how) as profiler:  # type: ignore[arg-type]
+            call()
+    return list(profiler.profiler.kineto_results.events())
 
 
 def saved_bytes(squeeze: Callable[[], torch.Tensor], operands: list[torch.Tensor]) -> int:

@@ -14,12 +14,15 @@ from torch import nn
 
 pytest.importorskip("timm")
 
+import orepa.modules.step
+import orepa_kernels
 from orepa.bench import step
 from orepa.bench.results import load
 from orepa.bench.runner import BenchConfig
-from orepa.bench.variants import OREPA, Variant, all_variants, choose, squeezing
+from orepa.bench.variants import OREPA, Variant, all_variants, choose, in_orders, squeezing
 from orepa.cli import main
 from orepa.errors import UserError
+from orepa.modules.branch_order import ORDERS
 from orepa.timing import CpuStopwatch
 from orepa.train.model import create_plain, model_arguments
 
@@ -66,6 +69,7 @@ def test_every_variant_that_runs_is_right_and_timed(tmp_path: Path) -> None:
     }
     assert rows["orepa-compile"].facts["logits_error"] < 1e-5
     assert rows["orepa-reference"].facts["parameter_count"] > rows["plain"].facts["parameter_count"]
+    assert {"orepa-cpu", "orepa-cpu-once", "orepa-cpu-alone"} <= rows.keys()
     assert all(row.seconds for row in results.timed)
     assert [row.key for row in load(out).rows] == [row.key for row in results.rows] and load(out).complete
 
@@ -141,6 +145,49 @@ def test_there_are_no_graphs_on_the_cpu() -> None:
         step.run(BenchConfig(cases=[(CASE, [])], modes=["step"], launches=("graph",)))
 
 
+def test_gradients_accumulate_over_batches() -> None:
+    model = all_variants()[OREPA].build(plain_model()).train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
+    expected = step.TrainingStep(model, images, labels).output()
+    for once in (False, True):
+        found = step.TrainingStep(model, images, labels, accumulate=3, once=once)
+        forwards: list[object] = []
+        hook = model.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        assert found.output().compare(expected, None)[1] == ""
+        hook.remove()
+        assert len(forwards) == 3
+
+
+@pytest.mark.parametrize("way", ["", "-once", "-alone"])
+def test_a_step_squeezes_together_once_or_alone(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeezed: list[int] = []
+
+    def record(real: Callable[..., Any], blocks: Any, *args: Any, **how: Any) -> Any:
+        squeezed.append(len(blocks))
+        return real(blocks, *args, **how)
+
+    for module, name in ((orepa.modules.step, "squeeze_together"), (orepa_kernels, "squeeze")):
+        monkeypatch.setattr(module, name, functools.partial(record, getattr(module, name)))
+    variant = in_orders(all_variants(), ["squeeze"])[f"orepa-cpu{way}-squeeze"]
+    model = variant.build(plain_model()).train()
+    made = step.TrainingStep(model, torch.randn(2, 3, 32, 32), torch.arange(2), accumulate=3, once=variant.once)
+    made()  # lets each block say what it needs
+    squeezed.clear()
+    made()
+    blocks = len(squeezing(model))
+    assert squeezed == {"": [blocks] * 3, "-once": [blocks], "-alone": [1] * 3 * blocks}[way]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_are_variants_of_what_squeezes(order: str) -> None:
+    plain, found = all_variants(), in_orders(all_variants(), [order])
+    ending = "" if order == "auto" else f"-{order}"
+    same = ("plain", "orepa-reference", "orepa-compile", "dbb", "repvgg")
+    assert list(found) == [name if name.startswith(same) else name + ending for name in plain]
+    blocks = squeezing(found[f"orepa-cpu{ending}"].build(plain_model()))
+    assert {block.order for block in blocks if block.kernel_size == (3, 3)} == {order}
+
+
 # --- what the user sees -------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +210,42 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
 
 
+def test_accumulation_and_orders_are_cases_and_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.json"
+    options = (
+        f"--models {CASE.model} --inputs 2x32 --grad-accum 1,3 --order squeeze,auto --rounds 1 --seconds 0.01".split()
+    )
+    assert main(["bench", "step", *options, "--variants", "plain,orepa-cpu-once", "--out", str(out)]) == 0
+    results = load(out)
+    assert [row.provider for row in results.rows] == ["plain", "orepa-cpu-once", "orepa-cpu-once-squeeze"] * 2
+    assert {row.status for row in results.rows} == {"ok"}
+    assert [row.case.get("accumulate") for row in results.rows] == [None] * 3 + [3] * 3
+    assert "3 batches of 2, 32 px" in capsys.readouterr().out
+
+
+def test_processes_train_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.json"
+    options = (
+        f"--models {CASE.model} --inputs 2x32 --grad-accum 2 --processes 2 --rounds 2 --threads 1 --device cpu".split()
+    )
+    assert main(["bench", "step", *options, "--variants", "plain,orepa-cpu,plain-compile", "--out", str(out)]) == 0
+    results, printed = load(out), capsys.readouterr().out
+    assert [(row.provider, row.status) for row in results.rows] == [
+        ("plain", "ok"),
+        ("plain-compile", "skipped"),
+        ("orepa-cpu", "ok"),
+    ]
+    for row in results.timed:  # float32, once per step
+        assert row.facts["reduced_bytes"] == 4 * row.facts["parameter_count"]
+        assert (row.case["processes"], len(row.seconds)) == (2, 2)
+    assert "2 batches of 2, 32 px, 2 processes" in printed and "reduced MB" in printed
+
+
+def test_a_process_that_fails_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--models", "nonsense", "--processes", "2", "--device", "cpu"]) == 2
+    assert "timm has no model" in capsys.readouterr().err
+
+
 def test_a_twin_that_is_not_timed_still_checks() -> None:
     def spoil(model: nn.Module) -> None:
         squeezing(model)[-1].register_forward_hook(lambda _module, _inputs, output: output * 1.2)
@@ -179,6 +262,7 @@ def test_a_twin_that_is_not_timed_still_checks() -> None:
         (["--models", "nonsense"], "timm has no model"),
         (["--inputs", "8x64,1x64"], "from 2 on"),
         (["--inputs", "8"], "pairs such as 8x64"),
+        (["--order", "fast"], "--order must be among auto, squeeze, branch"),
         (["--inputs", "8x64", "--img-size", "64"], "leave these out"),
         (["--cuda-graph", "on", "--device", "cpu"], "no CUDA graphs"),
         (["--out", "missing/a.json"], "there is no folder"),

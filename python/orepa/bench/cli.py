@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,12 @@ def add_squeeze_options(parser: argparse.ArgumentParser) -> None:
 def add_step_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `step_config` reads."""
     _add_model_options(parser, "resnet18", _INPUTS["step"])
-    parser.add_argument("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
+    add = parser.add_argument
+    add("--variants", metavar="LIST", help="default: all; a list of nothing shows them")
+    add("--order", default="auto", metavar="LIST", help="of OREPA's branches: auto,squeeze,branch (default: auto)")
+    add("--grad-accum", type=_counts, default=[1], metavar="LIST", help="batches per step, such as 1,4,8 (default: 1)")
+    text = "that train together, on CPUs: --rounds samples of each variant, however long (default: %(default)s)"
+    add("--processes", type=int_at_least(1), default=1, metavar="N", help=text)
 
 
 def _add_reparam_options(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +109,7 @@ def _add_common_options(parser: argparse.ArgumentParser, rounds: int, seconds: f
         metavar="N",
         help="samples of each at most (default: %(default)s)",
     )
-    text = "of timing, over all (default: %(default)s); all else comes on top, and 5 rounds are the least"
+    text = "of timing, over all (default: %(default)s); all else comes on top, and 3 rounds are the least"
     add("--seconds", type=float_in(above=0.0), default=seconds, metavar="X", help=text)
 
 
@@ -135,20 +141,25 @@ def squeeze_config(args: argparse.Namespace, providers: Providers) -> tuple[Benc
 
 
 def _step(args: argparse.Namespace) -> int:
-    config = step_config(args)  # also finds out whether timm is installed, which the next line imports
-    from . import step
+    config = step_config(args)  # also finds out whether timm is installed, which the next lines import
+    from . import processes, step
 
-    return finish(step.run(config, say), args.out)
+    return finish(processes.run(args) if args.processes > 1 else step.run(config, say), args.out)
 
 
 def step_config(args: argparse.Namespace) -> BenchConfig:
     """Return what to measure, and set up torch; a UserError for what cannot be met."""
     require("timm", extras="bench,models")
-    from .variants import all_variants, choose
+    from ..modules.branch_order import ORDERS
+    from .variants import all_variants, choose, in_orders
 
-    variants = all_variants()
-    timed = _pick("--variants", args.variants, variants)
-    cases = [(case, choose(timed, variants)) for case in _cases(args, _INPUTS["step"])]
+    if args.processes > 1 and _device(args) != "cpu":
+        raise UserError("--processes measures CPUs only: add --device cpu")
+    variants, orders = all_variants(), _pick("--order", args.order, ORDERS)
+    timed = list(in_orders({name: variants[name] for name in _pick("--variants", args.variants, variants)}, orders))
+    chosen = choose(timed, in_orders(variants, orders))
+    works = [(case, count) for case in _cases(args, _INPUTS["step"]) for count in args.grad_accum]
+    cases = [(replace(case, accumulate=count, processes=args.processes), chosen) for case, count in works]
     return _config(args, cases, ("step",), args.cuda_graph, timed)
 
 
@@ -240,6 +251,10 @@ def check_folders(*paths: Path | None) -> None:
 def names(text: str) -> list[str]:
     """Return ``"a, b,a"`` as ``["a", "b"]``."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _counts(text: str) -> list[int]:
+    return [int_at_least(1)(name) for name in names(text)]
 
 
 def _pick(option: str, text: str | None, among: Collection[str]) -> list[str]:

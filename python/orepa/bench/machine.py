@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 import orepa_kernels
 from orepa_kernels.guards import float32_precision
@@ -43,7 +44,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 class OtherWork:
     """Measure how many cores other processes, or a hypervisor's other guests, keep busy: ``with other: …``, ``other.cores``.
 
-    That is None where the system does not tell.
+    That is None where the system does not tell. Processes that work together, all of which have to ask, are no others.
     """
 
     def __init__(self) -> None:
@@ -64,14 +65,17 @@ class OtherWork:
 
 
 def _clocks() -> tuple[float, float, float] | None:
-    """Processor seconds of all processes and of this one, and the wall clock; only Linux tells."""
+    """Processor seconds of all processes and of ours, and the wall clock; only Linux tells."""
+    ours = torch.tensor(sum(os.times()[:4]), dtype=torch.float64)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(ours)
     try:
         first = Path("/proc/stat").read_text().splitlines()[0]
         user, nice, system, _, _, *rest = map(int, first.split()[1:9])
     except (OSError, ValueError):
         return None
     busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-    return busy, sum(os.times()[:4]), time.perf_counter()
+    return busy, float(ours), time.perf_counter()
 
 
 def _commit() -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
@@ -20,7 +18,7 @@ from ..surgery.merge import rewrite_regions, to_conv2d
 from ..surgery.prepare import prepare
 from ..surgery.replace import copy_model, replace_modules
 from ..surgery.report import relative_error
-from ..timing import Stopwatch, function
+from ..timing import Stopwatch, cpu_peak, function
 from . import runner
 from .check import ALLOWED
 from .machine import environment
@@ -153,20 +151,4 @@ def peak_bytes(step: TrainingStep) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return fixed + torch.cuda.max_memory_allocated() - before
-    return fixed + _cpu_peak(step)
-
-
-def _cpu_peak(call: Callable[[], Any]) -> int:
-    """Return how many bytes more than before a call has allocated on the CPU at its peak."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the profiler's, on repeated use
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            call()
-    events = profiler.profiler.kineto_results.events()
-    total = peak = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        total += size
-        peak = max(peak, total)
-    return peak
+    return fixed + cpu_peak(step)

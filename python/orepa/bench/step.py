@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -11,16 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..module_info import count_parameters
-from ..timing import Stopwatch, function
+from ..modules.step import squeeze_once
+from ..timing import Stopwatch, function, reduced_bytes
 from ..train.model import create_plain, model_arguments
 from . import runner
 from .check import StepOutput
 from .machine import environment
 from .providers import configure_inductor
-from .results import Results
+from .results import STATUSES, Results
 from .runner import BenchConfig, Build, Candidate, Say
 from .variants import Variant, perturb
 
@@ -40,17 +43,24 @@ class StepCase:
     autocast: str = "none"  # a key of `AUTOCAST`
     layout: str = "contiguous"  # or "channels_last"
     device: str = "cpu"
+    accumulate: int = 1  # forward and backward passes per step, each on a batch
+    processes: int = 1  # that train together
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if v != 1 or k not in ("accumulate", "processes")}
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.batch} x {self.size} px"
+        times = f"{self.accumulate} x " if self.accumulate > 1 else ""
+        return f"{self.model}, {times}{self.batch} x {self.size} px"
 
     def create(self) -> tuple[nn.Module, Tensor, Tensor]:
-        """Return the model as timm builds it, on the CPU, and a batch of images and labels on the device."""
+        """Return the model as timm builds it, on the CPU, and a batch of images and labels on the device.
+
+        Each process has its own batch.
+        """
         torch.manual_seed(0)
         model = create_plain(self.model, model_arguments(self.model, CLASSES, 3, self.size), self.size)
+        torch.manual_seed(1 + (distributed.get_rank() if self.processes > 1 else 0))
         images = torch.randn(self.batch, 3, self.size, self.size)
         labels = torch.randint(CLASSES, (self.batch,))
         return model, images.to(self.device, memory_format=self._format), labels.to(self.device)
@@ -67,7 +77,8 @@ class StepCase:
 class TrainingStep:
     """Forward, loss, backward and SGD with momentum of a model in train mode, on one fixed batch.
 
-    Gradients of float16 are not scaled, as that does not depend on the model. ``compiler`` turns the model into what is called.
+    Gradients of float16 are not scaled, as that does not depend on the model. ``compiler`` turns the model into what is called,
+    ``accumulate`` times per step, with ``once`` under `orepa.squeeze_once`.
     """
 
     def __init__(
@@ -77,18 +88,31 @@ class TrainingStep:
         labels: Tensor,
         autocast: torch.dtype | None = None,
         compiler: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
+        accumulate: int = 1,
+        once: bool = False,
     ) -> None:
         self.model, self.images, self.labels, self.autocast = model, images, labels, autocast
         self._call = compiler(model) if compiler else model
+        self._accumulate, self._once = accumulate, once
         self.optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
 
     def __call__(self) -> Tensor:
         """Run a whole step; return the loss before it, a scalar without a graph."""
-        self.clear()
-        loss = self.loss(self.logits())
-        loss.backward()
+        loss, _ = self._gradients()
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """Make the gradients of the mean loss; return loss and logits of the last batch, without a graph."""
+        self.clear()
+        with squeeze_once(self.model) if self._once else contextlib.nullcontext():
+            for left in reversed(range(self._accumulate)):
+                # Processes exchange gradients with the last batch only.
+                with getattr(self._call, "no_sync", contextlib.nullcontext)() if left else contextlib.nullcontext():
+                    logits = self.logits()
+                    loss = self.loss(logits)
+                    (loss / self._accumulate).backward()
+        return loss.detach(), logits.detach()
 
     def logits(self) -> Tensor:
         """Return ``[N, classes]``."""
@@ -103,18 +127,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def output(self) -> StepOutput:
-        """Run forward and backward once, without an update."""
-        self.clear()
-        logits = self.logits()
-        loss = self.loss(logits)
-        loss.backward()
+        """Run a step without its update."""
+        loss, logits = self._gradients()
         gradients = {name: p.grad.cpu() for name, p in self.model.named_parameters() if p.grad is not None}
         self.clear()
-        return StepOutput(float(loss.detach()), logits.detach().float().cpu(), gradients)
+        return StepOutput(float(loss), logits.float().cpu(), gradients)
 
 
-#: Called on the device before a model is built; the function that it returns gets the step, and whether it is eager, and
-#: returns facts for the row: how experiments measure more than time.
+#: Called on the device before a model is built; the function that it returns gets the step, which has made gradients, and
+#: whether it is eager, and returns facts for the row: how experiments measure more than time.
 Probe = Callable[[str], Callable[[TrainingStep, bool], dict[str, Any]]]
 
 
@@ -153,10 +174,17 @@ class _Builder:
         self._twins: dict[str, tuple[dict[str, Tensor], StepOutput, StepOutput | None]] = {}
 
     def build(self, variant: Variant, candidate: Candidate) -> tuple[str, str]:
-        """Build and check a variant; whatever compiles does so here."""
-        autocast = AUTOCAST[self._case.autocast]
+        """Build and check a variant; whatever compiles does so here. All processes agree on the outcome."""
+        among = self._case.processes
+        outcomes = [self._build(variant, candidate)] * among
+        if among > 1:
+            distributed.all_gather_object(outcomes, outcomes[0])
+        return max(outcomes, key=lambda outcome: STATUSES.index(outcome[0]))
+
+    def _build(self, variant: Variant, candidate: Candidate) -> tuple[str, str]:
+        case, autocast = self._case, AUTOCAST[self._case.autocast]
         gc.collect()
-        probe = self._probe(self._case.device)
+        probe = self._probe(case.device)
         torch.manual_seed(0)
         model = variant.build(self._plain).train()
         perturb(model, torch.Generator().manual_seed(0))
@@ -165,12 +193,15 @@ class _Builder:
             model.load_state_dict(twin[0])
         elif variant.twin != variant.name:
             return "skipped", f"{variant.twin}, which it is checked against, did not run"
-        model = self._case.place(model)
-        reason = variant.why_not(model, autocast)
+        model = case.place(model)
+        reason = variant.why_not(model, autocast, case.processes)
         if reason:
             return "skipped", reason
         weights = {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
-        step = TrainingStep(model, self._images, self._labels, autocast, self._compiler if variant.compiled else None)
+        call = self._compiler if variant.compiled else DistributedDataParallel if case.processes > 1 else None
+        how: dict[str, Any] = {"compiler": call, "accumulate": case.accumulate, "once": variant.once}
+        exact = TrainingStep(model, self._images, self._labels, **how).output() if autocast and not twin else None
+        step = TrainingStep(model, self._images, self._labels, autocast, **how)
         output = step.output()
         candidate.facts = {"parameter_count": count_parameters(model), "loss": output.loss}
         if not math.isfinite(output.loss):
@@ -181,9 +212,9 @@ class _Builder:
             if mistake:
                 return "wrong", mistake
         else:
-            exact = TrainingStep(model, self._images, self._labels).output() if autocast else None
             self._twins[variant.name] = weights, output, exact
-        step()  # gives the optimizer its state
         candidate.facts |= probe(step, not variant.compiled)
+        if case.processes > 1:
+            candidate.facts["reduced_bytes"] = reduced_bytes(step)
         candidate.tasks = {"step": function(step)}
         return "ok", ""

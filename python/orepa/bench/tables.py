@@ -123,20 +123,26 @@ def details_table(results: Results) -> Table:
 
 def step_table(rows: Sequence[Row]) -> Table:
     """Return a line per case and variant, with ratios to the plain model; "difference" is that of logits from the twin's."""
+    columns = ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"]
+    columns += ["reduced MB"] * any("reduced_bytes" in row.facts for row in rows)
     table = []
     for row in rows:
         c, f, base = row.case, row.facts, base_of(rows, row)
-        cells = [_case_words(c), row.provider, row.status.upper(), *[""] * 4]
+        cells = [_case_words(c), row.provider, row.status.upper(), *[""] * (len(columns) - 3)]
         if row.status == "ok":
-            cells[2:] = [median(row, 1e3), ratio(row, base), f"{c['batch'] / row.median_us * 1e6:,.0f}"]
+            images = c["batch"] * c.get("accumulate", 1) * c.get("processes", 1)
+            cells[2:] = [median(row, 1e3), ratio(row, base), f"{images / row.median_us * 1e6:,.0f}"]
             cells += [f"{f['parameter_count'] / 1e6:.2f} M", f"{f['logits_error']:.0e}" if "logits_error" in f else ""]
+            cells += [f"{f['reduced_bytes'] / 1e6:.1f}"] if "reduced_bytes" in f else []
         if row.status != "skipped":
             table.append(cells)
-    return ["step", "variant", "ms", "× plain", "images/s", "parameters", "difference"], table
+    return columns, table
 
 
 def _case_words(case: dict[str, Any]) -> str:
-    words = [case["model"], f"batch {case['batch']}", f"{case['size']} px", case.get("components")]
+    batch = f"{case['accumulate']} batches of {case['batch']}" if "accumulate" in case else f"batch {case['batch']}"
+    words = [case["model"], batch, f"{case['size']} px", case.get("components")]
+    words += [f"{case['processes']} processes" if "processes" in case else ""]
     words += [f"autocast {case['autocast']}" if case["autocast"] != "none" else ""]
     return ", ".join(filter(None, [*words, case["layout"].replace("contiguous", "")]))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,12 @@ class Variant:
     )
     compiled: bool = False  # whether `torch.compile` runs over the whole model
     backend: str = ""  # of the squeeze, where it has one
+    once: bool = False  # whether a step is under `orepa.squeeze_once`
 
-    def why_not(self, model: nn.Module, dtype: torch.dtype | None) -> str:
+    def why_not(self, model: nn.Module, dtype: torch.dtype | None, processes: int = 1) -> str:
         """Return why it cannot train a model that it built, under autocast to ``dtype``, or an empty string."""
+        if processes > 1 and (self.compiled or self.once):
+            return "among several processes, what is compiled or under squeeze_once is not measured"
         if self.twin != PLAIN and not any(isinstance(m, LinearBlock) for m in model.modules()):
             return "nothing to swap: no convolution of its kind with a norm after it"
         for conv in squeezing(model) if self.backend else ():
@@ -64,7 +68,9 @@ def perturb(model: nn.Module, generator: torch.Generator) -> None:
 def all_variants() -> dict[str, Variant]:
     """Return all variants by name, in the order in which tables show them.
 
-    DBB and RepVGG replace the 3x3 convolutions only, OREPA also the stem and the 1x1 ones, as in its paper.
+    OREPA squeezes all blocks together in each forward, as `orepa.prepare` has it; "once" for all forwards of a step; "alone"
+    each block by itself. DBB and RepVGG replace the 3x3 convolutions only, OREPA also the stem and the 1x1 ones, as in its
+    paper.
     """
     backends = [name for name in reversed(NAMES) if name != "reference"]
     variants = [
@@ -72,10 +78,38 @@ def all_variants() -> dict[str, Variant]:
         Variant("plain-compile", copy_of, PLAIN, compiled=True),
         Variant(OREPA, partial(prepare, backend="reference"), OREPA, backend="reference"),
         Variant("orepa-compile", partial(prepare, backend="reference"), OREPA, compiled=True, backend="reference"),
-        *(Variant(f"orepa-{name}", partial(prepare, backend=name), OREPA, backend=name) for name in backends),
+        *(variant for name in backends for variant in _on_backend(name)),
         *(on_3x3(f"{name}-offline", topology=name, offline=True) for name in ("dbb", "repvgg")),
     ]
     return {variant.name: variant for variant in variants}
+
+
+def _on_backend(backend: str) -> list[Variant]:
+    together = Variant(f"orepa-{backend}", partial(prepare, backend=backend), OREPA, backend=backend)
+    alone = partial(prepare, backend=backend, together=False)
+    once = replace(together, name=f"{together.name}-once", once=True)
+    return [together, once, replace(together, name=f"{together.name}-alone", build=alone)]
+
+
+def in_orders(variants: dict[str, Variant], orders: Sequence[str]) -> dict[str, Variant]:
+    """Return variants with those that squeeze on a backend of their own once for each order, named after it but for "auto"."""
+    found: dict[str, Variant] = {}
+    for variant in variants.values():
+        own = variant.backend and not variant.compiled and variant.twin != variant.name
+        for order in orders if own else ():
+            name = variant.name if order == "auto" else f"{variant.name}-{order}"
+            found[name] = replace(variant, name=name, build=partial(_in_order, variant.build, order))
+        if not own:
+            found[variant.name] = variant
+    return found
+
+
+def _in_order(build: Callable[[nn.Module], nn.Module], order: str, model: nn.Module) -> nn.Module:
+    model = build(model)
+    for block in squeezing(model):
+        with contextlib.suppress(ValueError):  # it has one order only
+            block.order = order
+    return model
 
 
 def on_3x3(name: str, stem: str | Callable[..., Any] = "", **choice: Any) -> Variant:
