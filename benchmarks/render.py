@@ -95,8 +95,14 @@ def _squeeze(results: Results) -> str:
 
 
 def _step(results: Results) -> str:
-    """Return time and peak memory of one case, and their ratios to the plain model; of several cases, `step_overview`."""
-    if len({(row.case["model"], row.case["batch"], row.case["size"]) for row in results.timed}) > 1:
+    """Return time and peak memory of one case, and their ratios to the plain model; of several cases, `step_overview`.
+
+    Among processes, return all that the command prints: bytes too.
+    """
+    if any("reduced_bytes" in row.facts for row in results.timed):
+        return render(*tables.step_table(results.rows), "markdown")
+    works = ("model", "batch", "size", "accumulate")
+    if len({tuple(row.case.get(name) for name in works) for row in results.timed}) > 1:
         return render(*step_overview(results), "markdown")
     lines = []
     for row in results.timed:
@@ -114,13 +120,16 @@ def step_overview(results: Results) -> tables.Table:
     launch = "graph" if any(row.launch == "graph" for row in results.timed) else "plain"
     rows = [row for row in results.rows if row.launch == launch and row.status != "skipped"]
     names = [name for name in tables.distinct(row.provider for row in rows) if name != PLAIN]
-    columns = ["model", "batch × px", "plain, ms", *(f"{_variant_name(name)}, ×" for name in names), "spread"]
+    several = any("accumulate" in row.case for row in rows)
+    columns = ["model", "batches×batch×px" if several else "batch×px", "plain, ms"]
+    columns += [*(f"{_variant_name(name)}, ×" for name in names), "spread"]
     table = []
     for line in tables.by_case(rows):
         timed = {name: row for name, row in line.items() if row.status == "ok"}
         case, base = next(iter(line.values())).case, timed.get(PLAIN)
         model = " ".join(filter(None, (case["model"], case.get("components"))))
-        cells = [model, f"{case['batch']} × {case['size']}", f"{base.median_us / 1e3:,.1f}" if base else ""]
+        sizes = [case[name] for name in ("accumulate", "batch", "size") if name in case]
+        cells = [model, "×".join(map(str, sizes)), f"{base.median_us / 1e3:,.1f}" if base else ""]
         cells += [tables.ratio(timed[n], base) if n in timed else line[n].status if n in line else "" for n in names]
         spreads = [100 * row.spread for row in timed.values()]
         table.append([*cells, f"±{max(spreads):.0f}%" if spreads else ""])
@@ -153,17 +162,20 @@ def _eval_cache(results: Results) -> str:
 
 
 def _host_overhead(results: Results) -> str:
-    """A line per backend, a column per mode: medians, and the least."""
-    modes = list(dict.fromkeys(row.mode for row in results.timed))
-    lines: dict[str, dict[str, str]] = {}
-    for row in results.timed:
-        name = f"{row.provider} (floor)" if row.floor else f"`{row.provider}`"
-        least = number(1e6 * min(row.seconds))
-        lines.setdefault(name, {})[row.mode] = f"{tables.median(row)}, least {least}"
-    operands = results.rows[0].case["operands"]
-    header = [f"µs of the host, {operands} operands; left out: {results.settings['missing']}", *modes]
-    rows = [[name, *(cells.get(mode, "") for mode in modes)] for name, cells in lines.items()]
-    return render(header, rows, "markdown")
+    """A table for a block and one for a model: a line per backend, a column per mode, medians and the least."""
+    written = []
+    for model in tables.distinct(row.case.get("model", "") for row in results.timed):
+        timed = [row for row in results.timed if row.case.get("model", "") == model]
+        modes, lines = tables.distinct(row.mode for row in timed), dict[str, dict[str, str]]()
+        for row in timed:
+            name = f"{row.provider} (floor)" if row.floor else f"`{row.provider}`"
+            least = number(1e6 * min(row.seconds))
+            lines.setdefault(name, {})[row.mode] = f"{tables.median(row)}, least {least}"
+        what = f"{model}, {timed[0].case['blocks']} blocks" if model else f"{timed[0].case['operands']} operands"
+        header = [f"µs of the host, {what}; left out: {results.settings['missing']}", *modes]
+        rows = [[name, *(cells.get(mode, "") for mode in modes)] for name, cells in lines.items()]
+        written.append(render(header, rows, "markdown"))
+    return "\n\n".join(written)
 
 
 def _branch_order(results: Results) -> str:
