@@ -442,8 +442,8 @@ def test_render_shows_steps_of_several_sizes_a_line_each(render: ModuleType, tmp
     arguments = document(tmp_path, "<!-- results:steps -->\n<!-- /results:steps -->")
     assert render.main(arguments) == 0 and render.main([*arguments, "--check"]) == 0
     header, _, *lines = (tmp_path / "README.md").read_text().splitlines()[2:6]
-    assert header == "| model | batch × px | plain, ms | OREPA (cpu), × | DBB offline, × | spread |"
-    assert lines[0] == "| resnet18 | 8 × 64 | 95.0 | 4.00 | 3.40 | ±3% |"
+    assert header == "| model | batch×px | plain, ms | OREPA (cpu), × | DBB offline, × | spread |"
+    assert lines[0] == "| resnet18 | 8×64 | 95.0 | 4.00 | 3.40 | ±3% |"
     assert lines[1] == "| resnet18 | 8 × 224 | 1,187.5 | 4.00 | failed | ±3% |"
 
 
