@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import orepa
 from orepa import OREPAConv
+from orepa.modules import step
 
 SEEDS = range(4)
 
@@ -49,6 +50,22 @@ def test_one_squeeze_each_way_for_all_forwards(monkeypatch):
             accumulate(model, dtype=torch.float32)
             assert seen == {"forward": [5], "backward": []}
         assert seen == {"forward": [5], "backward": [5]}
+
+
+def test_gradients_are_not_copied(monkeypatch):
+    model, made = pair()[0], []
+
+    def recording(*args, **kwargs):
+        values = squeeze_gradients(*args, **kwargs)
+        made.append([None if value is None else value.data_ptr() for value in values])
+        return values
+
+    squeeze_gradients = step.squeeze_gradients
+    monkeypatch.setattr(step, "squeeze_gradients", recording)
+    with orepa.squeeze_once(model):
+        accumulate(model)
+    places = [p.grad.data_ptr() for name, p in model.named_parameters() if name.endswith("origin_weight")]
+    assert len(places) >= 2 and len(set(places) & set(made[0])) >= len(places) - 1
 
 
 def test_without_the_hook_of_prepare():
@@ -132,9 +149,9 @@ def test_nothing_waits_for_the_garbage_collector():
     gc.disable()
     try:
         with orepa.squeeze_once(model):
-            step = weakref.ref(model.stem._once)
+            opened = weakref.ref(model.stem._once)
             accumulate(model)
-        assert step() is None
+        assert opened() is None
     finally:
         gc.enable()
 

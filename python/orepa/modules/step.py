@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -371,6 +372,21 @@ def _accumulated(leaf: ReferenceType[_Leaf], _kernel: Tensor) -> None:
     here.accumulated()
 
 
+class _Deliver(torch.autograd.Function):
+    """Gives each operand its gradient, as a backward pass does: if nobody else holds a gradient, it is not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, values: list[Tensor], *operands: Tensor) -> Tensor:
+        ctx.values = values
+        return operands[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        values = tuple(ctx.values)
+        ctx.values.clear()
+        return (None, *values)
+
+
 class _StepOnce(_Step):
     """Kernels as leaves, for many forwards."""
 
@@ -456,19 +472,19 @@ class _StepOnce(_Step):
         backends: dict[str, list[tuple[_Member, Tensor]]] = {}
         for member, gradient in sums:
             backends.setdefault(member.block.backend, []).append((member, gradient))
-        roots: list[Tensor] = []
-        upstream: list[Tensor] = []
+        operands: list[Tensor] = []
+        values: list[Tensor] = []
         for backend, pairs in backends.items():
             members = [member for member, _ in pairs]
-            operands = [operand for member in members for operand in member.operands]
-            plans = [member.plan for member in members]
-            values = squeeze_gradients(plans, [m.operands for m in members], [g for _, g in pairs], backend=backend)
-            for operand, value in zip(operands, values, strict=True):
+            plans, tensors = [member.plan for member in members], [member.operands for member in members]
+            given = squeeze_gradients(plans, tensors, [gradient for _, gradient in pairs], backend=backend)
+            for operand, value in zip(chain(*tensors), given, strict=True):
                 if value is not None:
-                    roots.append(operand)
-                    upstream.append(value)
-        if roots:
-            torch.autograd.backward(roots, upstream)
+                    operands.append(operand)
+                    values.append(value)
+            del given  # who holds a gradient makes autograd copy it
+        if operands:
+            _Deliver.apply(values, *operands).backward()
 
     def _member(self, block: OREPAConv) -> _Member:
         leaves = self._leaves.get(block)
