@@ -314,8 +314,9 @@ class OREPAConv(ConvBlock):
 
     def _check_reduced(self) -> None:
         """Raise where parameters would drift apart among the processes, as nobody averages their gradients."""
-        trains = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in self.parameters()])
-        if self._once is None and trains and process_count() > 1:
+        if self._once is not None or not torch.is_grad_enabled() or process_count() == 1:
+            return
+        if any([parameter.requires_grad for parameter in self.parameters()]):
             raise RuntimeError(
                 f"{self} is excluded from DDP, and nobody averages its gradients here: train it inside "
                 "orepa.squeeze_once(model, process_group=...), and run it elsewhere without gradients"
