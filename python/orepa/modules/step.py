@@ -484,7 +484,8 @@ class _StepOnce(_Step):
                     values.append(value)
             del given  # who holds a gradient makes autograd copy it
         if operands:
-            _Deliver.apply(values, *operands).backward()
+            with torch.enable_grad():
+                _Deliver.apply(values, *operands).backward()
 
     def _member(self, block: OREPAConv) -> _Member:
         leaves = self._leaves.get(block)
