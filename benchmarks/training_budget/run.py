@@ -43,9 +43,13 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.sweep and args.variants is not None:
         raise UserError("--sweep has variants of its own; leave out --variants")
+    if args.processes > 1 or args.grad_accum != [1]:
+        raise UserError("memory is that of one batch in one process: leave out --processes and --grad-accum")
     require(*(("matplotlib",) if args.plot else ()))
     check_folders(args.plot)
     config = step_config(args)
+    one_batch = [(case, [variant for variant in variants if not variant.once]) for case, variants in config.cases]
+    config = replace(config, cases=one_batch)
     if args.sweep:
         config = replace(config, cases=[pair for case, _ in config.cases for pair in sweep(case)], timed=None)
     results = step.run(config, say, probe=memory.probe)

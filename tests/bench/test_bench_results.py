@@ -362,7 +362,7 @@ def test_render_branch_order(render: ModuleType, tmp_path: Path) -> None:
     assert render.main(document(tmp_path, "<!-- results:order -->\n<!-- /results:order -->")) == 0
     text = (tmp_path / "README.md").read_text()
     assert "| dbb, 4 → 8, stride 2 | **0.75** |" in text
-    assert "| resnet18 | 8 × 64 | 100.0 | 1.80 |" in text
+    assert "| resnet18 | 8×64 | 100.0 | 1.80 |" in text
 
 
 def test_render_eval_cache_and_training(render: ModuleType, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_render_shows_steps_of_several_sizes_a_line_each(render: ModuleType, tmp
     header, _, *lines = (tmp_path / "README.md").read_text().splitlines()[2:6]
     assert header == "| model | batch×px | plain, ms | OREPA (cpu), × | DBB offline, × | spread |"
     assert lines[0] == "| resnet18 | 8×64 | 95.0 | 4.00 | 3.40 | ±3% |"
-    assert lines[1] == "| resnet18 | 8 × 224 | 1,187.5 | 4.00 | failed | ±3% |"
+    assert lines[1] == "| resnet18 | 8×224 | 1,187.5 | 4.00 | failed | ±3% |"
 
 
 @pytest.mark.parametrize("style", ["terminal", "markdown"])

@@ -98,21 +98,23 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         """Run a whole step; return the loss before it, a scalar without a graph."""
-        loss, _ = self._gradients()
+        loss = self._gradients()
         self.optimizer.step()
         return loss
 
-    def _gradients(self) -> tuple[Tensor, Tensor]:
-        """Make the gradients of the mean loss; return loss and logits of the last batch, without a graph."""
+    def _gradients(self, see: Callable[[Tensor], object] = lambda _logits: None) -> Tensor:
+        """Make the gradients of the mean loss; return the loss of the last batch, without a graph."""
         self.clear()
         with squeeze_once(self.model) if self._once else contextlib.nullcontext():
             for left in reversed(range(self._accumulate)):
                 # Processes exchange gradients with the last batch only.
                 with getattr(self._call, "no_sync", contextlib.nullcontext)() if left else contextlib.nullcontext():
                     logits = self.logits()
+                    see(logits)
                     loss = self.loss(logits)
+                    del logits  # whose memory the backward pass may have
                     (loss / self._accumulate).backward()
-        return loss.detach(), logits.detach()
+        return loss.detach()
 
     def logits(self) -> Tensor:
         """Return ``[N, classes]``."""
@@ -128,10 +130,11 @@ class TrainingStep:
 
     def output(self) -> StepOutput:
         """Run a step without its update."""
-        loss, logits = self._gradients()
+        seen: list[Tensor] = []
+        loss = self._gradients(seen.append)
         gradients = {name: p.grad.cpu() for name, p in self.model.named_parameters() if p.grad is not None}
         self.clear()
-        return StepOutput(float(loss), logits.float().cpu(), gradients)
+        return StepOutput(float(loss), seen[-1].detach().float().cpu(), gradients)
 
 
 #: Called on the device before a model is built; the function that it returns gets the step, which has made gradients, and
