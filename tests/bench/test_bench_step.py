@@ -228,16 +228,21 @@ def test_processes_train_together(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = (
         f"--models {CASE.model} --inputs 2x32 --grad-accum 2 --processes 2 --rounds 2 --threads 1 --device cpu".split()
     )
-    assert main(["bench", "step", *options, "--variants", "plain,orepa-cpu,plain-compile", "--out", str(out)]) == 0
+    options += ["--variants", "plain,plain-compile,orepa-cpu,orepa-cpu-once", "--out", str(out)]
+    assert main(["bench", "step", *options]) == 0
     results, printed = load(out), capsys.readouterr().out
     assert [(row.provider, row.status) for row in results.rows] == [
         ("plain", "ok"),
         ("plain-compile", "skipped"),
         ("orepa-cpu", "ok"),
+        ("orepa-cpu-once", "ok"),
     ]
     for row in results.timed:  # float32, once per step
-        assert row.facts["reduced_bytes"] == 4 * row.facts["parameter_count"]
+        if row.provider != "orepa-cpu-once":
+            assert row.facts["reduced_bytes"] == 4 * row.facts["parameter_count"]
         assert (row.case["processes"], len(row.seconds)) == (2, 2)
+    plain, whole, once = (row.facts["reduced_bytes"] for row in results.timed)
+    assert plain <= once < 1.1 * plain < whole  # kernels, and what the processes compare
     assert "2 batches of 2, 32 px, 2 processes" in printed and "reduced MB" in printed
 
 

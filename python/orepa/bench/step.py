@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..module_info import count_parameters
+from ..modules.reduction import exclude_from_ddp
 from ..modules.step import squeeze_once
 from ..timing import Stopwatch, function, reduced_bytes
 from ..train.model import create_plain, model_arguments
@@ -105,7 +106,8 @@ class TrainingStep:
     def _gradients(self, see: Callable[[Tensor], object] = lambda _logits: None) -> Tensor:
         """Make the gradients of the mean loss; return the loss of the last batch, without a graph."""
         self.clear()
-        with squeeze_once(self.model) if self._once else contextlib.nullcontext():
+        once = squeeze_once(self.model, distributed.group.WORLD, self._accumulate) if self._once else None
+        with once or contextlib.nullcontext():
             for left in reversed(range(self._accumulate)):
                 # Processes exchange gradients with the last batch only.
                 with getattr(self._call, "no_sync", contextlib.nullcontext)() if left else contextlib.nullcontext():
@@ -200,6 +202,8 @@ class _Builder:
         reason = variant.why_not(model, autocast, case.processes)
         if reason:
             return "skipped", reason
+        if variant.once and case.processes > 1:
+            exclude_from_ddp(model)
         weights = {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
         call = self._compiler if variant.compiled else DistributedDataParallel if case.processes > 1 else None
         how: dict[str, Any] = {"compiler": call, "accumulate": case.accumulate, "once": variant.once}

@@ -38,8 +38,8 @@ class Variant:
 
     def why_not(self, model: nn.Module, dtype: torch.dtype | None, processes: int = 1) -> str:
         """Return why it cannot train a model that it built, under autocast to ``dtype``, or an empty string."""
-        if processes > 1 and (self.compiled or self.once):
-            return "among several processes, what is compiled or under squeeze_once is not measured"
+        if processes > 1 and self.compiled:
+            return "among several processes, nothing compiled is measured"
         if self.twin != PLAIN and not any(isinstance(m, LinearBlock) for m in model.modules()):
             return "nothing to swap: no convolution of its kind with a norm after it"
         for conv in squeezing(model) if self.backend else ():
