@@ -144,7 +144,7 @@ def _step(args: argparse.Namespace) -> int:
     config = step_config(args)  # also finds out whether timm is installed, which the next lines import
     from . import processes, step
 
-    return finish(processes.run(args) if args.processes > 1 else step.run(config, say), args.out)
+    return finish(processes.run(args, step_config, say) if args.processes > 1 else step.run(config, say), args.out)
 
 
 def step_config(args: argparse.Namespace) -> BenchConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,26 +17,35 @@ from torch.multiprocessing.spawn import ProcessException
 from ..errors import UserError
 from ..timing import CpuStopwatch, Task
 from . import step
-from .cli import say, step_config
 from .results import Results, load
+from .runner import BenchConfig
 
 
-def run(args: argparse.Namespace) -> Results:
+def run(
+    args: argparse.Namespace, configure: Callable[[argparse.Namespace], BenchConfig], say: Callable[[str], None]
+) -> Results:
     """Run `orepa.bench.step.run` in each process; return the results of the first. A UserError where one of them fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = args.out or Path(folder, "step.json")
         try:
-            spawn(_work, (args, folder, out), nprocs=args.processes)
+            spawn(_work, (args, folder, out, configure, say), nprocs=args.processes)
         except ProcessException as error:
             raise UserError(f"a process failed: {str(error).strip().splitlines()[-1]}") from error
         return load(out)
 
 
-def _work(rank: int, args: argparse.Namespace, folder: str, out: Path) -> None:
+def _work(
+    rank: int,
+    args: argparse.Namespace,
+    folder: str,
+    out: Path,
+    configure: Callable[[argparse.Namespace], BenchConfig],
+    say: Callable[[str], None],
+) -> None:
     where, patience = f"file://{folder}/processes", timedelta(minutes=5)
     distributed.init_process_group("gloo", where, patience, args.processes, rank)
     # All of them stop after as many rounds, whatever their clocks say.
-    config = replace(step_config(args), seconds=math.inf, out=None if rank else out)
+    config = replace(configure(args), seconds=math.inf, out=None if rank else out)
     step.run(config, (lambda _text: None) if rank else say, _Together())
     distributed.destroy_process_group()
 
