@@ -190,7 +190,8 @@ class Rates(NamedTuple):
 
 #: By kind of device (all but CPUs count as GPUs) and whether convolutions are in half precision. Those of CPUs were fitted by
 #: benchmarks/branch_order.py (benchmarks/results/cpu/branch_order.json) on an AMD EPYC without AVX-512. It emulates bfloat16,
-#: for which the rate of convolutions is a rough one, from a single input. Those of GPUs are estimates, about half of the H100's peak rates: nothing has been measured there.
+#: for which the rate of convolutions is a rough one, from a single input. Those of GPUs are estimates, about half of the H100's
+#: peak rates: nothing has been measured there.
 RATES = {
     ("cpu", False): Rates(44e9, 35e9, 4.6e9, 1e5),
     ("cpu", True): Rates(44e9, 1.5e9, 4.6e9, 1e5),

@@ -169,11 +169,6 @@ def squeeze_to_store(
         return StoredKernel(squeeze([tensor.clone() for tensor in sources.tensors]), key, sources)
 
 
-def may_be_recomputed() -> bool:
-    """Return whether this looks like the first forward of a checkpoint: hooks take what is saved, or nothing is."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 # --- steps --------------------------------------------------------------------------------------------------------------
 
 

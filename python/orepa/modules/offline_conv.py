@@ -18,7 +18,7 @@ from ..module_info import batch_norm_affine
 from ..topology.language import Norm, Size, Topology, declaration
 from ..topology.lowering import ConvStage, DepthwiseStage, FilterStage, Lowered, NestedStage, NormStep, Stage, Step
 from .conv_base import ConvBlock, ConvGeometry, call_as_leaf
-from .kernel_store import in_backward, may_be_recomputed
+from .kernel_store import in_backward
 from .linear_block import insert_zeros
 
 #: left, right, top, bottom, as `torch.nn.functional.pad` counts; negative ones crop
@@ -178,10 +178,10 @@ class OfflineConv(ConvBlock):
     # --- activation checkpointing -----------------------------------------------------------------------------------------
 
     def _may_be_recomputed(self) -> bool:
-        """Return whether this may be the first pass of a checkpoint."""
+        """Return whether this forward looks like the first pass of a checkpoint: hooks take what is saved, or nothing is."""
         if not self.training or torch.compiler.is_compiling() or in_backward():
             return False
-        return may_be_recomputed()
+        return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
     def _past_shifts(self, x: Tensor) -> list[Tensor] | None:
         """Return the borders of the first pass where this forward recomputes it: the statistics have moved since.

@@ -9,8 +9,7 @@ else squeezes alone, and is served the next time.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from orepa_kernels.api import squeeze_gradients, squeeze_together
 from orepa_kernels.guards import is_watched
 
 from .branch_order import SplitBlock
-from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, may_be_recomputed, open_steps, request_key
+from .kernel_store import NotStored, StepSources, StoredKernel, in_backward, open_steps, request_key
 from .orepa_conv import OREPAConv, process_count
 from .reduction import BUCKET, Reducer, check_group, reducing
 
@@ -36,12 +35,11 @@ _PATIENCE = 8
 
 @dataclass
 class _Demand:
-    """What a block asked for last, None before it has asked, how often in one step, and the steps since."""
+    """What a block asked for last, None before it has asked, and the steps since."""
 
     dtype: torch.dtype | None = None
     memory_format: torch.memory_format | None = None
     split: bool = False
-    uses: int = 1
     idle: int = 0
 
 
@@ -66,11 +64,10 @@ class _Demands:
         demands = list(self._of.items())
         return [block for block, demand in demands if demand.idle < _PATIENCE and isinstance(block, OREPAConv)]
 
-    def close(self, uses: Mapping[OREPAConv, int]) -> None:
-        """End a step, in which blocks were used so often."""
+    def close(self, used: Collection[OREPAConv]) -> None:
+        """End a step, in which some blocks were used."""
         for block, demand in list(self._of.items()):
-            demand.idle = 0 if block in uses else demand.idle + 1
-            demand.uses = uses.get(block, demand.uses)
+            demand.idle = 0 if block in used else demand.idle + 1
 
 
 _demands: WeakKeyDictionary[nn.Module, _Demands] = WeakKeyDictionary()
@@ -110,9 +107,9 @@ class _Step:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.demands = model, _demands_of(model)
-        self.uses: Counter[OREPAConv] = Counter()
-        self._split: dict[OREPAConv, bool] = {}
-        self._grad, self._may_split = torch.is_grad_enabled(), True
+        self.used: set[OREPAConv] = set()
+        self._grad = torch.is_grad_enabled()
+        self._uses, self._may_split = 1, True
         self._made: dict[tuple[OREPAConv, tuple[Any, ...]], _Made] = {}
         self._waiting: dict[OREPAConv, list[OREPAConv]] | None = None  # by block, those to be squeezed with it
 
@@ -122,7 +119,7 @@ class _Step:
         if demand is None or is_watched():
             return None
         demand.dtype, demand.memory_format, *_ = key
-        self.uses[block] += 1
+        self.used.add(block)
         made = self._made.get((block, key))
         if made is None:
             self._squeeze(self._take(block), block, key)
@@ -135,20 +132,14 @@ class _Step:
     def splits(self, block: OREPAConv, x: Tensor) -> bool:
         """Return whether a branch of a block runs on feature maps, for an input.
 
-        What was squeezed before the input was known decides, and the input what is squeezed the next time. Within an activation
-        checkpoint only the input counts, so that the second forward decides as the first.
+        The input alone decides, so that a run that is resumed has the same bits. What is squeezed before the inputs are known
+        goes by those of the last step; where they differ, the block squeezes alone.
         """
         demand = self.demands.of(block)
-        wanted = block.prefers_branch(x, self._uses(demand))
+        wanted = self._may_split and block.prefers_branch(x, self._uses)
         if demand is not None:
             demand.split = wanted
-        if block.order == "branch" or may_be_recomputed() or in_backward():
-            return wanted
-        return self._split.get(block, wanted)
-
-    def _uses(self, demand: _Demand | None) -> int:
-        """Return the forwards that share a squeeze."""
-        return 1
+        return wanted
 
     def _take(self, block: OREPAConv) -> list[OREPAConv]:
         """Return what has to be squeezed when a block asks that has no kernel."""
@@ -191,7 +182,6 @@ class _Step:
                     wanted = key[:2] if demand.memory_format is None else (demand.dtype, demand.memory_format)
                     like = member.operands[member.plan.leading]
                     groups.setdefault((*wanted, block.backend, like.device, like.dtype), []).append(member)
-                    self._split[block] = member.split is not None
             for (dtype, memory_format, backend, *_), members in groups.items():
                 like = members[0].operands[0]
                 key = request_key(like, dtype, memory_format, backend)
@@ -273,8 +263,8 @@ def end_step(model: nn.Module, _args: Any, _output: Any) -> None:
     steps = open_steps.steps
     if steps and steps[-1].model is model and not (torch.compiler.is_compiling() or torch._C._is_tracing()):
         step = steps.pop()
-        if step.uses:
-            step.demands.close(step.uses)
+        if step.used:
+            step.demands.close(step.used)
 
 
 STEP_HOOKS = (begin_step, end_step)
@@ -313,15 +303,16 @@ def squeeze_once(model: nn.Module, process_group: Any = None, micro_batches: int
         model: any module tree with `OREPAConv` in it, or DDP's wrapper of one. Parameters must not change within: step the
             optimizer after the block.
         process_group: as ``torch.distributed.group.WORLD``, which is None where there is a single process.
-        micro_batches: the number of forwards of ``model`` within, if it is known. During the backward pass of the last one,
-            the first gradients are exchanged already, and none may come after that. Used with ``process_group`` only.
+        micro_batches: the number of forwards of ``model`` within, if it is known. ``order="auto"`` of blocks goes by it, or
+            else by 2. With a ``process_group``, the first gradients are exchanged during the backward pass of the last
+            one already, and none may come after that.
 
     Raises:
         RuntimeError: a parameter changed within, or another thread has the blocks open. With a ``process_group``: DDP reduces
             the blocks' gradients already or has ``find_unused_parameters``, blocks are sharded (FSDP), the processes differ in
             what is frozen, in the blocks or in their first values, or the forwards are not ``micro_batches``.
     """
-    step = _StepOnce(model)
+    step = _StepOnce(model, micro_batches or 2)
     gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     step.open()
     try:
@@ -390,9 +381,9 @@ class _Deliver(torch.autograd.Function):
 class _StepOnce(_Step):
     """Kernels as leaves, for many forwards."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, uses: int) -> None:
         super().__init__(model)
-        self._grad, self._thread = True, threading.get_ident()
+        self._grad, self._uses, self._thread = True, uses, threading.get_ident()
         self._leaves: dict[OREPAConv, list[_Leaf]] = {}
         self._blocks: list[OREPAConv] = []
         self._reducer: Reducer | None = None
@@ -431,8 +422,8 @@ class _StepOnce(_Step):
         self._leaves.clear()
         for block in self._blocks:
             block._once = None
-        if self.uses:
-            self.demands.close(self.uses)
+        if self.used:
+            self.demands.close(self.used)
 
     def kernel(self, block: OREPAConv, key: tuple[Any, ...]) -> Tensor | None:
         kernel = super().kernel(block, key)
@@ -493,12 +484,6 @@ class _StepOnce(_Step):
         if member is None:
             raise RuntimeError(f"squeeze_once: {block} squeezes alone in this process, and not in others")
         return member
-
-    def splits(self, block: OREPAConv, x: Tensor) -> bool:
-        return self._may_split and super().splits(block, x)
-
-    def _uses(self, demand: _Demand | None) -> int:
-        return 1 if demand is None else demand.uses
 
     def _chunks(self) -> list[list[OREPAConv]]:
         expected = self.demands.expected()
