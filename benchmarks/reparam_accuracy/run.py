@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from ablation.run import command
 
 from orepa.bench.cli import check_folders, names, require
@@ -28,6 +29,7 @@ from orepa.train.config import DIGITS, Config, float_in, int_at_least
 
 _VARIES = ("model", "lr", "epochs", "warmup_epochs", "seed")  # between the runs of a file
 _WATCHED = 1000  # images for the curve
+_MEMORY_FORMAT = torch.channels_last
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     data = load_digits(32, args.limit) if args.data is None else load_fashion(args.data, args.limit)
     recipe = {k: v for k, v in _config("", 1, 0.1, 0).as_dict().items() if k not in ("orepa", "preserve", *_VARIES)}
     protocol = {
-        "memory_format": "channels_last",
+        "memory_format": str(_MEMORY_FORMAT).removeprefix("torch."),
         "data": DIGITS if args.data is None else "Fashion-MNIST",
         "recipe": recipe,
     }
@@ -99,7 +101,6 @@ def _config(model: str, epochs: int, lr: float, seed: int) -> Config:
 
 
 def _train(row: Row, data: Any, stop: Any) -> None:
-    import torch
     from ablation.training import train
 
     from orepa.module_info import count_parameters
@@ -112,8 +113,8 @@ def _train(row: Row, data: Any, stop: Any) -> None:
     arguments = model_arguments(config.model, len(data.classes), data.in_chans, config.img_size)
     model = forms()[row.provider](create_plain(config.model, arguments, config.img_size))
     # Channels-last is the fastest for every form on a CPU. `Tensor.contiguous` would keep the strides of grey images.
-    model.to(memory_format=torch.channels_last)
-    model.register_forward_pre_hook(lambda _, args: (args[0].to(memory_format=torch.channels_last),))
+    model.to(memory_format=_MEMORY_FORMAT)
+    model.register_forward_pre_hook(lambda _, args: (args[0].to(memory_format=_MEMORY_FORMAT),))
     row.facts["parameters"] = count_parameters(model)
     row.facts["curve"] = train(row, model, config, data, _WATCHED, stop)
 
