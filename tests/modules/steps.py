@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from orepa import OREPAConv
 from orepa.modules.step import squeeze_alone_in, squeeze_together_in
@@ -34,6 +35,17 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.features(x)
         return self.left(x), self.right(x)
+
+
+def other_kinds(**options):
+    """Return a model of a nested block, a dilated and a parametrized one."""
+    convs = [
+        OREPAConv(3, 4, 7, padding=3, topology="deep_stem", **options),
+        OREPAConv(4, 4, 5, padding=2, topology="unireplknet", **options),
+        OREPAConv(4, 4, 3, padding=1, groups=4, **options),
+    ]
+    parametrizations.weight_norm(convs[2], next(n for n, p in convs[2].named_parameters() if p.dim() == 4))
+    return nn.Sequential(*(nn.Sequential(conv, nn.BatchNorm2d(4)) for conv in convs))
 
 
 def pair(build=Net, **options):

@@ -7,9 +7,8 @@ import weakref
 
 import pytest
 import torch
-from steps import Net, assert_same_gradients, batch, counted, gradients, loss, pair
+from steps import Net, assert_same_gradients, batch, counted, gradients, loss, other_kinds, pair
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import orepa
@@ -272,16 +271,7 @@ def test_what_squeezes_for_every_forward(how):
 
 
 def test_other_kinds_of_blocks():
-    def build(**options):
-        convs = [
-            OREPAConv(3, 4, 7, padding=3, topology="deep_stem", **options),
-            OREPAConv(4, 4, 5, padding=2, topology="unireplknet", **options),
-            OREPAConv(4, 4, 3, padding=1, groups=4, **options),
-        ]
-        parametrizations.weight_norm(convs[2], next(n for n, p in convs[2].named_parameters() if p.dim() == 4))
-        return nn.Sequential(*(nn.Sequential(conv, nn.BatchNorm2d(4)) for conv in convs))
-
-    assert_accumulates_alike(*pair(build))
+    assert_accumulates_alike(*pair(other_kinds))
 
 
 def test_the_weight_is_part_of_the_loss():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 import orepa_kernels
-from orepa_kernels import Dense, Operand
+from orepa_kernels import Block, Dense, Operand
 from orepa_kernels.api import squeeze_together
 from orepa_kernels.dispatch import resolve
 
@@ -280,7 +280,7 @@ class OREPAConv(ConvBlock):
             return None
         # The second forward of a checkpoint has to find the kernel of the first.
         (kernel,) = squeeze_together(
-            [self.plan if split is None else split.rest],
+            [self.plan_of(split)],
             [self.operands_of(self.source_tensors(), split)],
             kernels=[stored.kernel],
             dtype=stored.kernel.dtype,
@@ -300,7 +300,7 @@ class OREPAConv(ConvBlock):
         """Squeeze the tensors at `sources`, of a ``split`` block all but one branch."""
         if autocast and tensors[0].dtype == torch.float64:
             dtype = None  # autocast leaves float64 alone
-        plan, operands = self.plan if split is None else split.rest, self.operands_of(tensors, split)
+        plan, operands = self.plan_of(split), self.operands_of(tensors, split)
         (kernel,) = orepa_kernels.squeeze(
             [plan], [operands], dtype=dtype, memory_format=memory_format, backend=self.backend
         )
@@ -330,6 +330,10 @@ class OREPAConv(ConvBlock):
                     "use torch.nn.utils.parametrizations, or remove the hook first (torch.nn.utils.remove_weight_norm, "
                     "remove_spectral_norm, prune.remove)"
                 )
+
+    def plan_of(self, split: SplitBlock | None) -> Block:
+        """Return what is squeezed: the whole plan, or that of the rest of a block in two parts."""
+        return self.plan if split is None else split.rest
 
     def operands_of(self, tensors: list[Tensor], split: SplitBlock | None = None) -> list[Tensor]:
         return super().operands_of(tensors) if split is None else split.rest_operands(self, tensors)

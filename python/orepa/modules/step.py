@@ -92,7 +92,7 @@ class _Member(NamedTuple):
 
     @property
     def plan(self) -> Block:
-        return self.block.plan if self.split is None else self.split.rest
+        return self.block.plan_of(self.split)
 
 
 class _Made(NamedTuple):
@@ -193,18 +193,22 @@ class _Step:
         if in_backward():  # the second forward of a checkpoint around the whole model
             earlier = [(member.block._stored, own) for member, own in zip(members, keys, strict=True)]
             again = [stored.kernel for stored, own in earlier if stored is not None and stored.is_current(own)]
-        _, memory_format, backend, *_ = key
-        kernels = squeeze_together(
-            [member.plan for member in members],
-            [member.operands for member in members],
-            kernels=again if len(again) == len(members) else None,
-            dtype=dtype,
-            memory_format=memory_format,
-            backend=backend,
-        )
+        kernels = _squeeze_members(members, dtype, key, again if len(again) == len(members) else None)
         for member, own, kernel in zip(members, keys, kernels, strict=True):
             stored = StoredKernel(kernel.detach(), own, member.sources)
             self._made[member.block, own] = _Made(stored, kernel)
+
+
+def _squeeze_members(
+    members: Sequence[_Member],
+    dtype: torch.dtype | None,
+    key: tuple[Any, ...],
+    kernels: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    plans, operands = [member.plan for member in members], [member.operands for member in members]
+    _, memory_format, backend, *_ = key
+    options: dict[str, Any] = {"dtype": dtype, "memory_format": memory_format, "backend": backend}
+    return squeeze_together(plans, operands, kernels=kernels, **options)
 
 
 def _with_split(key: tuple[Any, ...], split: bool) -> tuple[Any, ...]:
@@ -493,15 +497,8 @@ class _StepOnce(_Step):
         return super()._take(block) or [block]
 
     def _squeeze_group(self, members: Sequence[_Member], dtype: torch.dtype | None, key: tuple[Any, ...]) -> None:
-        _, memory_format, backend, *_ = key
         with torch.no_grad():
-            kernels = squeeze_together(
-                [member.plan for member in members],
-                [member.operands for member in members],
-                dtype=dtype,
-                memory_format=memory_format,
-                backend=backend,
-            )
+            kernels = _squeeze_members(members, dtype, key)
         for member, kernel in zip(members, kernels, strict=True):
             leaf = _Leaf(member, kernel, self._arrived)
             self._leaves.setdefault(member.block, []).append(leaf)
