@@ -9,11 +9,11 @@ checkpoints into them.
 from orepa_kernels import BackendError, __version__
 
 from .analysis import Analysis, analyze
+from .modules.accumulation import squeeze_once
 from .modules.offline_conv import OfflineConv
 from .modules.orepa_conv import OREPAConv
 from .modules.reduction import exclude_from_ddp
 from .modules.repvgg import RepVGGBlock
-from .modules.step import squeeze_once
 from .official import block_from_official, load_official
 from .optim import OptimizerCheck, check_optimizer, parameter_groups
 from .surgery.convert import ConversionError, convert

@@ -221,13 +221,13 @@ def hooks_under_plain_ddp(rank):
     for bucket in (4096, 25 * 2**20):
         step.BUCKET = bucket
         together, alone = pair()
-        made = step._Step._chunks
+        made = step.ForwardStep._chunks
         parts = []
-        step._Step._chunks = lambda self, made=made, parts=parts: parts.append(len(made(self))) or made(self)
+        step.ForwardStep._chunks = lambda self, made=made, parts=parts: parts.append(len(made(self))) or made(self)
         try:
             found.append((difference(by_ddp(together, rank), by_ddp(alone, rank)), bits(together), parts[0]))
         finally:
-            step._Step._chunks, step.BUCKET = made, reduction.BUCKET
+            step.ForwardStep._chunks, step.BUCKET = made, reduction.BUCKET
 
     class Single(Net):
         def forward(self, x):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import orepa
 from orepa import OREPAConv
-from orepa.modules import step
+from orepa.modules import accumulation
 
 SEEDS = range(4)
 
@@ -59,8 +59,8 @@ def test_gradients_are_not_copied(monkeypatch):
         made.append([None if value is None else value.data_ptr() for value in values])
         return values
 
-    squeeze_gradients = step.squeeze_gradients
-    monkeypatch.setattr(step, "squeeze_gradients", recording)
+    squeeze_gradients = accumulation.squeeze_gradients
+    monkeypatch.setattr(accumulation, "squeeze_gradients", recording)
     with orepa.squeeze_once(model):
         accumulate(model)
     places = [p.grad.data_ptr() for name, p in model.named_parameters() if name.endswith("origin_weight")]

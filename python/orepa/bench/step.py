@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..module_info import count_parameters
+from ..modules.accumulation import squeeze_once
 from ..modules.reduction import exclude_from_ddp
-from ..modules.step import squeeze_once
 from ..timing import Stopwatch, function, reduced_bytes
 from ..train.model import create_plain, model_arguments
 from . import runner

@@ -332,7 +332,7 @@ class OREPAConv(ConvBlock):
                 )
 
     def plan_of(self, split: SplitBlock | None) -> Block:
-        """Return what is squeezed: the whole plan, or that of the rest of a block in two parts."""
+        # What is squeezed. No docstring, as for `operands_of`: the guide shows what has one, and these are for this package.
         return self.plan if split is None else split.rest
 
     def operands_of(self, tensors: list[Tensor], split: SplitBlock | None = None) -> list[Tensor]:

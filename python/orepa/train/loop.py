@@ -20,8 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..errors import CollectiveError, UserError
+from ..modules.accumulation import squeeze_once
 from ..modules.reduction import exclude_from_ddp
-from ..modules.step import squeeze_once
 from ..optim import check_optimizer, parameter_groups
 from .config import Config
 from .data import Loaders, derive_seed, seed_everything
