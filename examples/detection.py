@@ -65,10 +65,11 @@ def build(model: str, backbone: str, size: int, weights: str | None = None) -> n
     pretrained = {} if weights is None else {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     body = timm.create_model(backbone, features_only=True, out_indices=levels, **pretrained)
     options = {"num_classes": 1 + CLASSES, "min_size": size, "max_size": size}
+    # A few steps make no confident detector: without a threshold there is something to compare.
     if model == "retinanet":
-        # A few steps make no confident detector: without a threshold there is something to compare.
         options |= {"score_thresh": 0.0, "detections_per_img": 10}
         return RetinaNet(PyramidBackbone(body, LastLevelP6P7(256, 256)), **options)
+    options |= {"box_score_thresh": 0.0, "box_detections_per_img": 10}
     # Small images with few objects need fewer boxes than COCO's, for which the default is 512.
     return FasterRCNN(PyramidBackbone(body, LastLevelMaxPool()), box_batch_size_per_image=64, **options)
 

@@ -219,9 +219,7 @@ def test_squeeze_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     for package in ("scipy", "matplotlib"):
         pytest.importorskip(package)
     out, picture = tmp_path / "a.json", tmp_path / "a.png"
-    options = (
-        "--shapes 6,4,3;8,4,1 --dtypes fp32,bf16 --providers eager,gemms,copy,cuda --rounds 2 --seconds 1 --processes 2"
-    )
+    options = "--shapes 6,4,3;8,4,1 --dtypes fp32,bf16 --providers eager,gemms,copy,cuda --rounds 2 --seconds 60 --processes 2"
     assert script.main([*options.split(), "--device", "cpu", "--out", str(out), "--plot", str(picture)]) == 0
     text = capsys.readouterr().out
     for word in (
