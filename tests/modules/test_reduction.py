@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_in_two
+from two_processes import run_in_two
 from steps import Net, batch, gradients, loss, pair
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -17,6 +17,7 @@ from torch import nn
 
 import orepa
 from orepa.surgery.consumer_graph import consumers
+from orepa.surgery.module_state import ModelState
 
 SEEN, COUNTS, LAST = [], {}, None
 GENERATOR = np.random.default_rng(0)
@@ -220,3 +221,15 @@ def test_replaced_weights_are_freed_at_once(offline):
         assert old() is None
     finally:
         gc.enable()
+
+
+def test_calls_of_other_models_are_not_searched():
+    """The engine keeps thousands of prepared calls, which would make every trace in a long run slower."""
+
+    def searched():
+        return len(ModelState(model)._records)
+
+    model = nn.Sequential(orepa.OREPAConv(4, 4, 3), nn.BatchNorm2d(4))
+    before = searched()
+    orepa.OREPAConv(3, 5, 3)(torch.randn(1, 3, 4, 4)).sum().backward()
+    assert searched() == before

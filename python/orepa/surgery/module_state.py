@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 _ATOMS = (str, bytes, int, float, complex, type(None), ModuleType, torch.dtype, torch.device)
 #: the code of these packages holds no state of a model
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "orepa", "orepa_kernels"}
 #: other threads may change the objects of these packages meanwhile
 _SHARED = {"logging", "threading", "_thread", "weakref", "concurrent", "multiprocessing", "torch"}
 
