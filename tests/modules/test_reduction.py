@@ -12,12 +12,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from two_processes import run_in_two
 from steps import Net, batch, gradients, loss, pair
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from two_processes import run_in_two
 
 import orepa
 from orepa import OREPAConv
