@@ -107,6 +107,20 @@ def test_the_comparison_of_detections_can_fail() -> None:
     assert detection.count_equal([found], [{key: value[:4] for key, value in found.items()}]) == (4, 6)
 
 
+# --- super-resolution -----------------------------------------------------------------------------------------------------
+
+
+def test_super_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    super_resolution = example("super_resolution", "skimage", "onnx", "onnxscript", "onnxruntime")
+    options = ["--steps", "60", "--width", "8", "--depth", "2", "--crop", "32", "--batch", "8"]
+    result = super_resolution.main([*options, "--out", str(tmp_path / "sr.onnx")])
+    assert result["swapped"] == 3
+    assert abs(result["after"] - result["before"]) < 0.01
+    assert result["before"] > result["bicubic"] - 0.5 > 25, "the shortcut is the bicubic picture"
+    assert result["export_difference"] < 1e-5
+    assert "ecb (no norm follows)" in capsys.readouterr().out
+
+
 # --- parameter_groups -------------------------------------------------------------------------------------------------------
 
 

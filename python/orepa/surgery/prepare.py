@@ -22,7 +22,7 @@ from ..modules.orepa_conv import OREPAConv, default_topology
 from ..modules.repvgg import RepVGGBlock
 from ..modules.step import squeeze_alone_in, squeeze_together_in
 from ..optim import watch_replaced
-from ..topology.language import Topology, declaration
+from ..topology.language import Topology, declaration, is_norm_free
 from ..topology.lowering import SCALINGS
 from .consumer_graph import Consumer, consumers, is_conv
 from .fold_bn import is_foldable, norm_placeholder
@@ -42,8 +42,13 @@ Choice: TypeAlias = str | Callable[..., Topology] | Mapping[str, Any] | None
 #: one `Choice` for all layers, choices by layer name (a shell pattern) or type, or a function ``(name, conv) -> choice``
 Policy: TypeAlias = str | Mapping[str | type[nn.Module], Choice] | Callable[[str, nn.Conv2d], Choice]
 
+NORMS = ("auto", "required", "any")
+
 #: largest relative error of a region that keeps its function: of the rounding of its weights and statistics to half precision
 _PRESERVED = 0.1
+
+#: begins the reason to leave a layer alone that no norm follows
+_NO_NORM = "no norm follows"
 
 Block = TypeVar("Block", OREPAConv, OfflineConv)
 
@@ -58,6 +63,7 @@ def prepare(
     scaling: str = "vector",
     backend: str = "auto",
     order: str = "auto",
+    norm: str = "auto",
     norm_types: tuple[type[nn.Module], ...] = (),
     together: bool = True,
 ) -> nn.Module:
@@ -68,10 +74,10 @@ def prepare(
     their sum (paper section 3.2). Then the convolutions elsewhere are swapped one by one.
 
     A convolution is left alone, with the reason in `orepa.report`, where no norm layer follows it (paper Table 3: training
-    diverges), where it is frozen, shares its weight, is parametrized or hooked, where it or its class replaces the forward of
-    `nn.Conv2d`, where its weight is complex or no ordinary parameter, where something else in the model holds its weight or one
-    of its methods, or where the topology does not fit it. Lists, closures and compiled blocks that hold the layer itself go on
-    with the new one. So do attributes and a frozen bias.
+    diverges; but see ``norm``), where it is frozen, shares its weight, is parametrized or hooked, where it or its class
+    replaces the forward of `nn.Conv2d`, where its weight is complex or no ordinary parameter, where something else in the
+    model holds its weight or one of its methods, or where the topology does not fit it. Lists, closures and compiled blocks
+    that hold the layer itself go on with the new one. So do attributes and a frozen bias.
 
     Args:
         model: any module tree, in either mode.
@@ -93,6 +99,9 @@ def prepare(
             the running statistics of the norms that they replace.
         inplace: change ``model`` itself instead of a copy.
         scaling, backend, order: of every `OREPAConv`, where the policy does not say otherwise.
+        norm: ``"required"`` leaves convolutions alone that no norm follows, ``"any"`` swaps them, too. ``"auto"`` swaps them
+            where the policy names a topology for nets without norms (``"ecb"``, ``"sesr"``, or one of your own, see
+            `orepa.register_topology`).
         norm_types: module types that count as norms besides those that normalize by statistics of their input, such as a frozen
             batch norm.
         together: squeeze all blocks at once in every forward of the model, by a hook on it. Without, and where a part of the
@@ -103,21 +112,23 @@ def prepare(
 
     Raises:
         TypeError: a policy of another kind, or one that gives something else.
-        ValueError: an unknown topology, scaling, backend or order, a pattern that matches no convolution, ``preserve`` of
-            weights that are on the meta device, ``example_inputs`` without ``preserve``, a model under DDP or FSDP (prepare it
-            first), or one that cannot be copied. ``model`` is then unchanged.
+        ValueError: an unknown topology, scaling, backend, order or ``norm``, a pattern that matches no convolution,
+            ``preserve`` of weights that are on the meta device, ``example_inputs`` without ``preserve``, a model under DDP
+            or FSDP (prepare it first), or one that cannot be copied. ``model`` is then unchanged.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     resolve(backend)
     check_order(order)
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if example_inputs is not None and not preserve:
         raise ValueError("example_inputs are for preserve=True: a block that starts anew has no function to keep")
     check_model(model, "prepare")
     parameters = dict(model.named_parameters())
     if not inplace:
         model = copy_model(model)
-    choose = _Chooser(policy, preserve)
+    choose = _Chooser(policy, preserve, norm)
     before = count_parameters(model)
     settings = {"scaling": scaling, "backend": backend, "order": order}
     layers, regions, inner = _prepare_regions(model, choose, settings, preserve)
@@ -135,8 +146,18 @@ def prepare(
         raise
     watch_replaced(parameters, model)
     (squeeze_together_in if together else squeeze_alone_in)(model)
-    attach(model, Report("prepare", layers + others, (before, count_parameters(model))))
+    parameters_now = (before, count_parameters(model))
+    attach(model, Report("prepare", layers + others, parameters_now, note=_note(others, policy, norm)))
     return model
+
+
+def _note(layers: list[LayerReport], policy: Policy | None, norm: str) -> str:
+    count = sum(layer.detail.startswith(_NO_NORM) for layer in layers)
+    if norm != "auto" or policy is None or not count:
+        return ""
+    return (
+        f'{count} left because no norm follows: training may diverge there (paper Table 3). norm="any" swaps them, too.'
+    )
 
 
 def _prepare_regions(
@@ -214,6 +235,8 @@ def _prepare_layers(
             choice = choose(name, conv)
             if choice is None:
                 reason = "the policy leaves it"
+            elif not reason and follows[name].norm is None and choose.needs_norm(choice):
+                reason = f"{_NO_NORM}: {follows[name].problem}"
         if reason:
             layers.append(LayerReport(name, describe(conv), "left", reason))
             continue
@@ -235,7 +258,9 @@ def _prepare_layers(
         except ValueError as misfit:
             layers.append(LayerReport(name, describe(conv), "left", str(misfit)))
             continue
-        if not follows[name].is_proven:
+        if follows[name].norm is None:
+            detail += " (no norm follows)"
+        elif not follows[name].is_proven:
             detail += f" (norm {follows[name].norm} found by its place only)"
         layers.append(LayerReport(name, describe(conv), "swapped", detail, error))
     replace_modules(model, replacements)
@@ -245,10 +270,10 @@ def _prepare_layers(
 class _Chooser:
     """A policy in any of its forms as one function that returns `OREPAConv`'s keyword arguments, or None."""
 
-    def __init__(self, policy: Policy | None, preserve: bool) -> None:
+    def __init__(self, policy: Policy | None, preserve: bool, norm: str) -> None:
         if not (policy is None or isinstance(policy, str | Mapping) or callable(policy)):
             raise TypeError(f"policy must be a topology's name, a mapping, a function or None, got {policy!r}")
-        self.policy, self.preserve = policy, preserve
+        self.policy, self.preserve, self.norm = policy, preserve, norm
         self.unmatched = set(policy) if isinstance(policy, Mapping) else set()
 
     def __call__(self, name: str, conv: nn.Conv2d) -> dict[str, Any] | None:
@@ -284,6 +309,12 @@ class _Chooser:
             return None
         return policy(name, conv)
 
+    def needs_norm(self, choice: Mapping[str, Any]) -> bool:
+        """Return whether a layer is left alone that no norm follows."""
+        if self.norm == "auto":
+            return self.policy is None or not is_norm_free(choice.get("topology") or "")
+        return self.norm == "required"
+
     def check_patterns(self) -> None:
         names = sorted(str(key) for key in self.unmatched)
         if names:
@@ -308,9 +339,7 @@ def _obstacle(conv: nn.Module, consumer: Consumer | None, owners: Mapping[int, i
         return "its parameters have hooks, which new ones would not have"
     if owners[id(conv.weight)] > 1:
         return "it shares its weight with another module"
-    if consumer is None:
-        return "the model does not call it where it could be traced"
-    return "" if consumer.norm else f"no norm follows: {consumer.problem}"
+    return "the model does not call it where it could be traced" if consumer is None else ""
 
 
 def _build_online(conv: nn.Conv2d, options: Mapping[str, Any], preserve: bool) -> tuple[OREPAConv, str, float | None]:

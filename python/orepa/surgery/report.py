@@ -44,12 +44,14 @@ class Report:
         parameters: number of parameters before and after.
         error: relative error of the whole model's output on the example inputs, where given; of its copy in float64 where the
             model's own rounding hides it.
+        note: what to know about the whole, or an empty string.
     """
 
     operation: str
     layers: list[LayerReport] = field(default_factory=list)
     parameters: tuple[int, int] = (0, 0)
     error: float | None = None
+    note: str = ""
 
     def select(self, *actions: str) -> list[LayerReport]:
         """Return the layers with one of these actions."""
@@ -85,6 +87,8 @@ class Report:
         lines = [*text_table(rows), f"{self.operation}: {summary}; parameters {before:,} -> {after:,}"]
         if self.error is not None:
             lines.append(f"whole model on the example inputs: relative error {self.error:.1e}")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 

@@ -228,7 +228,7 @@ def doconv(spec: ConvSpec, multiplier: int | None = None) -> Topology:
     return Topology(over=Branch(*layers, scale=None))
 
 
-@register_topology("ecb")
+@register_topology("ecb", norm_free=True)
 def ecb(spec: ConvSpec, expand: int = 2) -> Topology:
     """Edge-oriented Convolution Block (Zhang et al., ACM MM 2021): kxk, 1x1-kxk, and 1x1 with each 3x3 edge filter."""
     k, init = spec.kernel_size, DEFAULT_KAIMING
@@ -298,7 +298,7 @@ def repmixer(spec: ConvSpec, layer_scale: float = 1e-5) -> Topology:
     return Topology(skip=Branch(Identity(), scale=None), **mixer, norm=norm)
 
 
-@register_topology("sesr")
+@register_topology("sesr", norm_free=True)
 def sesr(spec: ConvSpec, expand: int = 16) -> Topology:
     """SESR's collapsible block (Bhardwaj et al., MLSys 2022): kxk to ``expand`` times the channels, 1x1 back; plus identity.
 

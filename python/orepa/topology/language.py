@@ -264,10 +264,18 @@ def _ignore_spec(topology: Topology, _spec: ConvSpec) -> Topology:
 # --- names --------------------------------------------------------------------------------------------------------------
 
 _REGISTRY: dict[str, Callable[..., Topology]] = {}
+_NORM_FREE: list[Callable[..., Topology]] = []
 
 
-def register_topology(name: str) -> Callable[[Callable[..., Topology]], Callable[..., Topology]]:
+def register_topology(
+    name: str, *, norm_free: bool = False
+) -> Callable[[Callable[..., Topology]], Callable[..., Topology]]:
     """Register a declaration, ``(spec, **options) -> Topology``, under a name that ``topology=`` then takes.
+
+    Args:
+        name: of the topology.
+        norm_free: whether it is made for nets without norms, as those for super-resolution are: `orepa.prepare` then swaps
+            convolutions that no norm follows, too.
 
     Raises:
         ValueError: the name is taken.
@@ -277,6 +285,8 @@ def register_topology(name: str) -> Callable[[Callable[..., Topology]], Callable
         if name in _REGISTRY:
             raise ValueError(f"a topology named {name!r} is registered already")
         _REGISTRY[name] = declaration
+        if norm_free:
+            _NORM_FREE.append(declaration)
         return declaration
 
     return add
@@ -301,6 +311,14 @@ def declaration(topology: str | Callable[..., Topology], **options: object) -> D
     if not callable(topology):
         raise TypeError(f"topology must be a name or a function that declares one, got {topology!r}")
     return partial(topology, **options) if options else topology
+
+
+def is_norm_free(topology: str | Callable[..., Topology]) -> bool:
+    """Return whether a topology, a name or a declaration with or without bound options, is registered as norm-free."""
+    declared = _REGISTRY.get(topology) if isinstance(topology, str) else topology
+    while isinstance(declared, partial):
+        declared = declared.func
+    return any(declared is one for one in _NORM_FREE)
 
 
 def pair(value: int | Size, name: str = "kernel_size") -> Size:
