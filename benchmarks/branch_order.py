@@ -28,7 +28,7 @@ import orepa
 from orepa import OREPAConv
 from orepa.bench.machine import OtherWork, environment
 from orepa.bench.results import Results, Row
-from orepa.bench.variants import on_3x3
+from orepa.bench.variants import in_order, on_3x3
 from orepa.modules.branch_order import Rates, branch_work, squeeze_work
 from orepa.timing import Task, function, interleaved, nothing
 from orepa.topology import Topology
@@ -64,16 +64,10 @@ def build(case: Mapping[str, Any]) -> dict[str, OREPAConv]:
     block = new(topology=case["topology"])
     assert block._split is not None
     others = Topology(**{name: branch for name, branch in block._lowered.topology if name != block._split.name})
-    return {**{order: in_order(block, order) for order in ORDERS}, REST: new(topology=lambda _spec: others)}
-
-
-def in_order(model: Any, order: str) -> Any:
-    """Return a copy of a model whose blocks have this order, where they can."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, OREPAConv) and module._split is not None:
-            module.order = order
-    return model
+    return {
+        **{order: in_order(copy.deepcopy(block), order) for order in ORDERS},
+        REST: new(topology=lambda _spec: others),
+    }
 
 
 def measure(case: dict[str, Any], dtype: torch.dtype, rounds: int, seconds: float) -> list[Row]:
@@ -109,7 +103,10 @@ def measure_model(name: str, batch: int, size: int, rounds: int, seconds: float)
     online, dbb = orepa.prepare(plain), on_3x3("dbb", topology="dbb").build(plain)
     models = {"plain": plain, "dbb-offline": on_3x3("dbb", topology="dbb", offline=True).build(plain)}
     for order in ORDERS:
-        models |= {f"orepa, {order}": in_order(online, order), f"dbb, {order}": in_order(dbb, order)}
+        models |= {
+            f"orepa, {order}": in_order(copy.deepcopy(online), order),
+            f"dbb, {order}": in_order(copy.deepcopy(dbb), order),
+        }
     x, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
 
     def step(model: Any) -> Task:

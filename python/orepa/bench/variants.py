@@ -98,14 +98,18 @@ def in_orders(variants: dict[str, Variant], orders: Sequence[str]) -> dict[str, 
         own = variant.backend and not variant.compiled and variant.twin != variant.name
         for order in orders if own else ():
             name = variant.name if order == "auto" else f"{variant.name}-{order}"
-            found[name] = replace(variant, name=name, build=partial(_in_order, variant.build, order))
+            found[name] = replace(variant, name=name, build=partial(_built_in_order, variant.build, order))
         if not own:
             found[variant.name] = variant
     return found
 
 
-def _in_order(build: Callable[[nn.Module], nn.Module], order: str, model: nn.Module) -> nn.Module:
-    model = build(model)
+def _built_in_order(build: Callable[[nn.Module], nn.Module], order: str, model: nn.Module) -> nn.Module:
+    return in_order(build(model), order)
+
+
+def in_order(model: nn.Module, order: str) -> nn.Module:
+    """Set the order of all blocks of a model that have several, and return it."""
     for block in squeezing(model):
         with contextlib.suppress(ValueError):  # it has one order only
             block.order = order
