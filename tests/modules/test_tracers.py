@@ -1,5 +1,8 @@
 """Tracers of other people: fx takes blocks as leaves, TorchScript traces them, and refuses to compile them in one line."""
 
+import copy
+import importlib
+
 import pytest
 import torch
 from torch import fx, nn
@@ -68,11 +71,34 @@ def test_fx_fuses_what_is_around(net):
     torch.testing.assert_close(fused(X), net(X))
 
 
-def test_fx_quantization_leaves_a_block(net):
-    quantize = pytest.importorskip("torch.ao.quantization.quantize_fx")
-    mapping = torch.ao.quantization.get_default_qconfig_mapping("x86")
-    prepared = quantize.prepare_fx(net, mapping, (X,))
-    torch.testing.assert_close(prepared(X), net(X))
+def quantize_fx(net, leaves=None):
+    mapping = torch.ao.quantization.get_default_qconfig_mapping("x86").set_object_type(leaves, None)
+    return importlib.import_module("torch.ao.quantization.quantize_fx").prepare_fx(net, mapping, (X,))
+
+
+def quantize_eagerly(net, leaves=None):
+    for module in net.modules():
+        if type(module) is leaves:
+            module.qconfig = None
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    return torch.ao.quantization.prepare_qat(net.train()).eval()
+
+
+@pytest.mark.parametrize("prepare", [quantize_fx, quantize_eagerly])
+def test_quantization_does_not_leave_a_block_silently(net, prepare):
+    pytest.importorskip("torch.ao.quantization.quantize_fx")
+    block = net.stem["block"]
+    if isinstance(block, RepVGGBlock):  # torch sees the convolutions in it
+        return
+    with pytest.raises(RuntimeError, match="orepa.convert the model before torch.ao.quantization prepares it"):
+        prepare(copy.deepcopy(net))
+    prepared = prepare(orepa.convert(nn.Sequential(block, nn.BatchNorm2d(6), nn.ReLU()).eval()))
+    names = {type(module).__name__ for module in prepared.modules()}
+    assert any("FakeQuantize" in name or "Observer" in name for name in names)
+    assert prepared(X).shape == net(X).shape
+    prepared = prepare(copy.deepcopy(net), leaves=type(block))
+    assert type(prepared.get_submodule("stem.block")) is type(block)
+    assert prepared.get_submodule("stem.block").qconfig is None
 
 
 def test_script_says_convert_first_and_a_converted_model_scripts(net):

@@ -125,6 +125,24 @@ class ConvBlock(LinearBlock):
         super().reset_parameters()
         self._reset_bias()
 
+    @property
+    def qconfig(self) -> None:
+        """None, where that is set: torch's eager quantization then leaves the block alone.
+
+        It goes by classes, so that it would also leave a block alone that it is to quantize, and say nothing.
+        """
+        if "_qconfig" not in vars(self):
+            raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be quantized: orepa.convert the model before torch.ao.quantization prepares it, "
+                "or give blocks that are to stay as they are the qconfig None"
+            )
+        vars(self)["_qconfig"] = None
+
     def _reset_bias(self) -> None:
         if self.bias is not None:
             bound = 1 / math.sqrt(math.prod(self.plan.shape[1:]))
