@@ -9,7 +9,8 @@
 
 namespace orepa::cuda {
 
-// Precision of the products of composed terms; sums are always float32. Before sm_80, products are float32 as well.
+// Precision of the products of composed terms where W (or dW) is float32; sums are always float32. For a W of 16 bits,
+// operands are always rounded to TF32. Before sm_80, products are float32.
 enum class Precision {
   full,  // TF32 with two corrections in bfloat16: relative error near 2^-20
   tf32,  // operands rounded to TF32

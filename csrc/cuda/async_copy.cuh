@@ -48,17 +48,4 @@ __device__ __forceinline__ void copy_element(float* to, const unsigned char* dat
   }
 }
 
-// The same for four elements, aligned in both memories.
-__device__ __forceinline__ void copy_quad(float* to, const unsigned char* data, std::int64_t offset, Type type) {
-  const bool inside = offset >= 0;
-  if (type == Type::float32) {
-    copy_async<16>(to, reinterpret_cast<const float*>(data) + (inside ? offset : 0), inside);
-  } else {
-    const Bits16* from = reinterpret_cast<const Bits16*>(data) + (inside ? offset : 0);
-    const uint2 four = inside ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-    *reinterpret_cast<float4*>(to) = make_float4(widen(four.x & 0xffffu, type), widen(four.x >> 16, type),
-                                                 widen(four.y & 0xffffu, type), widen(four.y >> 16, type));
-  }
-}
-
 }  // namespace orepa::cuda

@@ -107,7 +107,7 @@ __device__ __forceinline__ void finish_row_tile(const SharedMemory<Tile>& shared
   }
 }
 
-template <class Tile, class Params>
+template <class Tile, class Params, Products P>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
     squeeze_gradients(const __grid_constant__ Params params) {
   const SharedMemory<Tile> shared{shared_memory()};
@@ -142,14 +142,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
     separable_gradients(shared, block, terms[t], region_of<Tile>(block, row_tile, item % column_tiles), span,
                         params.workspace, params.counters);
   } else if (item < terms[t].items_a) {
-    first_gradient(shared, block, terms[t], item, params.workspace, params.counters, params.full_precision);
+    first_gradient<P>(shared, block, terms[t], item, params.workspace, params.counters);
     return;
   } else {
     item -= terms[t].items_a;
     const int row_tile = item / ceil_div(terms[t].inner, Tile::cols);
     save(row_tile, 1);
-    second_gradient(shared, block, terms[t], row_tile, item % ceil_div(terms[t].inner, Tile::cols), params.workspace,
-                    params.full_precision);
+    second_gradient<P>(shared, block, terms[t], row_tile, item % ceil_div(terms[t].inner, Tile::cols),
+                           params.workspace);
   }
   __syncthreads();
   const DeviceBlock& saved_block = find_block(params, shared.scratch()[0]);
@@ -159,15 +159,16 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
                     params.counters);
 }
 
+struct SqueezeGradients {
+  template <class Tile, class Params, Products P>
+  static constexpr auto kernel = squeeze_gradients<Tile, Params, P>;
+};
+
 }  // namespace
 
 void backward(const Block* blocks, int count, const Context& context) {
   const DeviceGuard guard(context.device);
-  for (const Schedule& launch : schedule(blocks, count, true)) {
-    launch_schedule<LargeTile, SmallTile>(launch, context, [](auto tile, auto params) {
-      return squeeze_gradients<typename decltype(tile)::type, typename decltype(params)::type>;
-    });
-  }
+  for (const Schedule& launch : schedule(blocks, count, true)) launch_schedule<SqueezeGradients>(launch, context);
 }
 
 }  // namespace orepa::cuda

@@ -23,13 +23,13 @@ struct DepthTables {
 
   static_assert(sizeof(DepthIndexing) + 16 <= Tile::scratch_bytes && 2 * Tile::depth <= Tile::threads);
   __device__ __forceinline__ DepthIndexing& depths() const {
-    return *static_cast<DepthIndexing*>(shared.depths_scratch());
+    return *static_cast<DepthIndexing*>(shared.saved());
   }
   __device__ __forceinline__ const std::int64_t* lines_of_b() const { return shared.offsets(); }
   __device__ __forceinline__ const std::int64_t* lines_of_w() const { return shared.offsets() + 2 * Tile::depth; }
 
   __device__ __forceinline__ void lines(int k, int stage) const {
-    const int thread = static_cast<int>(threadIdx.x), line = k + thread % Tile::depth;
+    const int thread = thread_index(), line = k + thread % Tile::depth;
     if (thread >= 2 * Tile::depth) return;
     const DepthIndexing& d = depths();
     const bool of_w = thread >= Tile::depth;
@@ -43,7 +43,7 @@ struct DepthTables {
     shared.offsets()[(of_w ? 2 + stage : stage) * Tile::depth + thread % Tile::depth] = offset;
   }
   __device__ __forceinline__ void factors(int k, int stage) const {
-    const int thread = static_cast<int>(threadIdx.x), line = k + thread;
+    const int thread = thread_index(), line = k + thread;
     if (thread >= Tile::depth) return;
     const DepthIndexing& d = depths();
     float factor = 0.0f;
@@ -74,10 +74,9 @@ __device__ __forceinline__ FirstTile first_tile_of(const DeviceBlock& block, con
 
 // da[m,i,r] = sum_{o,q} s[o] b[o,m,q] dW[o,i,q+r]. A thread block computes one r, a tile of (m, i) and a part of the
 // depth.
-template <class Tile>
-__device__ __forceinline__ void first_products(Accumulators<Tile>& sums, const SharedMemory<Tile>& shared,
-                                               const DeviceBlock& block, const DeviceTerm& term, const FirstTile& tile,
-                                               bool full_precision) {
+template <Products P, class Sides, class Tile>
+__device__ __forceinline__ void first_products(Accumulators<Sides>& sums, const SharedMemory<Tile>& shared,
+                                               const DeviceBlock& block, const DeviceTerm& term, const FirstTile& tile) {
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int b_taps = b_height * b_width, depth = block.out_per_group * b_taps;
   const int part_depth = ceil_div(ceil_div(depth, term.splits), Tile::depth) * Tile::depth;
@@ -104,34 +103,31 @@ __device__ __forceinline__ void first_products(Accumulators<Tile>& sums, const S
   }
   __syncthreads();
 
-  gemm<Tile, true, false>(sums, shared,
-                          Operand<IndexedLines>{Source(term.b, term.inner, b_taps),
-                                                {tables.lines_of_b(), Tile::depth},
-                                                tile.first_row,
-                                                term.inner,
-                                                term.b.type != Type::float32 && term.scale < 0},
-                          Operand<IndexedLines>{Source(block.kernel, block.in_per_group, block.height * block.width),
-                                                {tables.lines_of_w(), Tile::depth},
-                                                tile.first_column,
-                                                block.in_per_group,
-                                                block.kernel.type != Type::float32},
-                          begin, end, full_precision, tables);
+  gemm<P, Factors::depths>(
+      sums, shared,
+      Operand<IndexedLines>{
+          Source(term.b, term.inner, b_taps), {tables.lines_of_b(), Tile::depth}, tile.first_row, term.inner},
+      Operand<IndexedLines>{Source(block.kernel, block.in_per_group, block.height * block.width),
+                            {tables.lines_of_w(), Tile::depth},
+                            tile.first_column,
+                            block.in_per_group},
+      begin, end, tables);
 }
 
-template <class Tile>
+template <Products P, class Tile>
 __device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
                                                const DeviceTerm& term, int item, float* workspace,
-                                               std::int32_t* counters, bool full_precision) {
-  Accumulators<Tile> sums;
+                                               std::int32_t* counters) {
+  Accumulators<Sides<Tile, true, false, false>> sums;
   if (threadIdx.x == 0) shared.scratch()[0] = item;  // to free a register
-  first_products(sums, shared, block, term, first_tile_of<Tile>(block, term, item), full_precision);
+  first_products<P>(sums, shared, block, term, first_tile_of<Tile>(block, term, item));
 
   const FirstTile tile = first_tile_of<Tile>(block, term, shared.scratch()[0]);
   const int first_row = tile.first_row, first_column = tile.first_column, r = tile.r;
   const int rows = min(Tile::rows, term.inner - first_row),
             columns = min(Tile::cols, block.in_per_group - first_column);
   const int first_m = tile.group * term.inner + first_row, first_taps = term.first_height * term.first_width;
-  sums.write(shared.result());
+  sums.write(shared.result(), Tile::pitch);
   __syncthreads();
   const auto each_result = [&](const auto& visit) {
     for (int m = warp_index(); m < rows; m += Tile::warps)
@@ -163,15 +159,25 @@ __device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared,
 
 // U[o,m,q] = sum_{i,r} dW[o,i,q+r] a[m,i,r], with the identity part of a added exactly. Then db = s * U and
 // ds = <U, b>, without recomputing K.
-template <class Tile>
-__device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
-                                                const DeviceTerm& term, int row_tile, int column_tile, float* workspace,
-                                                bool full_precision) {
-  const int group = row_tile / block.channel_tiles, channel_tile = row_tile % block.channel_tiles;
-  const int first_channel = group * block.out_per_group + channel_tile * block.tile_channels;
-  const int channels = min(block.tile_channels, block.out_per_group - channel_tile * block.tile_channels);
-  const int first_column = column_tile * Tile::cols, columns = min(Tile::cols, term.inner - first_column);
+// The tile of grad_b that a thread block computes.
+struct SecondTile {
+  int group, first_channel, channels, first_column, columns, column_tile;
+};
 
+template <Products P, class Tile>
+__device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
+                                                const DeviceTerm& term, int row_tile, int column_tile, float* workspace) {
+  SecondTile& saved = *static_cast<SecondTile*>(shared.saved());
+  if (threadIdx.x == 0) {
+    const int group = row_tile / block.channel_tiles, first = row_tile % block.channel_tiles * block.tile_channels;
+    saved = {group,
+             group * block.out_per_group + first,
+             min(block.tile_channels, block.out_per_group - first),
+             column_tile * Tile::cols,
+             min(Tile::cols, term.inner - column_tile * Tile::cols),
+             column_tile};
+  }
+  __syncthreads();
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int b_taps = b_height * b_width, first_taps = term.first_height * term.first_width;
   const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
@@ -182,44 +188,41 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
 
   const Source source_a(term.a, block.in_per_group, first_taps);
   const Source source_w(block.kernel, block.in_per_group, block.height * block.width);
-  Accumulators<Tile> sums;
+  Accumulators<Sides<Tile, true, true, true>> sums;
   for (int r = 0; r < first_taps; ++r) {
     const int r_h = r / term.first_width, r_w = r - r_h * term.first_width;
     for (int line = static_cast<int>(threadIdx.x); line < Tile::rows; line += Tile::threads) {
       const int c = taps.quotient(line), q = taps.remainder(line);
-      shared.offsets()[line] = c < channels ? at(block.kernel, first_channel + c, 0, kernel_tap(q, r_h, r_w)) : -1;
-      shared.factors()[line] = 1.0f;
+      shared.offsets()[line] = c < saved.channels ? at(block.kernel, saved.first_channel + c, 0, kernel_tap(q, r_h, r_w)) : -1;
     }
     __syncthreads();
-    gemm<Tile, false, true>(
-        sums, shared, Operand<IndexedLines>{source_w, {shared.offsets(), 0}, 0, 0, block.kernel.type != Type::float32},
-        Operand<StridedLines>{source_a,
-                              {at(term.a, group * term.inner, 0, r), term.a.row, term.inner},
-                              first_column,
-                              0,
-                              term.a.type != Type::float32},
-        0, block.in_per_group, full_precision, ConstantTables{});
+    gemm<P, Factors::none>(
+        sums, shared, Operand<IndexedLines>{source_w, {shared.offsets(), 0}, 0, 0},
+        Operand<StridedLines>{
+            source_a, {at(term.a, saved.group * term.inner, 0, r), term.a.row, term.inner}, saved.first_column, 0},
+        0, block.in_per_group, ConstantTables{});
   }
-  sums.write(shared.result());
+  sums.write(shared.result(), Tile::pitch);
   __syncthreads();
 
   const bool needs_scale_grad = block.grad_scales.data != nullptr && term.scale >= 0;
   const FastDivider in_per_group(block.in_per_group);
-  for (int c = warp_index(); c < channels; c += Tile::warps) {
-    const int channel = first_channel + c;
+  const SecondTile tile = saved;
+  for (int c = warp_index(); c < tile.channels; c += Tile::warps) {
+    const int channel = tile.first_channel + c;
     const float scale = scale_of(block, term, channel);
     float inner_product = 0.0f;
-    each_element(columns, b_taps, taps_contiguous(term.b), [&](int column, int q) {
+    each_element(tile.columns, b_taps, taps_contiguous(term.b), [&](int column, int q) {
       float u = shared.result()[(c * b_taps + q) * Tile::pitch + column];
       if (term.identity)
-        u += load(block.kernel, channel, in_per_group.remainder(first_column + column), kernel_tap(q, 0, 0));
-      if (term.grad_b.data != nullptr) store(term.grad_b, channel, first_column + column, q, scale * u);
-      if (needs_scale_grad) inner_product += u * load(term.b, channel, first_column + column, q);
+        u += load(block.kernel, channel, in_per_group.remainder(tile.first_column + column), kernel_tap(q, 0, 0));
+      if (term.grad_b.data != nullptr) store(term.grad_b, channel, tile.first_column + column, q, scale * u);
+      if (needs_scale_grad) inner_product += u * load(term.b, channel, tile.first_column + column, q);
     });
     if (!needs_scale_grad) continue;
     inner_product = warp_sum(inner_product);
     if (lane_index() == 0) {
-      const std::int64_t slot = term.slot + column_tile;
+      const std::int64_t slot = term.slot + tile.column_tile;
       workspace[block.scale_partials + slot * block.out_channels + channel] = inner_product;
     }
   }

@@ -9,10 +9,9 @@ namespace {
 
 // Add b o a (paper Eq. 3): rows (o, p), columns i, and per tap r of a a depth of inner channels m:
 //   sums[(o,p), i] += s[o] * b[o, m, p - r] * a[m, i, r]
-template <class Tile>
-__device__ __forceinline__ void add_composed(Accumulators<Tile>& sums, const SharedMemory<Tile>& shared,
-                                             const DeviceBlock& block, const DeviceTerm& term, const Region& region,
-                                             bool full_precision) {
+template <Products P, class Sides, class Tile>
+__device__ __forceinline__ void add_composed(Accumulators<Sides>& sums, const SharedMemory<Tile>& shared,
+                                             const DeviceBlock& block, const DeviceTerm& term, const Region& region) {
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
   const FastDivider tile_taps(region.taps), width(block.width);
@@ -31,14 +30,12 @@ __device__ __forceinline__ void add_composed(Accumulators<Tile>& sums, const Sha
       any_inside |= inside;
     }
     if (!__syncthreads_or(any_inside)) continue;
-    const Operand<IndexedLines> b{
-        source_b, {shared.offsets(), 0}, 0, 0, term.b.type != Type::float32 && term.scale < 0};
+    const Operand<IndexedLines> b{source_b, {shared.offsets(), 0}, 0, 0};
     const Operand<StridedLines> a{source_a,
                                   {at(term.a, region.group * term.inner, 0, r), term.a.row, term.inner},
                                   region.first_column,
-                                  block.in_per_group,
-                                  term.a.type != Type::float32};
-    gemm<Tile, false, false>(sums, shared, b, a, 0, term.inner, full_precision, ConstantTables{});
+                                  block.in_per_group};
+    gemm<P, Factors::lines>(sums, shared, b, a, 0, term.inner, ConstantTables{});
   }
 }
 
@@ -61,21 +58,23 @@ __device__ __forceinline__ Region region_of(const DeviceBlock& block, int item) 
   return region;
 }
 
-template <class Tile, class Params>
+template <class Tile, class Params, Products P>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(const __grid_constant__ Params params) {
   const SharedMemory<Tile> shared{shared_memory()};
   const DeviceBlock& block = find_block(params, static_cast<int>(blockIdx.x));
   const DeviceTerm* terms = terms_of(params, block);
-  const Region region = region_of<Tile>(block, static_cast<int>(blockIdx.x) - block.first_item);
-
+  Region& saved_region = *static_cast<Region*>(shared.saved());
+  if (threadIdx.x == 0) saved_region = region_of<Tile>(block, static_cast<int>(blockIdx.x) - block.first_item);
+  __syncthreads();
   {
-    Accumulators<Tile> sums;
+    Accumulators<Sides<Tile, false, false, true>> sums;
     for (int t = 0; t < block.terms; ++t)
-      if (terms[t].kind == Kind::composed) add_composed(sums, shared, block, terms[t], region, params.full_precision);
-    sums.write(shared.result());
+      if (terms[t].kind == Kind::composed) add_composed<P>(sums, shared, block, terms[t], saved_region);
+    sums.write(shared.result(), Tile::pitch);
   }
   __syncthreads();
 
+  const Region region = saved_region;
   for (int t = 0; t < block.terms; ++t) {
     if (terms[t].kind != Kind::separable || terms[t].b.data == nullptr) continue;
     add_separable<Tile>(shared.result(), block, terms[t], region);
@@ -96,15 +95,16 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(co
   }
 }
 
+struct Squeeze {
+  template <class Tile, class Params, Products P>
+  static constexpr auto kernel = squeeze<Tile, Params, P>;
+};
+
 }  // namespace
 
 void forward(const Block* blocks, int count, const Context& context) {
   const DeviceGuard guard(context.device);
-  for (const Schedule& launch : schedule(blocks, count, false)) {
-    launch_schedule<LargeTile, SmallTile>(launch, context, [](auto tile, auto params) {
-      return squeeze<typename decltype(tile)::type, typename decltype(params)::type>;
-    });
-  }
+  for (const Schedule& launch : schedule(blocks, count, false)) launch_schedule<Squeeze>(launch, context);
 }
 
 std::vector<int> architectures() {

@@ -7,6 +7,9 @@
 
 namespace orepa::cuda {
 
+// Products of composed terms: in TF32, or in TF32 with two corrections, nearly as exact as in float32.
+enum class Products { one = 1, three = 3 };
+
 // `View` with 32-bit strides; offsets are computed in 64 bits.
 struct DeviceView {
   unsigned char* data;
@@ -47,7 +50,6 @@ struct ParamsHeader {
   float* workspace;
   std::int32_t* counters;
   std::int32_t blocks, first_term_byte;
-  bool full_precision;  // products as exact as float32's, else TF32
 };
 
 // Blocks, then terms. 4 KB hold any single block and launch faster; larger parameters need CUDA 12.1 and sm_70.

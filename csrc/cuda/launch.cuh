@@ -9,6 +9,7 @@
 
 #include "kernel_params.h"
 #include "schedule.h"
+#include "tile.cuh"
 
 namespace orepa::cuda {
 
@@ -67,34 +68,34 @@ void launch(void (*kernel)(Params), const Params& params, std::int64_t grid, int
 #endif
 }
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-template <class Tile, class Params, class Select>
-void launch_with(const Schedule& schedule, const Context& context, const Select& select) {
+template <class Squeeze, class Tile, class Params>
+void launch_with(const Schedule& schedule, const Context& context) {
   Params params;
   params.workspace = static_cast<float*>(context.workspace);
   params.counters = static_cast<std::int32_t*>(context.counters);
   params.blocks = static_cast<std::int32_t>(schedule.blocks.size());
   params.first_term_byte = static_cast<std::int32_t>(schedule.blocks.size() * sizeof(DeviceBlock));
-  params.full_precision = context.precision == Precision::full;
   std::memcpy(params.bytes, schedule.blocks.data(), params.first_term_byte);
   std::memcpy(params.bytes + params.first_term_byte, schedule.terms.data(), schedule.terms.size() * sizeof(DeviceTerm));
-  launch<Params>(select(Tag<Tile>{}, Tag<Params>{}), params, schedule.items, Tile::threads, Tile::shared_bytes,
-                 context.stream);
+  const auto kernel = schedule.products(context.precision) == Products::one
+                          ? Squeeze::template kernel<Tile, Params, Products::one>
+                          : Squeeze::template kernel<Tile, Params, Products::three>;
+  launch<Params>(kernel, params, schedule.items, Tile::threads, Tile::shared_bytes, context.stream);
 }
 
-// Launch the kernel `select(tile, params)` for a schedule's tile and size of parameters.
-template <class Large, class Small, class Select>
-void launch_schedule(const Schedule& schedule, const Context& context, const Select& select) {
+// Launch `Squeeze::kernel` with the tile, the size of parameters and the products of a schedule.
+template <class Squeeze>
+void launch_schedule(const Schedule& schedule, const Context& context) {
   if (schedule.items == 0) return;
   check_memory(schedule, context);
-  // Small parameters matter for the shortest launches only. Large tiles have no such kernel, which saves build time.
-  if (schedule.large_tiles) return launch_with<Large, LargeParams>(schedule, context, select);
-  if (schedule.bytes() <= SmallParams::capacity) return launch_with<Small, SmallParams>(schedule, context, select);
-  launch_with<Small, LargeParams>(schedule, context, select);
+  const bool small_params = schedule.bytes() <= SmallParams::capacity;
+  if (schedule.large_tiles) {
+    small_params ? launch_with<Squeeze, LargeTile, SmallParams>(schedule, context)
+                 : launch_with<Squeeze, LargeTile, LargeParams>(schedule, context);
+  } else {
+    small_params ? launch_with<Squeeze, SmallTile, SmallParams>(schedule, context)
+                 : launch_with<Squeeze, SmallTile, LargeParams>(schedule, context);
+  }
 }
 
 }  // namespace orepa::cuda

@@ -45,14 +45,34 @@ __device__ __forceinline__ void mma_bfloat16(float (&d)[4], const unsigned (&a)[
 #endif
 }
 
-// Round to nearest TF32: a float32 whose mantissa has 11 significant bits, the others zero.
+// Four 8 x 4 matrices of 32-bit elements: lanes 8i to 8i + 7 pass the addresses of matrix i's lines, each 16-byte aligned,
+// and lane l gets element (l / 4, l % 4) of each.
+__device__ __forceinline__ void load_matrices(float (&d)[4], const float* line) {
+#ifdef OREPA_EMULATED
+  emulator::load_matrices(d, line);
+#else
+  unsigned bits[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(line)))
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(bits[i]);
+#endif
+}
+
+// Round to nearest TF32, as a float32 whose last 13 bits mean nothing. One instruction from sm_90 on, three before.
 __device__ __forceinline__ unsigned to_tf32(float value) {
 #ifdef OREPA_EMULATED
   return emulator::to_tf32(value);
 #else
   unsigned bits;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits & 0xffffe000u;
+#endif
+  return bits;
 #endif
 }
 

@@ -51,42 +51,90 @@ struct StridedLines {
   }
 };
 
-template <class Tile, int X, int Y, int Pitch>
-struct OperandTile {
-  static constexpr int quads = X * Y / (4 * Tile::threads), elements = X * Y / Tile::threads;  // per thread
-  static_assert(quads * 4 * Tile::threads == X * Y && X % 8 == 0 && Y % 4 == 0 && Pitch % 4 == 0 && Pitch >= Y);
+// One operand of a product: its lines are rows (or columns) of the tile and its channels the depth, or vice versa.
+template <class Lines>
+struct Operand {
+  Source source;
+  Lines lines;
+  int first, limit;  // line, if channels are the depth; else channels
+};
 
-  // Load lines [first_line, first_line + X) and channels [first, first + Y); zeros for lines with a negative offset and
-  // for channels from `limit` on. Complete after `wait_for_copies` and a barrier.
+// `Size` rows (or columns) at `Tile::depth` depths, of which one or the other (`Along`) are the channels.
+template <class Tile, int Size, bool Along>
+struct OperandTile {
+  static constexpr int X = Along ? Size : Tile::depth, Y = Along ? Tile::depth : Size;  // lines, channels
+  static constexpr int pitch = Along ? Tile::along_depth : Size + Tile::across_padding;
+  static constexpr int quads = X * Y / (4 * Tile::threads), elements = X * Y / Tile::threads;  // per thread
+  static constexpr int across = Y / 4, down = Tile::threads / across;
+  static_assert(quads * 4 * Tile::threads == X * Y && X % 8 == 0 && Y % 32 == 0);
+
+  static __device__ __forceinline__ float* place(float* shared, int line, int channel) {
+    return shared + line * pitch + channel;
+  }
+
+  // Start to load depths from `k` on; zeros for lines with a negative offset and for channels behind the last. Complete
+  // after `finish`, `wait_for_copies` and a barrier.
   template <class Lines>
-  static __device__ __forceinline__ void load_tile(float* shared, const Source& source, const Lines& lines, int stage,
-                                                   int first_line, int first, int limit) {
+  __device__ __forceinline__ void start(float* shared, const Operand<Lines>& operand, int stage, int k, int end) {
+    const Source& source = operand.source;
+    const int thread = thread_index();
+    const int first = Along ? k : operand.first, limit = Along ? end : operand.limit;  // of channels
+    const int first_line = Lines::is_indexed ? 0 : Along ? operand.first : k;
     if (source.order == Source::quads) {
-#pragma unroll 1
-      for (int i = 0; i < quads; ++i) {
-        const int unit = i * Tile::threads + static_cast<int>(threadIdx.x);
-        const int line = unit / (Y / 4), channel = unit % (Y / 4) * 4;
-        const std::int64_t offset = lines.offset(first_line + line, stage);
-        const bool inside = offset >= 0 && first + channel < limit;
-        copy_quad(shared + line * Pitch + channel, source.data, inside ? offset + first + channel : -1, source.type);
+      const int line = thread / across, channel = thread % across * 4;
+      const bool exists = first + channel < limit;
+      std::int64_t offset[quads];
+#pragma unroll
+      for (int i = 0; i < quads; ++i) offset[i] = operand.lines.offset(first_line + line + i * down, stage);
+      if (source.type == Type::float32) {
+        const float* data = reinterpret_cast<const float*>(source.data);
+#pragma unroll
+        for (int i = 0; i < quads; ++i) {
+          const bool inside = offset[i] >= 0 && exists;
+          copy_async<16>(place(shared, line + i * down, channel), inside ? data + offset[i] + first + channel : data,
+                         inside);
+        }
+      } else {
+        const Bits16* data = reinterpret_cast<const Bits16*>(source.data) + (first + channel);
+#pragma unroll
+        for (int i = 0; i < quads; ++i)
+          half_[i] =
+              offset[i] >= 0 && exists ? __ldg(reinterpret_cast<const uint2*>(data + offset[i])) : make_uint2(0, 0);
       }
       return;
     }
 #pragma unroll 1
     for (int i = 0; i < elements; ++i) {
-      const int unit = i * Tile::threads + static_cast<int>(threadIdx.x);
+      const int unit = i * Tile::threads + thread;
       int line = unit / Y, channel = unit % Y;
       if (source.order == Source::lines) {  // a warp loads eight lines x four channels
         const int tile = unit / warp_size;
         line = tile % (X / 8) * 8 + unit % 8;
         channel = tile / (X / 8) * 4 + unit / 8 % 4;
       }
-      const std::int64_t offset = lines.offset(first_line + line, stage);
+      const std::int64_t offset = operand.lines.offset(first_line + line, stage);
       const bool inside = offset >= 0 && first + channel < limit;
       const std::int64_t column = static_cast<std::int64_t>(first + channel) * source.column;
-      copy_element(shared + line * Pitch + channel, source.data, inside ? offset + column : -1, source.type);
+      copy_element(place(shared, line, channel), source.data, inside ? offset + column : -1, source.type);
     }
   }
+
+  // Write what `start` has loaded into registers: 16-bit elements, which asynchronous copies could not widen.
+  __device__ __forceinline__ void finish(float* shared, const Source& source) const {
+    if (source.order != Source::quads || source.type == Type::float32) return;
+    const int thread = thread_index(), line = thread / across, channel = thread % across * 4;
+    const auto write = [&](Type type) {
+#pragma unroll
+      for (int i = 0; i < quads; ++i)
+        *reinterpret_cast<float4*>(place(shared, line + i * down, channel)) =
+            make_float4(widen(half_[i].x & 0xffffu, type), widen(half_[i].x >> 16, type),
+                        widen(half_[i].y & 0xffffu, type), widen(half_[i].y >> 16, type));
+    };
+    source.type == Type::bfloat16 ? write(Type::bfloat16) : write(Type::float16);
+  }
+
+ private:
+  uint2 half_[quads];
 };
 
 }  // namespace orepa::cuda

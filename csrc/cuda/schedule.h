@@ -1,6 +1,7 @@
 // Schedules of launches: what each thread block computes, and where partial sums go. Host code, without CUDA.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "api.h"
@@ -17,6 +18,12 @@ struct Schedule {
   std::int64_t items = 0;  // thread blocks
   std::int64_t workspace_floats = 0, counters = 0;
 
+  // Rounding a kernel to 16 bits, or the gradient of such a kernel, costs more than one product does.
+  Products products(Precision precision) const {
+    const auto is_exact = [](const DeviceBlock& block) { return block.kernel.type == Type::float32; };
+    return precision == Precision::full && std::any_of(blocks.begin(), blocks.end(), is_exact) ? Products::three
+                                                                                               : Products::one;
+  }
   std::size_t bytes() const { return blocks.size() * sizeof(DeviceBlock) + terms.size() * sizeof(DeviceTerm); }
 };
 

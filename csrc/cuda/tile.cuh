@@ -22,20 +22,20 @@ struct TileConfig {
   static constexpr int warps = warps_down * warps_across, threads = warps * warp_size;
   static constexpr int blocks_per_sm = BlocksPerSM;
 
-  // Operand tiles (operand_tile.cuh) in float32, lines padded so that a warp's fragments lie in 32 different banks.
-  static constexpr int along_depth = depth + 8, across_depth = 4;  // pitch, and padding of the pitch
-  static constexpr int a_bytes = 4 * larger(rows * along_depth, depth*(rows + across_depth));
-  static constexpr int b_bytes = 4 * larger(cols * along_depth, depth*(cols + across_depth));
+  // Operand tiles (operand_tile.cuh) in float32. Their pitches put what a warp loads at once into different banks: eight
+  // rows (or columns) at four depths of tiles along the depth, or sixteen rows at four depths of tiles across.
+  static constexpr int along_depth = depth + 4, across_padding = 8;
+  static constexpr int a_bytes = 4 * larger(rows * along_depth, depth*(rows + across_padding));
+  static constexpr int b_bytes = 4 * larger(cols * along_depth, depth*(cols + across_padding));
   static constexpr int stage_bytes = a_bytes + b_bytes;
   static constexpr int pitch = cols + 4;  // of results: no bank conflicts along rows or columns
   static constexpr int result_bytes = 4 * rows * pitch;
   static constexpr int body_bytes = larger(2 * stage_bytes, result_bytes);
-  static constexpr int offsets_bytes = 8 * larger(rows, 4 * depth), factors_bytes = 4 * rows, scratch_bytes = 112,
+  static constexpr int offsets_bytes = 8 * larger(rows, 4 * depth), factors_bytes = 4 * rows, scratch_bytes = 112, operands_bytes = 128,
                        sums_bytes = 4 * rows * warps;
-  static constexpr int shared_bytes = body_bytes + offsets_bytes + factors_bytes + scratch_bytes;
+  static constexpr int shared_bytes = body_bytes + offsets_bytes + factors_bytes + scratch_bytes + operands_bytes;
 
   static_assert(WarpRows % 16 == 0 && WarpCols % 8 == 0 && depth % 16 == 0, "mma.m16n8k16");
-  static_assert(along_depth % 32 == 8 && (rows + across_depth) % 32 == 4 && (cols + across_depth) % 32 == 4, "banks");
   static_assert(rows % WarpRows == 0 && cols % WarpCols == 0);
   static_assert(2 * depth <= rows && depth <= threads, "factors");
   static_assert(threads == 4 * cols, "separable terms: four threads per column");
@@ -47,10 +47,10 @@ struct TileConfig {
 };
 
 // Two thread blocks fit on an SM with 128 KB of shared memory (sm_80, sm_90, sm_100). Tall tiles, as operand traffic is
-// proportional to 1 / cols + 1 / rows. Flat warps, as fragments of A stay in registers while those of B are loaded.
-using LargeTile = TileConfig<large_shape, 16, 64, 2>;
+// proportional to 1 / cols + 1 / rows. Square warps, as each warp converts the operands that it multiplies.
+using LargeTile = TileConfig<large_shape, 32, 32, 2>;
 // For few channels: more thread blocks, and less of each tile is empty.
-using SmallTile = TileConfig<small_shape, 16, 32, 4>;
+using SmallTile = TileConfig<small_shape, 32, 16, 4>;
 
 // Layout of a thread block's shared memory.
 template <class Tile>
@@ -70,13 +70,24 @@ struct SharedMemory {
   __device__ int* flag() const {
     return reinterpret_cast<int*>(base + Tile::body_bytes + Tile::offsets_bytes + Tile::factors_bytes);
   }
-  // Values that a thread block stores here to free registers: three int, and `DepthIndexing`
+  // Values that a thread block stores here to free registers: three int, a struct of each role, and operands of products
   __device__ int* scratch() const { return flag() + 1; }
-  __device__ void* depths_scratch() const { return flag() + 4; }
+  __device__ void* saved() const { return flag() + 4; }
+  __device__ void* operands() const { return reinterpret_cast<unsigned char*>(flag()) + Tile::scratch_bytes; }
   // [warps, rows], after the result
   __device__ float* sums() const { return reinterpret_cast<float*>(base + Tile::result_bytes); }
 };
 
+// threadIdx.x, read again: what is computed from it is not kept in registers over a loop.
+__device__ __forceinline__ int thread_index() {
+#ifdef OREPA_EMULATED
+  return static_cast<int>(threadIdx.x);
+#else
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#endif
+}
 __device__ __forceinline__ int warp_index() {
   return static_cast<int>(threadIdx.x) / warp_size;
 }

@@ -35,7 +35,7 @@ struct Index {
 constexpr int lanes = 32;
 
 // What a thread waits for; all lanes of a warp must wait for the same.
-enum class Wait : std::uint8_t { nothing, block, warp, shuffle, matrix_product, finished };
+enum class Wait : std::uint8_t { nothing, block, warp, shuffle, matrix_load, matrix_product, finished };
 
 // An asynchronous copy to shared memory, done when the thread waits for its copies.
 struct Copy {

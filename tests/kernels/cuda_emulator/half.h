@@ -20,6 +20,7 @@ inline unsigned short float_to_half(float value) {
   const float size = std::fabs(value);
   if (std::isnan(value)) return 0x7fff;
   if (size >= 65520.0f) return sign | 0x7c00;
+  if (size == 0.0f) return sign;
   int exponent = 0;
   std::frexp(size, &exponent);                                 // size = 0.5..1 * 2^exponent
   const int scale = exponent < -13 ? -24 : exponent - 11;      // exponent of a half's last bit here

@@ -56,6 +56,14 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsign
   mma<1>(d, a, b, c, [](unsigned bits, int) { return float_from(bits & 0xffffe000u); });
 }
 
+// ldmatrix.x4, with 32-bit elements for pairs of 16-bit ones
+inline void load_matrices(float (&d)[4], const float* line) {
+  if (reinterpret_cast<std::uintptr_t>(line) % 16 != 0) machine.fault("a misaligned matrix");
+  const unsigned turn = exchange(line, Wait::matrix_load);
+  const int lane = current_lane();
+  for (int i = 0; i < 4; ++i) d[i] = message_of<const float*>(8 * i + lane / 4, turn)[lane % 4];
+}
+
 // cvt.rna: to nearest, ties away from zero
 inline unsigned to_tf32(float value) {
   if (std::isnan(value)) return 0x7fffe000u;

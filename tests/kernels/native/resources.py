@@ -53,10 +53,12 @@ def tile_of(mangled: str) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """Return a readable name such as ``squeeze_gradients large tile, 32 KB of parameters``, given the mangled one."""
+    """Return a readable name such as ``squeeze_gradients large tile, one product, 32 KB of parameters``."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
     parameters = re.search(r"KernelParamsILi(\d+)E", mangled)
-    return f"{name:<18}{tile_of(mangled)} tile, {round(int(parameters[1]) / 1024) if parameters else '?':>2} KB of parameters"
+    products = "one product" if re.search(r"ProductsE1E", mangled) else "three products"
+    size = round(int(parameters[1]) / 1024) if parameters else "?"
+    return f"{name:<18}{tile_of(mangled)} tile, {products:<14}, {size:>2} KB of parameters"
 
 
 def shared_bytes(nvcc: str) -> dict[str, int]:
