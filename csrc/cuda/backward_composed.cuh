@@ -1,6 +1,7 @@
 // Backward of a composed term K = s * (b o a): two matrix products, one with the scale's gradient in its epilogue.
 #pragma once
 
+#include "element_loops.cuh"
 #include "gemm.cuh"
 #include "reduction.cuh"
 
@@ -206,19 +207,38 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
   __syncthreads();
 
   const bool needs_scale_grad = block.grad_scales.data != nullptr && term.scale >= 0;
-  const FastDivider in_per_group(block.in_per_group);
   const SecondTile tile = saved;
   for (int c = warp_index(); c < tile.channels; c += Tile::warps) {
     const int channel = tile.first_channel + c;
     const float scale = scale_of(block, term, channel);
+    float* rows = shared.result() + c * b_taps * Tile::pitch;
+    // id[m, i] = 1 where i = m mod Ig
+    for (int column = 0, count = 0; term.identity && column < tile.columns; column += count) {
+      const int i = (tile.first_column + column) % block.in_per_group;
+      count = min(tile.columns - column, block.in_per_group - i);
+      float* part = rows + column;
+      read_elements(
+          block.kernel, at(block.kernel, channel, i, 0), count, b_taps, b_taps == block.height * block.width,
+          [&](int q) { return kernel_tap(q, 0, 0); },
+          [&](int i, int q, auto value) {
+#pragma unroll
+            for (int v = 0; v < static_cast<int>(sizeof(value) / sizeof(float)); ++v)
+              part[q * Tile::pitch + i + v] += reinterpret_cast<const float*>(&value)[v];
+          });
+      __syncwarp();
+    }
+    if (term.grad_b.data != nullptr)
+      write_elements(term.grad_b, at(term.grad_b, channel, tile.first_column, 0), tile.columns, b_taps,
+                     [&](int column, int q, auto value) {
+                       return scale * as<decltype(value)>(rows + q * Tile::pitch + column);
+                     });
     float inner_product = 0.0f;
-    each_element(tile.columns, b_taps, taps_contiguous(term.b), [&](int column, int q) {
-      float u = shared.result()[(c * b_taps + q) * Tile::pitch + column];
-      if (term.identity)
-        u += load(block.kernel, channel, in_per_group.remainder(tile.first_column + column), kernel_tap(q, 0, 0));
-      if (term.grad_b.data != nullptr) store(term.grad_b, channel, tile.first_column + column, q, scale * u);
-      if (needs_scale_grad) inner_product += u * load(term.b, channel, tile.first_column + column, q);
-    });
+    if (needs_scale_grad)
+      read_elements(
+          term.b, at(term.b, channel, tile.first_column, 0), tile.columns, b_taps, true, [](int q) { return q; },
+          [&](int column, int q, auto value) {
+            inner_product += dot(as<decltype(value)>(rows + q * Tile::pitch + column), value);
+          });
     if (!needs_scale_grad) continue;
     inner_product = warp_sum(inner_product);
     if (lane_index() == 0) {

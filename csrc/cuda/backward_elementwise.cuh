@@ -1,32 +1,38 @@
 // Backward of the terms without matrix products: dense, pointwise with a filter, depthwise without pointwise.
 #pragma once
 
-#include "tile.cuh"
+#include "element_loops.cuh"
 
 namespace orepa::cuda {
 
 // Load dW of one output channel into its rows of a tile, by one warp: all taps, or those of a smaller, centred kernel.
-template <class Tile, int Unroll>
+template <class Tile>
 __device__ __forceinline__ void load_upstream(float* rows, const DeviceBlock& block, const Region& region,
                                               const Window& window, int channel) {
-  const std::int64_t start = at(block.kernel, channel, region.first_column, 0);
-  each_element<Unroll>(region.columns, region.taps, taps_contiguous(block.kernel), [&](int column, int tap) {
-    rows[tap * Tile::pitch + column] = load(block.kernel, start + at(block.kernel, 0, column, window.tap(tap)));
-  });
+  read_elements(
+      block.kernel, at(block.kernel, channel, region.first_column, 0), region.columns, region.taps, window.same_size(),
+      [&](int tap) { return window.tap(tap); },
+      [&](int column, int tap, auto value) { as<decltype(value)>(rows + tap * Tile::pitch + column) = value; });
 }
 
 // da = s * dW. Returns this lane's share of ds = <dW, a>.
 template <class Tile>
-__device__ __forceinline__ float dense_gradient(const float* rows, const DeviceBlock& block, const DeviceTerm& term,
+__device__ __forceinline__ float dense_gradient(float* rows, const DeviceBlock& block, const DeviceTerm& term,
                                                 const Region& region, int channel, float scale, bool needs_scale_grad) {
   const Window window(block, term.height, term.width);
-  const std::int64_t start = at(term.a, channel, region.first_column, 0);
+  const int taps = term.height * term.width;
+  if (term.grad_a.data != nullptr)
+    write_elements(term.grad_a, at(term.grad_a, channel, region.first_column, 0), region.columns, taps,
+                   [&](int column, int tap, auto value) {
+                     return scale * as<decltype(value)>(rows + window.tap(tap) * Tile::pitch + column);
+                   });
   float share = 0.0f;
-  each_element(region.columns, term.height * term.width, taps_contiguous(term.a), [&](int column, int tap) {
-    const float upstream = rows[window.tap(tap) * Tile::pitch + column];
-    if (term.grad_a.data != nullptr) store(term.grad_a, channel, region.first_column + column, tap, scale * upstream);
-    if (needs_scale_grad) share += upstream * load(term.a, start + at(term.a, 0, column, tap));
-  });
+  if (needs_scale_grad)
+    read_elements(
+        term.a, at(term.a, channel, region.first_column, 0), region.columns, taps, true, [](int tap) { return tap; },
+        [&](int column, int tap, auto value) {
+          share += dot(as<decltype(value)>(rows + window.tap(tap) * Tile::pitch + column), value);
+        });
   return share;
 }
 
@@ -90,7 +96,7 @@ __device__ __forceinline__ void elementwise_gradients(const SharedMemory<Tile>& 
   for (int c = warp_index(); c < region.channels; c += Tile::warps) {
     const int channel = region.first_channel + c;
     float* rows = shared.result() + c * region.taps * Tile::pitch;
-    load_upstream<Tile, 4>(rows, block, region, all_taps, channel);
+    load_upstream<Tile>(rows, block, region, all_taps, channel);
     __syncwarp();
     for (int t = 0; t < block.terms; ++t) {
       const DeviceTerm& term = terms[t];

@@ -78,6 +78,21 @@ __device__ __forceinline__ void store(const DeviceView& view, int row, int colum
   store(view, at(view, row, column, tap), value);
 }
 
+// Four adjacent elements, aligned.
+__device__ __forceinline__ void store_quad(const DeviceView& view, std::int64_t offset, const float4& value) {
+  if (view.type == Type::float32) {
+    *reinterpret_cast<float4*>(reinterpret_cast<float*>(view.data) + offset) = value;
+    return;
+  }
+  const auto pair = [&](float first, float second) {
+    return view.type == Type::bfloat16
+               ? float_to_bfloat16(first) | static_cast<unsigned>(float_to_bfloat16(second)) << 16
+               : float_to_float16(first) | static_cast<unsigned>(float_to_float16(second)) << 16;
+  };
+  *reinterpret_cast<uint2*>(reinterpret_cast<Bits16*>(view.data) + offset) =
+      make_uint2(pair(value.x, value.y), pair(value.z, value.w));
+}
+
 // Division of non-negative integers by a runtime constant, as a multiplication: exact if numerator * divisor < 2^32.
 class FastDivider {
  public:

@@ -88,10 +88,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(co
       add_term<Tile>(rows, block, terms[t], region, channel);
       __syncwarp();
     }
-    const std::int64_t start = at(block.kernel, channel, region.first_column, region.first_tap);
-    each_element(region.columns, region.taps, taps_contiguous(block.kernel), [&](int column, int tap) {
-      store(block.kernel, start + at(block.kernel, 0, column, tap), rows[tap * Tile::pitch + column]);
-    });
+    write_elements(block.kernel, at(block.kernel, channel, region.first_column, region.first_tap), region.columns,
+                   region.taps, [&](int column, int tap, auto value) {
+                     return as<decltype(value)>(rows + tap * Tile::pitch + column);
+                   });
   }
 }
 

@@ -1,7 +1,7 @@
 // Forward, after the products: the other terms of paper Eq. 4, added to a tile in shared memory.
 #pragma once
 
-#include "tile.cuh"
+#include "element_loops.cuh"
 
 namespace orepa::cuda {
 
@@ -11,11 +11,13 @@ template <class Tile>
 __device__ __forceinline__ void add_dense(float* rows, const DeviceBlock& block, const DeviceView& view, int height,
                                           int width, const Region& region, int channel, int shift, float scale) {
   const Window window(block, height, width);
-  const std::int64_t start = at(view, channel, region.first_column + shift, 0);
-  each_element(region.columns, height * width, taps_contiguous(view), [&](int column, int tap) {
-    const int row = window.row(tap, region);
-    if (row >= 0) rows[row * Tile::pitch + column] += scale * load(view, start + at(view, 0, column, tap));
-  });
+  read_elements(
+      view, at(view, channel, region.first_column + shift, 0), region.columns, height * width, true,
+      [](int tap) { return tap; },
+      [&](int column, int tap, auto value) {
+        const int row = window.row(tap, region);
+        if (row >= 0) as<decltype(value)>(rows + row * Tile::pitch + column) += scale * value;
+      });
 }
 
 // W[o,i,p] += s[o] * P[o,i] * F[o,p]; P may be absent (identity), and F (average).

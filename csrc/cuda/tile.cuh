@@ -103,24 +103,6 @@ struct Region {
   int first_column, columns;  // input channels of the group
 };
 
-// Return whether taps are innermost in memory, as in contiguous tensors; in channels_last ones, channels are.
-__device__ __forceinline__ bool taps_contiguous(const DeviceView& view) {
-  return view.column != 1 && view.tap == 1;
-}
-
-// Call visit(column, tap) for all elements of one output channel, by the lanes of a warp in memory order.
-template <int Unroll = 4, class Visit>
-__device__ __forceinline__ void each_element(int columns, int taps, bool along_taps, const Visit& visit) {
-  const int inner = along_taps ? taps : columns;
-  const FastDivider divider(inner);
-  const int count = columns * taps;
-#pragma unroll Unroll
-  for (int index = lane_index(); index < count; index += warp_size) {
-    const int outer = divider.quotient(index), rest = index - outer * inner;
-    visit(along_taps ? outer : rest, along_taps ? rest : outer);
-  }
-}
-
 // The taps of a term's kernel, centred in the block's.
 class Window {
  public:
@@ -130,6 +112,7 @@ class Window {
         block_width_(block.width),
         same_size_(block.height == height && block.width == width),
         width_(width) {}
+  __device__ __forceinline__ bool same_size() const { return same_size_; }
   // The block's tap at the term's tap `tap`.
   __device__ __forceinline__ int tap(int tap) const {
     if (same_size_) return tap;
