@@ -62,6 +62,7 @@ void bind_cuda(py::module_& module) {
   module.attr("cuda_max_taps") = cuda::max_taps;
   module.def("cuda_architectures", &cuda::architectures);
   module.attr("cuda_requested_architectures") = OREPA_CUDA_ARCHS;
+  module.def("cuda_unusable_reason", &cuda::unusable_reason);
   module.def("cuda_memory_needs", [](const std::vector<const Plan*>& plans, const std::vector<Views>& operands,
                                      bool backward) {
     const std::vector<Block> blocks = bind_all(plans, operands, {}, {});

@@ -45,6 +45,10 @@ void backward(const Block* blocks, int count, const Context& context);
 // Return the reason why these kernels do not support a block, or "".
 std::string unsupported_reason(const Block& block);
 
+// Return why the kernels cannot run here, or "": the driver may be too old for this build's CUDA runtime. With a
+// device, which gets a context, also whether it can load a kernel; without one (-1), no context is made.
+std::string unusable_reason(int device);
+
 // Return the compute capabilities with code in this build, as major * 10 + minor.
 std::vector<int> architectures();
 

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
     const int row_tile = item / ceil_div(terms[t].inner, Tile::cols);
     save(row_tile, 1);
     second_gradient<P>(shared, block, terms[t], row_tile, item % ceil_div(terms[t].inner, Tile::cols),
-                           params.workspace);
+                       params.workspace);
   }
   __syncthreads();
   const DeviceBlock& saved_block = find_block(params, shared.scratch()[0]);

@@ -23,9 +23,7 @@ struct DepthTables {
   const SharedMemory<Tile>& shared;
 
   static_assert(sizeof(DepthIndexing) + 16 <= Tile::scratch_bytes && 2 * Tile::depth <= Tile::threads);
-  __device__ __forceinline__ DepthIndexing& depths() const {
-    return *static_cast<DepthIndexing*>(shared.saved());
-  }
+  __device__ __forceinline__ DepthIndexing& depths() const { return *static_cast<DepthIndexing*>(shared.saved()); }
   __device__ __forceinline__ const std::int64_t* lines_of_b() const { return shared.offsets(); }
   __device__ __forceinline__ const std::int64_t* lines_of_w() const { return shared.offsets() + 2 * Tile::depth; }
 
@@ -77,7 +75,8 @@ __device__ __forceinline__ FirstTile first_tile_of(const DeviceBlock& block, con
 // depth.
 template <Products P, class Sides, class Tile>
 __device__ __forceinline__ void first_products(Accumulators<Sides>& sums, const SharedMemory<Tile>& shared,
-                                               const DeviceBlock& block, const DeviceTerm& term, const FirstTile& tile) {
+                                               const DeviceBlock& block, const DeviceTerm& term,
+                                               const FirstTile& tile) {
   const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
   const int b_taps = b_height * b_width, depth = block.out_per_group * b_taps;
   const int part_depth = ceil_div(ceil_div(depth, term.splits), Tile::depth) * Tile::depth;
@@ -167,7 +166,8 @@ struct SecondTile {
 
 template <Products P, class Tile>
 __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
-                                                const DeviceTerm& term, int row_tile, int column_tile, float* workspace) {
+                                                const DeviceTerm& term, int row_tile, int column_tile,
+                                                float* workspace) {
   SecondTile& saved = *static_cast<SecondTile*>(shared.saved());
   if (threadIdx.x == 0) {
     const int group = row_tile / block.channel_tiles, first = row_tile % block.channel_tiles * block.tile_channels;
@@ -194,7 +194,8 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
     const int r_h = r / term.first_width, r_w = r - r_h * term.first_width;
     for (int line = static_cast<int>(threadIdx.x); line < Tile::rows; line += Tile::threads) {
       const int c = taps.quotient(line), q = taps.remainder(line);
-      shared.offsets()[line] = c < saved.channels ? at(block.kernel, saved.first_channel + c, 0, kernel_tap(q, r_h, r_w)) : -1;
+      shared.offsets()[line] =
+          c < saved.channels ? at(block.kernel, saved.first_channel + c, 0, kernel_tap(q, r_h, r_w)) : -1;
     }
     __syncthreads();
     gemm<P, Factors::none>(
@@ -228,10 +229,9 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
       __syncwarp();
     }
     if (term.grad_b.data != nullptr)
-      write_elements(term.grad_b, at(term.grad_b, channel, tile.first_column, 0), tile.columns, b_taps,
-                     [&](int column, int q, auto value) {
-                       return scale * as<decltype(value)>(rows + q * Tile::pitch + column);
-                     });
+      write_elements(
+          term.grad_b, at(term.grad_b, channel, tile.first_column, 0), tile.columns, b_taps,
+          [&](int column, int q, auto value) { return scale * as<decltype(value)>(rows + q * Tile::pitch + column); });
     float inner_product = 0.0f;
     if (needs_scale_grad)
       read_elements(

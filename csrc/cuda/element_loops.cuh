@@ -1,5 +1,5 @@
-// Loops over the elements of one output channel, by the lanes of a warp: four elements per access where memory allows it,
-// several accesses in flight, and no test of the type between them.
+// Loops over the elements of one output channel, by the lanes of a warp: four elements per access where memory allows
+// it, several accesses in flight, and no test of the type between them.
 #pragma once
 
 #include "tile.cuh"
@@ -69,8 +69,9 @@ __device__ __forceinline__ void load_quads(const DeviceView& view, int count, co
   }
 }
 
-// Call visit(column, tap, value), with values of one column or (float4) of four from `column` on. The elements are those
-// at `start`, in a view that has tap `tap_of(tap)` for `tap`; `all_taps`: those are all taps of the view, in order.
+// Call visit(column, tap, value), with values of one column or (float4) of four from `column` on. The elements are
+// those at `start`, in a view that has tap `tap_of(tap)` for `tap`; `all_taps`: those are all taps of the view, in
+// order.
 template <class TapOf, class Visit>
 __device__ __forceinline__ void read_elements(const DeviceView& view, std::int64_t start, int columns, int taps,
                                               bool all_taps, const TapOf& tap_of, const Visit& visit) {

@@ -88,10 +88,9 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(co
       add_term<Tile>(rows, block, terms[t], region, channel);
       __syncwarp();
     }
-    write_elements(block.kernel, at(block.kernel, channel, region.first_column, region.first_tap), region.columns,
-                   region.taps, [&](int column, int tap, auto value) {
-                     return as<decltype(value)>(rows + tap * Tile::pitch + column);
-                   });
+    write_elements(
+        block.kernel, at(block.kernel, channel, region.first_column, region.first_tap), region.columns, region.taps,
+        [&](int column, int tap, auto value) { return as<decltype(value)>(rows + tap * Tile::pitch + column); });
   }
 }
 
@@ -105,6 +104,28 @@ struct Squeeze {
 void forward(const Block* blocks, int count, const Context& context) {
   const DeviceGuard guard(context.device);
   for (const Schedule& launch : schedule(blocks, count, false)) launch_schedule<Squeeze>(launch, context);
+}
+
+std::string unusable_reason(int device) {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  const std::string versions =
+      "the driver supports CUDA " + version(driver) + ", and the kernels were built with " + version(runtime);
+  if (driver / 1000 < runtime / 1000) return versions;  // within a major version, any driver will do
+  if (device < 0) return "";
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, Squeeze::kernel<SmallTile, SmallParams, Products::one>),
+               "cudaFuncGetAttributes");
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()) + "; " + versions;
+  }
+  return "";
 }
 
 std::vector<int> architectures() {

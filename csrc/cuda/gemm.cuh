@@ -6,23 +6,25 @@
 
 namespace orepa::cuda {
 
-// Which operand is M and which is N of the matrix instructions, M x depth and depth x N, and whether depths are adjacent in
-// its shared memory, or else its lines.
+// Which operand is M and which is N of the matrix instructions, M x depth and depth x N, and whether depths are
+// adjacent in its shared memory, or else its lines.
 template <class Tile, bool RowsAreM, bool AlongM, bool AlongN>
 struct Sides {
   static constexpr bool rows_are_m = RowsAreM, along_m = AlongM, along_n = AlongN;
   static constexpr int depth = Tile::depth;
   static constexpr int tiles_m = (RowsAreM ? Tile::warp_rows : Tile::warp_cols) / 16;
   static constexpr int tiles_n = (RowsAreM ? Tile::warp_cols : Tile::warp_rows) / 8;
-  static constexpr int pitch_m = AlongM ? Tile::along_depth : (RowsAreM ? Tile::rows : Tile::cols) + Tile::across_padding;
-  static constexpr int pitch_n = AlongN ? Tile::along_depth : (RowsAreM ? Tile::cols : Tile::rows) + Tile::across_padding;
+  static constexpr int pitch_m =
+      AlongM ? Tile::along_depth : (RowsAreM ? Tile::rows : Tile::cols) + Tile::across_padding;
+  static constexpr int pitch_n =
+      AlongN ? Tile::along_depth : (RowsAreM ? Tile::cols : Tile::rows) + Tile::across_padding;
 
   static __device__ __forceinline__ int first_row() { return warp_index() / Tile::warps_across * Tile::warp_rows; }
   static __device__ __forceinline__ int first_column() { return warp_index() % Tile::warps_across * Tile::warp_cols; }
   static __device__ __forceinline__ int first_m() { return RowsAreM ? first_row() : first_column(); }
   static __device__ __forceinline__ int first_n() { return RowsAreM ? first_column() : first_row(); }
-  // The two lines that this lane has of a fragment's 16 of M or, in its results, of 8 of N. The first may be in any order:
-  // this one allows wide loads.
+  // The two lines that this lane has of a fragment's 16 of M or, in its results, of 8 of N. The first may be in any
+  // order: this one allows wide loads.
   static __device__ __forceinline__ int line_m(int tile, int i) {
     const int group = lane_index() / 4;
     return first_m() + 16 * tile + (AlongM ? group + 8 * i : 2 * group + i);
@@ -64,8 +66,8 @@ enum class Factors { none, lines, depths };
 
 #if OREPA_MMA
 
-// Load what a lane multiplies at 16 depths from `k` on, as float32: depths c and c + 4 in `[0]`, c + 8 and c + 12 in `[1]`
-// for c = lane % 4, in the order of a TF32 fragment of M.
+// Load what a lane multiplies at 16 depths from `k` on, as float32: depths c and c + 4 in `[0]`, c + 8 and c + 12 in
+// `[1]` for c = lane % 4, in the order of a TF32 fragment of M.
 template <class Sides>
 __device__ __forceinline__ void load_m(float (&value)[2][4], const float* tile, int m, int k) {
   const int lane = lane_index(), c = lane % 4;
@@ -108,8 +110,9 @@ __device__ __forceinline__ void load_n(float (&value)[2][2], const float* tile, 
 
 // Values as TF32 and, for three products, the rest in bfloat16:
 //   a * b = tf32(a) * tf32(b) + rest(a) * b + a * rest(b),
-// the last two in bfloat16 at half the cost of the first each; the relative error is near 2^-20. Three bfloat16 products
-// would cost a quarter less, but their error is 2^-18. TF32 truncated to bfloat16, not rounded, would double it.
+// the last two in bfloat16 at half the cost of the first each; the relative error is near 2^-20. Three bfloat16
+// products would cost a quarter less, but their error is 2^-18. TF32 truncated to bfloat16, not rounded, would double
+// it.
 template <Products P, int Count>
 struct Converted {
   static constexpr int lines = Count / 2;  // of which the values are: a register of bfloat16 has two depths of one line
@@ -134,8 +137,8 @@ struct Converted {
   }
 };
 
-// sums += M * N over one step of depth, both operands in shared memory. Depths c, c + 4, c + 8 and c + 12 of 16 also stand
-// for 2c, 2c + 1, 2c + 8 and 2c + 9 of a bfloat16 fragment: depths may be permuted, if M and N agree.
+// sums += M * N over one step of depth, both operands in shared memory. Depths c, c + 4, c + 8 and c + 12 of 16 also
+// stand for 2c, 2c + 1, 2c + 8 and 2c + 9 of a bfloat16 fragment: depths may be permuted, if M and N agree.
 template <class Sides, Products P, Factors Scaled>
 __device__ __forceinline__ void gemm_step(Accumulators<Sides>& sums, const float* tile_m, const float* tile_n,
                                           const float* factors) {
@@ -156,7 +159,7 @@ __device__ __forceinline__ void gemm_step(Accumulators<Sides>& sums, const float
       n.set(value);
 #pragma unroll
       for (int i = 0; i < Sides::tiles_m; ++i) {
-        float(&sum)[4] = sums.value[i][j];
+        float (&sum)[4] = sums.value[i][j];
         if constexpr (P == Products::one) {
           mma_tf32(sum, m[i].tf32[0], n.tf32[0], sum);
           mma_tf32(sum, m[i].tf32[1], n.tf32[1], sum);
@@ -212,8 +215,8 @@ struct ConstantTables {
   __device__ __forceinline__ void factors(int, int) const {}
 };
 
-// sums += rows * columns over depths [begin, end). `tables` writes the offsets and factors of depths [k, k + depth) for a
-// stage. On entry and on return, no thread is using the stages.
+// sums += rows * columns over depths [begin, end). `tables` writes the offsets and factors of depths [k, k + depth) for
+// a stage. On entry and on return, no thread is using the stages.
 template <Products P, Factors Scaled, class Sides, class Tile, class RowLines, class ColumnLines, class Tables>
 __device__ __forceinline__ void gemm(Accumulators<Sides>& sums, const SharedMemory<Tile>& shared,
                                      const Operand<RowLines>& rows, const Operand<ColumnLines>& columns, int begin,

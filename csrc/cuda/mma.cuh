@@ -45,8 +45,8 @@ __device__ __forceinline__ void mma_bfloat16(float (&d)[4], const unsigned (&a)[
 #endif
 }
 
-// Four 8 x 4 matrices of 32-bit elements: lanes 8i to 8i + 7 pass the addresses of matrix i's lines, each 16-byte aligned,
-// and lane l gets element (l / 4, l % 4) of each.
+// Four 8 x 4 matrices of 32-bit elements: lanes 8i to 8i + 7 pass the addresses of matrix i's lines, each 16-byte
+// aligned, and lane l gets element (l / 4, l % 4) of each.
 __device__ __forceinline__ void load_matrices(float (&d)[4], const float* line) {
 #ifdef OREPA_EMULATED
   emulator::load_matrices(d, line);

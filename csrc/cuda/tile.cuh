@@ -22,8 +22,8 @@ struct TileConfig {
   static constexpr int warps = warps_down * warps_across, threads = warps * warp_size;
   static constexpr int blocks_per_sm = BlocksPerSM;
 
-  // Operand tiles (operand_tile.cuh) in float32. Their pitches put what a warp loads at once into different banks: eight
-  // rows (or columns) at four depths of tiles along the depth, or sixteen rows at four depths of tiles across.
+  // Operand tiles (operand_tile.cuh) in float32. Their pitches put what a warp loads at once into different banks:
+  // eight rows (or columns) at four depths of tiles along the depth, or sixteen rows at four depths of tiles across.
   static constexpr int along_depth = depth + 4, across_padding = 8;
   static constexpr int a_bytes = 4 * larger(rows * along_depth, depth*(rows + across_padding));
   static constexpr int b_bytes = 4 * larger(cols * along_depth, depth*(cols + across_padding));
@@ -31,8 +31,8 @@ struct TileConfig {
   static constexpr int pitch = cols + 4;  // of results: no bank conflicts along rows or columns
   static constexpr int result_bytes = 4 * rows * pitch;
   static constexpr int body_bytes = larger(2 * stage_bytes, result_bytes);
-  static constexpr int offsets_bytes = 8 * larger(rows, 4 * depth), factors_bytes = 4 * rows, scratch_bytes = 112, operands_bytes = 128,
-                       sums_bytes = 4 * rows * warps;
+  static constexpr int offsets_bytes = 8 * larger(rows, 4 * depth), factors_bytes = 4 * rows, scratch_bytes = 112,
+                       operands_bytes = 128, sums_bytes = 4 * rows * warps;
   static constexpr int shared_bytes = body_bytes + offsets_bytes + factors_bytes + scratch_bytes + operands_bytes;
 
   static_assert(WarpRows % 16 == 0 && WarpCols % 8 == 0 && depth % 16 == 0, "mma.m16n8k16");
@@ -70,7 +70,8 @@ struct SharedMemory {
   __device__ int* flag() const {
     return reinterpret_cast<int*>(base + Tile::body_bytes + Tile::offsets_bytes + Tile::factors_bytes);
   }
-  // Values that a thread block stores here to free registers: three int, a struct of each role, and operands of products
+  // Values that a thread block stores here to free registers: three int, a struct of each role, and operands of
+  // products
   __device__ int* scratch() const { return flag() + 1; }
   __device__ void* saved() const { return flag() + 4; }
   __device__ void* operands() const { return reinterpret_cast<unsigned char*>(flag()) + Tile::scratch_bytes; }

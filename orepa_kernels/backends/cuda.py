@@ -46,12 +46,19 @@ class CudaBackend(Backend):
             return Support(False, f"torch {torch.__version__} is built without CUDA")
         if not torch.cuda.is_available():
             return Support(False, "torch finds no CUDA device")
-        devices = [self.supports_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-        return next((support for support in devices if support), devices[0])
+        devices = [self._supports_capability(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        support = next((support for support in devices if support), devices[0])
+        reason = _unusable(-1) if support else support.reason
+        return Support(not reason, reason)
 
     def supports_device(self, device: torch.device) -> Support:
         if device.type != "cuda":
             return Support(False, f"the tensors are on {device.type}")
+        support = self._supports_capability(device)
+        reason = _unusable(_index(device)) if support else support.reason
+        return Support(not reason, reason)
+
+    def _supports_capability(self, device: torch.device) -> Support:
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
         if any(built // 10 == major and built <= capability for built in self._architectures):
@@ -159,6 +166,17 @@ class _PreparedLaunch(Prepared):
             packed = native.PackedGradients(self._blocks[index], gradients, torch.float32)
             self._gradients[index, needed] = packed
         return packed.pack(gradients)
+
+
+def _unusable(index: int) -> str:
+    """Why the kernels cannot run on a device, or an empty string; with -1, as far as that shows without a context on one."""
+    if index not in _UNUSABLE:
+        _UNUSABLE[index] = native.module().cuda_unusable_reason(index)
+    return _UNUSABLE[index]
+
+
+_UNUSABLE: dict[int, str] = {}
+_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile shall not trace into the driver
 
 
 def _ptx_architectures(requested: str, built: tuple[int, ...]) -> tuple[int, ...]:

@@ -317,9 +317,7 @@ HALF = {torch.bfloat16: 1.25, torch.float16: 2.0}  # allowed roundings of a kern
     ("parameters", "dtype"), [(torch.float32, half) for half in HALF] + [(half, half) for half in HALF], ids=str
 )
 @pytest.mark.parametrize("name", ["orepa 33x17", "orepa groups 2", "rep1x1 down", "3x3 of 3x3"])
-def test_half_precision(
-    kernels: Emulated, name: str, parameters: torch.dtype, dtype: torch.dtype, layout: str
-) -> None:
+def test_half_precision(kernels: Emulated, name: str, parameters: torch.dtype, dtype: torch.dtype, layout: str) -> None:
     """Kernels of 16 bits, and their gradients, as under autocast or with all of it in 16 bits: one TF32 product."""
     case = make(BLOCKS[name], LAYOUTS[layout], parameters)
     (found,) = squeeze(kernels, [case], dtype, LAYOUTS[layout])
@@ -488,6 +486,14 @@ def test_what_is_not_covered(plain: Emulated) -> None:
     assert "128 taps" in plain.unsupported_reason(describe(large.block, large.tensors, large.upstream))
 
 
+def test_why_the_kernels_cannot_run(plain: Emulated) -> None:
+    assert plain.unusable_reason(-1) == plain.unusable_reason(0) == plain.unusable_reason(0, driver=13020) == ""
+    for device in (-1, 0):
+        assert "supports CUDA 12.8, and the kernels were built with 13.0" in plain.unusable_reason(device, driver=12080)
+    assert plain.unusable_reason(-1, can_load=False) == ""  # which makes no context to find out
+    assert "cudaFuncGetAttributes" in plain.unusable_reason(0, can_load=False)
+
+
 def test_too_little_workspace(plain: Emulated) -> None:
     case = make(BLOCKS["orepa 8x3"])
     grads = {name: torch.empty_like(tensor) for name, tensor in case.tensors.items()}
@@ -603,6 +609,13 @@ def test_backend_says_why_not(backend: cuda_backend.CudaBackend, monkeypatch: py
         capability["of"] = of
         assert (reason() == "") == covered, of
     assert "sm_80, sm_90" in reason()
+    capability["of"] = (9, 0)
+    for asked, unusable in ((0, "no kernel image"), (-1, "driver supports CUDA 12.8")):
+        why = {asked: unusable}
+        monkeypatch.setattr(cuda_backend, "_unusable", lambda index, why=why: why.get(index, ""))
+        assert (reason() == unusable) == (asked == 0)
+        assert (backend.available().reason == unusable) == (asked == -1)
+    capability["of"] = (7, 0)
     assert "compute capability 7.0" in backend.available().reason
     # Newer GPUs run what they can compile, if it is there.
     for asked, covered in (

@@ -175,6 +175,11 @@ class Emulated:
         self._library.orepa_unsupported_reason(ctypes.byref(block), reason, len(reason))
         return reason.value.decode()
 
+    def unusable_reason(self, device: int, driver: int = 13000, can_load: bool = True) -> str:
+        reason = ctypes.create_string_buffer(512)
+        self._library.orepa_unusable_reason(device, driver, int(can_load), reason, len(reason))
+        return reason.value.decode()
+
     def needs(self, blocks: Sequence[_Block], backward: bool) -> tuple[int, int]:
         table = (_Block * len(blocks))(*blocks)
         sizes = (ctypes.c_int64 * 2)()
@@ -224,6 +229,9 @@ class EmulatedModule:
 
     def __init__(self, kernels: Emulated) -> None:
         self._kernels = kernels
+
+    def cuda_unusable_reason(self, device: int) -> str:
+        return self._kernels.unusable_reason(device)
 
     def cuda_architectures(self) -> list[int]:
         return [80, 90]

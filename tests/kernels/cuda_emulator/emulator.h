@@ -25,6 +25,8 @@ namespace emulator {
 struct Settings {
   std::uint64_t seed = 0;  // 0: in index order
   std::int64_t launches = 0;
+  int driver = 13000;  // CUDA version
+  bool can_load = true;
 };
 inline Settings settings;
 

@@ -100,6 +100,13 @@ int orepa_run(const Block* blocks, int count, int backward, int precision, void*
   });
 }
 
+int orepa_unusable_reason(int device, int driver, int can_load, char* reason, int capacity) {
+  emulator::settings.driver = driver;
+  emulator::settings.can_load = can_load != 0;
+  std::snprintf(reason, capacity, "%s", cuda::unusable_reason(device).c_str());
+  return 0;
+}
+
 int orepa_unsupported_reason(const Block* block, char* reason, int capacity) {
   const std::string text = cuda::unsupported_reason(*block);
   std::snprintf(reason, capacity, "%s", text.c_str());
