@@ -219,8 +219,7 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
       count = min(tile.columns - column, block.in_per_group - i);
       float* part = rows + column;
       read_elements(
-          block.kernel, at(block.kernel, channel, i, 0), count, b_taps, b_taps == block.height * block.width,
-          [&](int q) { return kernel_tap(q, 0, 0); },
+          block.kernel, at(block.kernel, channel, i, 0), count, b_taps, [&](int q) { return kernel_tap(q, 0, 0); },
           [&](int i, int q, auto value) {
 #pragma unroll
             for (int v = 0; v < static_cast<int>(sizeof(value) / sizeof(float)); ++v)
@@ -235,7 +234,7 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
     float inner_product = 0.0f;
     if (needs_scale_grad)
       read_elements(
-          term.b, at(term.b, channel, tile.first_column, 0), tile.columns, b_taps, true, [](int q) { return q; },
+          term.b, at(term.b, channel, tile.first_column, 0), tile.columns, b_taps, [](int q) { return q; },
           [&](int column, int q, auto value) {
             inner_product += dot(as<decltype(value)>(rows + q * Tile::pitch + column), value);
           });

@@ -10,7 +10,7 @@ template <class Tile>
 __device__ __forceinline__ void load_upstream(float* rows, const DeviceBlock& block, const Region& region,
                                               const Window& window, int channel) {
   read_elements(
-      block.kernel, at(block.kernel, channel, region.first_column, 0), region.columns, region.taps, window.same_size(),
+      block.kernel, at(block.kernel, channel, region.first_column, 0), region.columns, region.taps,
       [&](int tap) { return window.tap(tap); },
       [&](int column, int tap, auto value) { as<decltype(value)>(rows + tap * Tile::pitch + column) = value; });
 }
@@ -29,7 +29,7 @@ __device__ __forceinline__ float dense_gradient(float* rows, const DeviceBlock& 
   float share = 0.0f;
   if (needs_scale_grad)
     read_elements(
-        term.a, at(term.a, channel, region.first_column, 0), region.columns, taps, true, [](int tap) { return tap; },
+        term.a, at(term.a, channel, region.first_column, 0), region.columns, taps, [](int tap) { return tap; },
         [&](int column, int tap, auto value) {
           share += dot(as<decltype(value)>(rows + window.tap(tap) * Tile::pitch + column), value);
         });

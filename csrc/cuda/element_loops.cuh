@@ -24,6 +24,13 @@ __device__ __forceinline__ Value& as(float* shared) {
   return *reinterpret_cast<Value*>(shared);
 }
 
+// The bits of four adjacent elements, aligned.
+__device__ __forceinline__ uint4 load_bits(const DeviceView& view, std::int64_t offset) {
+  if (view.type == Type::float32)
+    return __ldg(reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(view.data) + offset));
+  const uint2 half = __ldg(reinterpret_cast<const uint2*>(reinterpret_cast<const Bits16*>(view.data) + offset));
+  return {half.x, half.y, 0, 0};
+}
 __device__ __forceinline__ float4 widen(const uint4& bits, Type type) {
   if (type == Type::float32)
     return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
@@ -41,27 +48,17 @@ __device__ __forceinline__ bool has_column_quads(const DeviceView& view, std::in
   return view.column == 1 && (view.tap % 4 == 0 || taps == 1) && quads_aligned(view, start, columns);
 }
 
-// Load up to `Batch` quads per lane at once: visit(i, quad) for i < count, which lies at `offset(i)`.
+// Load `Batch` quads per lane before the first is used: visit(i, quad) for i < count, which lies at `offset(i)`.
 template <int Batch, class Offset, class Visit>
 __device__ __forceinline__ void load_quads(const DeviceView& view, int count, const Offset& offset,
                                            const Visit& visit) {
+#pragma unroll 1
   for (int first = lane_index(); first < count; first += Batch * warp_size) {
     uint4 bits[Batch];
-    if (view.type == Type::float32) {
 #pragma unroll
-      for (int i = 0; i < Batch; ++i)
-        if (first + i * warp_size < count)
-          bits[i] = __ldg(reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(view.data) +
-                                                         offset(first + i * warp_size)));
-    } else {
-#pragma unroll
-      for (int i = 0; i < Batch; ++i)
-        if (first + i * warp_size < count) {
-          const uint2 half = __ldg(reinterpret_cast<const uint2*>(reinterpret_cast<const Bits16*>(view.data) +
-                                                                  offset(first + i * warp_size)));
-          bits[i].x = half.x;
-          bits[i].y = half.y;
-        }
+    for (int i = 0; i < Batch; ++i) {
+      const int index = first + i * warp_size;
+      if (index < count) bits[i] = load_bits(view, offset(index));
     }
 #pragma unroll
     for (int i = 0; i < Batch; ++i)
@@ -70,12 +67,11 @@ __device__ __forceinline__ void load_quads(const DeviceView& view, int count, co
 }
 
 // Call visit(column, tap, value), with values of one column or (float4) of four from `column` on. The elements are
-// those at `start`, in a view that has tap `tap_of(tap)` for `tap`; `all_taps`: those are all taps of the view, in
-// order.
+// those at `start`, in a view that has tap `tap_of(tap)` for `tap`.
 template <class TapOf, class Visit>
 __device__ __forceinline__ void read_elements(const DeviceView& view, std::int64_t start, int columns, int taps,
-                                              bool all_taps, const TapOf& tap_of, const Visit& visit) {
-  constexpr int batch = 4;
+                                              const TapOf& tap_of, const Visit& visit) {
+  constexpr int batch = 3;
   const auto at_tap = [&](int column, int tap) { return start + at(view, 0, column, tap_of(tap)); };
   if (has_column_quads(view, start, columns, taps)) {
     const FastDivider quads(columns / 4);
@@ -87,19 +83,7 @@ __device__ __forceinline__ void read_elements(const DeviceView& view, std::int64
   const bool along_taps = view.column != 1 && view.tap == 1;  // innermost, as in contiguous tensors
   const int count = columns * taps, inner = along_taps ? taps : columns;
   const FastDivider divider(inner);
-  if (along_taps && all_taps && view.column == taps && quads_aligned(view, start, count)) {
-    load_quads<batch>(
-        view, count / 4, [&](int i) { return start + 4 * i; },
-        [&](int i, const float4& four) {
-          int column = divider.quotient(4 * i), tap = 4 * i - column * taps;
-          for (float value : {four.x, four.y, four.z, four.w}) {
-            visit(column, tap, value);
-            if (++tap == taps) ++column, tap = 0;
-          }
-        });
-    return;
-  }
-#pragma unroll 4
+#pragma unroll 1
   for (int index = lane_index(); index < count; index += warp_size) {
     const int outer = divider.quotient(index), rest = index - outer * inner;
     const int column = along_taps ? outer : rest, tap = along_taps ? rest : outer;
@@ -115,7 +99,7 @@ __device__ __forceinline__ void write_elements(const DeviceView& view, std::int6
   const bool along_taps = !quads && view.column != 1 && view.tap == 1;
   const int across = quads ? columns / 4 : columns, inner = along_taps ? taps : across, count = across * taps;
   const FastDivider divider(inner);
-#pragma unroll 2
+#pragma unroll 1
   for (int index = lane_index(); index < count; index += warp_size) {
     const int outer = divider.quotient(index), rest = index - outer * inner;
     const int column = along_taps ? outer : rest, tap = along_taps ? rest : outer;

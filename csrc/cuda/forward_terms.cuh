@@ -12,7 +12,7 @@ __device__ __forceinline__ void add_dense(float* rows, const DeviceBlock& block,
                                           int width, const Region& region, int channel, int shift, float scale) {
   const Window window(block, height, width);
   read_elements(
-      view, at(view, channel, region.first_column + shift, 0), region.columns, height * width, true,
+      view, at(view, channel, region.first_column + shift, 0), region.columns, height * width,
       [](int tap) { return tap; },
       [&](int column, int tap, auto value) {
         const int row = window.row(tap, region);
@@ -121,17 +121,18 @@ template <class Tile>
 __device__ __forceinline__ void add_term(float* rows, const DeviceBlock& block, const DeviceTerm& term,
                                          const Region& region, int channel) {
   const float scale = scale_of(block, term, channel);
-  if (term.kind == Kind::dense) {
-    add_dense<Tile>(rows, block, term.a, term.height, term.width, region, channel, 0, scale);
-  } else if (term.kind == Kind::pointwise) {
-    add_pointwise<Tile>(rows, block, term, region, channel, scale);
-  } else if (term.kind == Kind::composed) {
+  if (term.kind == Kind::dense || (term.kind == Kind::composed && term.identity)) {
     // id[m, i] = 1 where i = m mod Ig
-    for (int shift = 0; term.identity && shift < term.inner; shift += block.in_per_group) {
-      add_dense<Tile>(rows, block, term.b, term.height, term.width, region, channel, shift, scale);
+    const DeviceView& view = term.kind == Kind::dense ? term.a : term.b;
+    const int end = term.kind == Kind::dense ? 1 : term.inner;
+#pragma unroll 1
+    for (int shift = 0; shift < end; shift += block.in_per_group) {
+      add_dense<Tile>(rows, block, view, term.height, term.width, region, channel, shift, scale);
       __syncwarp();
     }
-  } else if (term.b.data == nullptr) {
+  } else if (term.kind == Kind::pointwise) {
+    add_pointwise<Tile>(rows, block, term, region, channel, scale);
+  } else if (term.kind == Kind::separable && term.b.data == nullptr) {
     add_depthwise<Tile>(rows, block, term, region, channel, scale);
   }
 }

@@ -88,14 +88,10 @@ template <class Squeeze>
 void launch_schedule(const Schedule& schedule, const Context& context) {
   if (schedule.items == 0) return;
   check_memory(schedule, context);
-  const bool small_params = schedule.bytes() <= SmallParams::capacity;
-  if (schedule.large_tiles) {
-    small_params ? launch_with<Squeeze, LargeTile, SmallParams>(schedule, context)
-                 : launch_with<Squeeze, LargeTile, LargeParams>(schedule, context);
-  } else {
-    small_params ? launch_with<Squeeze, SmallTile, SmallParams>(schedule, context)
-                 : launch_with<Squeeze, SmallTile, LargeParams>(schedule, context);
-  }
+  // Small parameters matter for the shortest launches only. Large tiles have no such kernel, which saves build time.
+  if (schedule.large_tiles) return launch_with<Squeeze, LargeTile, LargeParams>(schedule, context);
+  if (schedule.bytes() <= SmallParams::capacity) return launch_with<Squeeze, SmallTile, SmallParams>(schedule, context);
+  launch_with<Squeeze, SmallTile, LargeParams>(schedule, context);
 }
 
 }  // namespace orepa::cuda

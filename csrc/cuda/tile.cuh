@@ -113,7 +113,6 @@ class Window {
         block_width_(block.width),
         same_size_(block.height == height && block.width == width),
         width_(width) {}
-  __device__ __forceinline__ bool same_size() const { return same_size_; }
   // The block's tap at the term's tap `tap`.
   __device__ __forceinline__ int tap(int tap) const {
     if (same_size_) return tap;
