@@ -1,11 +1,12 @@
 """What the Triton kernels need of a GPU: registers, spills and shared memory of every tile, compiled ahead of time.
 
     python benchmarks/triton_resources.py                                  the whole catalogue, in every memory layout
-    python benchmarks/triton_resources.py --out benchmarks/results/triton
+    python benchmarks/triton_resources.py --checked --out benchmarks/results/triton      what the tests look at
     python benchmarks/triton_resources.py --blocks orepa:3 --memory channels_last --table
 
 Needs Triton, no GPU. Prints a summary, or with --table a Markdown table of everything; with --out, writes a JSON file named
-after the version of Triton, too. Exits with 1 where a kernel spills registers, or wants more shared memory than there is.
+after the version of Triton, too. Exits with 1 where a main loop spills registers, or a kernel spills more elsewhere or wants
+more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
 import triton
-from triton_aot import LARGEST_SHARED, MEMORY, PRECISIONS, catalogue, kernels_of, structures
+from triton_aot import LARGEST_SHARED, MEMORY, MOST_SPILLED, PRECISIONS, catalogue, checked, kernels_of, structures
 
 from orepa.bench.machine import environment
 
 Row = dict[str, Any]
 
 
-def rows_of(topology: str, size: int, memory: str, target: str) -> list[Row]:
-    """All kernels of one block, one GPU."""
-    measured = []
-    for forward, backward in structures(topology, size, **MEMORY[memory]):
-        for precision in PRECISIONS:
-            for kernel, tile, need in kernels_of(forward, backward, target, precision, {}):
-                row = {"block": f"{topology} {size}x{size}", "memory": memory, "gpu": target, "precision": precision}
-                row |= {"kernel": kernel, "tile": text_of(tile), "digest": need.digest}
-                measured.append(row | {"registers": need.registers, "spills": need.spills, "shared": need.shared})
-    return measured
+def rows_of(topology: str, size: int, memory: str, target: str, precision: str) -> list[Row]:
+    """All kernels of one block, one GPU, one precision."""
+    about = {"block": f"{topology} {size}x{size}", "memory": memory, "gpu": target, "precision": precision}
+    return [
+        about | {"kernel": kernel, "tile": text_of(tile), **asdict(need)}
+        for forward, backward in structures(topology, size, **MEMORY[memory])
+        for kernel, tile, need in kernels_of(forward, backward, target, precision, {})
+    ]
 
 
 def text_of(tile: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def compact(rows: list[Row], about: dict[str, Any]) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     """Markdown, a line per kernel."""
-    columns = ("block", "memory", "gpu", "precision", "kernel", "tile", "registers", "spills", "shared")
+    columns = ("block", "memory", "gpu", "precision", "kernel", "tile", "registers", "spills", "shared", "in_loops")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(str(row[name]) for name in columns)} |" for row in rows)])
 
@@ -94,19 +94,23 @@ def main() -> int:
     parser.add_argument(
         "--memory", nargs="+", choices=MEMORY, default=[*MEMORY], help="layouts of the tensors; default: all"
     )
+    parser.add_argument("--checked", action="store_true", help="only what the tests look at")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
     parser.add_argument("--table", action="store_true", help="print every kernel")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a JSON file there")
     args = parser.parse_args()
     sizes = [(name, int(size)) for name, size in (block.split(":") for block in args.blocks)]
-    jobs = [(*block, memory, target) for memory in args.memory for block in sizes for target in args.targets]
+    jobs = [(*b, m, t, p) for m in args.memory for b in sizes for t in args.targets for p in PRECISIONS]
+    if args.checked:
+        jobs = [job for job in checked() if job in jobs]
     rows: list[Row] = []
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         for done, (job, measured) in enumerate(zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True), 1):
             print(f"{done}/{len(jobs)}: {' '.join(map(str, job))}", file=sys.stderr, flush=True)
             rows += measured
     print(table(rows) if args.table else summary(rows))
-    wrong = [row for row in rows if row["spills"] or row["shared"] > LARGEST_SHARED[row["gpu"]]]
+    wrong = [row for row in rows if row["in_loops"] or row["spills"] > MOST_SPILLED]
+    wrong += [row for row in rows if row["shared"] > LARGEST_SHARED[row["gpu"]]]
     different = len({row["digest"] for row in rows})
     print(f"\n{len(rows)} kernels, {different} of them different; {len(wrong)} spill or do not fit.")
     if wrong and not args.table:

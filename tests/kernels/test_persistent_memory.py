@@ -48,10 +48,24 @@ def test_counters_are_kept_and_those_of_graphs_are_not(monkeypatch):
 
 def test_address_tables_are_written_over_the_least_recent_first():
     launch = pytest.importorskip("orepa_kernels.backends.triton.launcher", reason="needs triton")
-    tables = launch.AddressTables(3, torch.device("cpu"))
+    written = {}
+
+    def write(words, address):
+        assert len(words) == launch._WORDS and set(words[3:]) <= {words[0]}
+        written[address] = [*words[:3]]
+
+    def content(row):
+        return written[row.data_ptr()]
+
+    rows = torch.empty(launch._ADDRESS_TABLES, launch._WORDS, dtype=torch.int64)
+    tables = launch.AddressTables(rows, write)
     found = [tables.find((number, 0, 5)) for number in range(launch._ADDRESS_TABLES)]
-    assert [table.tolist() for table in found] == [[number, 0, 5] for number in range(len(found))]
+    assert [content(table) for table in found] == [[number, 0, 5] for number in range(len(found))]
     assert all(table.data_ptr() % 16 == found[0].data_ptr() % 16 for table in found)
     assert tables.find((0, 0, 5)) is found[0]  # used again, and so no longer the least recent
-    assert tables.find((99, 0, 5)).data_ptr() == found[1].data_ptr() and found[1].tolist() == [99, 0, 5]
-    assert tables.find((0, 0, 5)).tolist() == [0, 0, 5]
+    assert tables.find((99, 0, 5)).data_ptr() == found[1].data_ptr() and content(found[1]) == [99, 0, 5]
+    assert content(tables.find((0, 0, 5))) == [0, 0, 5]
+    wide = launch.AddressTables(torch.empty(1, 2 * launch._WORDS, dtype=torch.int64), lambda *_: addresses.append(_[1]))
+    addresses: list[int] = []
+    row = wide.find((7,) * (launch._WORDS + 1))
+    assert addresses == [row.data_ptr(), row.data_ptr() + 8 * launch._WORDS]

@@ -82,10 +82,10 @@ def test_precision_follows_the_newer_setting_too(way):
     code = f"import torch; torch.backends.{way}fp32_precision = 'tf32'; import orepa_kernels.info\n"
     code += "from orepa_kernels.guards import float32_precision\n"
     code += "from orepa_kernels.backends.triton.device import Device\n"
-    code += "orepa_kernels.info.collect(); print(float32_precision(), Device('cuda', 90).precision())"
+    code += "orepa_kernels.info.collect(); print(float32_precision(), Device('cuda', 90).precision(False))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.strip() == "high tf32"
+    assert child.stdout.strip() == "high rounded"
 
 
 def test_precision_follows_the_setting():
@@ -93,12 +93,13 @@ def test_precision_follows_the_setting():
     try:
         for setting, cuda, instinct in (
             ("highest", "tf32x3", "ieee"),
-            ("high", "tf32", "tf32"),
-            ("medium", "tf32", "tf32"),
+            ("high", "rounded", "tf32"),
+            ("medium", "rounded", "tf32"),
         ):
             torch.set_float32_matmul_precision(setting)
-            assert device.Device("cuda", 90).precision() == cuda
-            assert device.Device("hip", name="gfx942").precision() == instinct
-            assert device.Device("hip", name="gfx90a").precision() == "ieee"
+            assert device.Device("cuda", 90).precision(False) == cuda
+            assert device.Device("cuda", 90).precision(True) == "rounded"
+            assert device.Device("hip", name="gfx942").precision(False) == instinct
+            assert device.Device("hip", name="gfx90a").precision(True) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,7 +1,7 @@
 """Every tile that the Triton backend may choose, compiled ahead of time for GPUs that are not here.
 
-With the versions of Triton that they were chosen with, nothing spills; with any other, next to nothing. Of kernels that are
-what they were when the committed results were made, those stand in for a compiler, but for a sample.
+With the versions of Triton that they were chosen with, no main loop spills; with any other, next to none. Of kernels that
+are what they were when the committed results were made, those stand in for a compiler, but for a sample.
 """
 
 import os
@@ -16,12 +16,14 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import triton_aot
 from triton.runtime import driver
 from triton_aot import (
+    KINDS,
     LARGEST_SHARED,
     MEMORY,
+    MOST_IN_LOOPS,
     MOST_SPILLED,
     PRECISIONS,
     TARGETS,
-    catalogue,
+    checked,
     compile_and_listen,
     compile_kernel,
     digest_of,
@@ -36,17 +38,6 @@ from orepa_kernels.backends.triton import launcher as launch
 from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 
-#: where tiles have rules of their own: the paper's block, and those that spilled with larger tiles
-OTHER_MEMORY = [
-    *(("orepa", "contiguous"), ("acnet", "contiguous"), ("ecb", "contiguous"), ("expandnet", "contiguous")),
-    *(("orepa", "bfloat16"), ("repvgg_dense", "bfloat16")),
-]
-#: where the tiles are the same and only addresses and conversions differ: once, for the generation with the larger tiles
-SAME_TILES = ["many blocks", "32 groups", "autocast"]
-#: one for each kind of tile that has products: several taps at once, one tap, a composition after another
-KINDS = [("orepa", 3), ("rep1x1", 1), ("expandnet", 3)]
-GENERATIONS = ["sm_80", "sm_90"]
-
 #: kernels of the committed results, by all that decides what is compiled: a changed one is not among them, and is compiled
 KNOWN = recorded()
 
@@ -57,7 +48,7 @@ def check(target, precision, topology, size, known=KNOWN, **options):
     for forward, backward in structures(topology, size, **options):
         for name, constants, resources in kernels_of(forward, backward, target, precision, known):
             what = f"{topology} {size}x{size} {options}: {name} {constants} for {target}, {precision}: {resources}"
-            assert resources.spills <= MOST_SPILLED, what
+            assert resources.in_loops <= MOST_IN_LOOPS and resources.spills <= MOST_SPILLED, what
             assert resources.shared <= LARGEST_SHARED[target], what
             assert KNOWN.get(resources.digest, resources) == resources, f"{what}, other than the committed results"
             count += 1
@@ -75,32 +66,9 @@ def test_a_sample_is_always_compiled(target, topology, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", GENERATIONS)
-@pytest.mark.parametrize(("topology", "size"), catalogue())
-def test_the_whole_catalogue(topology, size, target):
-    check(target, "tf32x3", topology, size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", GENERATIONS)
-@pytest.mark.parametrize(("topology", "size"), KINDS)
-def test_each_kind_of_tile_in_tf32(topology, size, target):
-    """With fewer registers than above; of the whole catalogue: benchmarks/triton_resources.py."""
-    check(target, "tf32", topology, size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", GENERATIONS)
-@pytest.mark.parametrize(("topology", "memory"), OTHER_MEMORY)
-def test_other_memory(topology, memory, target):
-    """At the precision that needs the most registers; the other, and all other blocks: benchmarks/triton_resources.py."""
-    check(target, "tf32x3", topology, 3, **MEMORY[memory])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("memory", SAME_TILES)
-def test_other_memory_of_the_same_tiles(memory):
-    check("sm_90", "tf32x3", "orepa", 3, **MEMORY[memory])
+@pytest.mark.parametrize(("topology", "size", "memory", "target", "precision"), checked())
+def test_tiles(topology, size, memory, target, precision):
+    check(target, precision, topology, size, **MEMORY[memory])
 
 
 def test_only_an_unchanged_kernel_is_known(monkeypatch):
@@ -112,7 +80,7 @@ def test_only_an_unchanged_kernel_is_known(monkeypatch):
         (source_of(squeeze_forward, forward, constants), "sm_80", options),
         (source_of(squeeze_forward, forward, constants), "sm_90", options),
         (source_of(squeeze_forward, forward, constants), "sm_80", {**options, "num_warps": 2}),
-        (source_of(squeeze_forward, forward, {**constants, "PRECISION": "tf32"}), "sm_80", options),
+        (source_of(squeeze_forward, forward, {**constants, "PRECISION": "rounded"}), "sm_80", options),
         (source_of(squeeze_forward, other, {**constants, "SPEC": other}), "sm_80", options),
         (source_of(squeeze_backward, forward, constants), "sm_80", options),
     ]
@@ -125,8 +93,10 @@ def test_only_an_unchanged_kernel_is_known(monkeypatch):
     monkeypatch.undo()
     assert len({*digests}) == len(digests) and digest_of(*kernels[0]) == digests[0]
     _, _, first = next(kernels_of(forward, backward, "sm_80", "tf32x3", KNOWN))
-    with pytest.raises(AssertionError, match=f"spills={MOST_SPILLED + 4}"):
-        check("sm_80", "tf32x3", "orepa", 3, known={first.digest: replace(first, spills=MOST_SPILLED + 4)})
+    for worse in ({"spills": MOST_SPILLED + 4}, {"in_loops": MOST_IN_LOOPS + 1}):
+        ((name, value),) = worse.items()
+        with pytest.raises(AssertionError, match=f"{name}={value}"):
+            check("sm_80", "tf32x3", "orepa", 3, known={first.digest: replace(first, **worse)})
 
 
 @pytest.mark.slow
@@ -156,8 +126,9 @@ def test_resources_are_those_of_the_kernel_wherever_it_comes_from(monkeypatch, t
     (kept,) = tmp_path.rglob("ptxas.log")
     kept.unlink()
     found.append(compile_kernel(*kernel, options))
-    assert found[0] == found[1] == found[2] and found[0].spills <= MOST_SPILLED and found[0].registers > 16
-    assert compile_kernel(*kernel, {**options, "maxnreg": 32}).spills > 0
+    assert found[0] == found[1] == found[2] and found[0].in_loops <= MOST_IN_LOOPS and found[0].registers > 16
+    narrow = compile_kernel(*kernel, {**options, "maxnreg": 32})
+    assert narrow.spills > 0 and narrow.in_loops > 0
 
 
 class _Hopper:

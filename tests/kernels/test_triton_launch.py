@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from triton import knobs
-from triton_stub import pretend
+from triton_stub import fills_table, pretend
 
 from orepa import OREPAConv
 from orepa_kernels import squeeze
@@ -70,11 +71,7 @@ def without_addresses(arguments):
 
 def tell(monkeypatch, name, told):
     """Have a hook told of launches, the way profilers do in this Triton."""
-    hook = getattr(knobs.runtime, name)
-    if hook is None:  # Triton 3.4
-        monkeypatch.setattr(knobs.runtime, name, told)
-    else:
-        monkeypatch.setattr(hook, "calls", [told])
+    monkeypatch.setattr(getattr(knobs.runtime, name), "calls", [told])
 
 
 def test_launches_around_the_runner_say_what_the_runner_says(launched, conv, monkeypatch):
@@ -135,11 +132,12 @@ def test_a_triton_that_keeps_its_launcher_elsewhere_is_left_to_its_runner():
             return lambda *arguments: ran.append((grid, arguments))
 
     function = {(3, 1, 1): lambda *arguments, **named: Compiled()}
-    own = launch.CompiledKernel(function, 3, (5, 6), {"C": 7}, {"num_warps": 4}, 0)
+    tables = [torch.empty(1), torch.empty(1)]
+    own = launch.CompiledKernel(function, 3, tables, {"C": 7}, {"num_warps": 4}, 0)
     with pretend():
         own((1, 2))
         own((3, 4), 9)
-    assert ran == [((3, 1, 1), ((3, 4), 5, 6, 9, 7))]
+    assert ran == [((3, 1, 1), ((3, 4), *(table.data_ptr() for table in tables), 9, 7))]
 
 
 def test_operands_elsewhere_and_other_settings_get_launches_of_their_own(launched, conv):
@@ -221,7 +219,60 @@ def test_a_deep_stem_takes_a_launch_for_each_thing_that_waits_for_another(launch
     """
     stem = OREPAConv(3, 16, size, bias=False, topology="deep_stem", backend="triton")
     (out,) = squeeze([stem.plan], [stem.operands()], backend="triton")
-    assert len(launched) == forward
+    assert sum(not fills_table(arguments) for arguments in launched) == forward
     launched.clear()
     torch.autograd.grad(out, list(stem.parameters()), torch.ones_like(out))
-    assert len(launched) == backward
+    assert sum(not fills_table(arguments) for arguments in launched) == backward
+
+
+def test_tables_outlast_what_another_stream_reads(launched, conv, monkeypatch):
+    """The caching allocator may hand an evicted launch's tables to others: it is told of each stream, once."""
+    run(conv, backward=False)
+    (((_, call),),) = calls._calls.values()
+    kernel = next(iter(call.prepared._forward.values()))[0].run
+    told = []
+    for table in kernel._tensors:
+        assert table.data_ptr() in kernel._tables
+    tensors = [SimpleNamespace(device=torch.device("cuda", 0), record_stream=told.append) for _ in kernel._tensors]
+    monkeypatch.setattr(kernel, "_tensors", tensors)
+    stream = SimpleNamespace(now=5)
+    run_compiled, _, *rest = kernel._direct
+    monkeypatch.setattr(kernel, "_direct", (run_compiled, lambda _: stream.now, *rest))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream.now)
+    for stream.now in (5, 5, 6, 5):
+        run(conv, backward=False)
+    assert told == [5, 5, 6, 6]
+
+
+def test_a_list_is_captured_without_memory_of_the_host(launched, monkeypatch):
+    """Addresses are kernel arguments, which a graph records by value, into a new table each time."""
+    convs = [OREPAConv(8, 8 * n, 3, bias=False, topology="plain", backend="triton") for n in (1, 2)]
+    plans, tensors = [conv.plan for conv in convs], [conv.operands() for conv in convs]
+    recording = SimpleNamespace(now=False)
+    state = device.LaunchState(0, lambda: 0, lambda: recording.now)
+    monkeypatch.setattr(launch, "launch_state", lambda _: state)
+    monkeypatch.setattr(launch, "_captured", set())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda *_: pytest.fail("pinned"))
+    for recording.now in (False, True):
+        launched.clear()
+        kernels = squeeze(plans, tensors, backend="triton")
+        fill, forward = launched
+        expected = [t.data_ptr() for own, kernel in zip(tensors, kernels, strict=True) for t in (*own, kernel)]
+        words, table = [*numbers(tuple(fill))], set(addresses(fill)) - set(expected)
+        assert fills_table(tuple(fill)) and not fills_table(tuple(forward))
+        assert [word for word in words if word in expected][: len(expected)] == expected
+        assert table & set(addresses(forward))
+    assert len(launch._captured) == 1
+    tables, held, find, run_both = [], [], launch.AddressTables.find, launch.BackwardLaunch._run_both
+    monkeypatch.setattr(
+        launch.AddressTables, "find", lambda own, words: (tables.append(weakref.ref(row := find(own, words))), row)[1]
+    )
+    monkeypatch.setattr(
+        launch.BackwardLaunch, "_run_both", lambda *own: (held.append(tables[-1]() is not None), run_both(*own))
+    )
+    kernels = squeeze(plans, tensors, backend="triton")
+    tables.clear()
+    torch.autograd.grad(kernels, [p for conv in convs for p in conv.parameters()], list(map(torch.ones_like, kernels)))
+    assert (
+        held == [True] and tables[0]() is None
+    )  # as long as the launches, for which more memory of the graph is taken

@@ -21,7 +21,7 @@ from orepa_kernels.backends.triton.spec import forward_spec
 GPU = torch.device("cuda")
 KIND = "triton 3, some GPU/9, sm 90"
 FILE = "triton-3-some-GPU-9-sm-90.json"
-LARGE, SMALL = configs.FORWARD_LARGE[True], configs.FORWARD_SMALL
+LARGE, SMALL = configs.FORWARD_LARGE, configs.FORWARD_SMALL
 MEDIUM = replace(SMALL, BO=32)
 
 
@@ -141,7 +141,7 @@ import sys, torch
 from orepa_kernels.backends.triton import autotune as tuning
 from orepa_kernels.backends.triton import configs
 tuning.device_name, tuning.capturing = (lambda device: sys.argv[1]), (lambda device: False)
-choices = configs.FORWARD_LARGE[True], configs.FORWARD_SMALL
+choices = configs.FORWARD_LARGE, configs.FORWARD_SMALL
 def run_of(config):
     sys.exit("timed")
 print(tuning.choose(choices, choices[0], "a", torch.device("cuda"), run_of))
@@ -331,7 +331,7 @@ def test_without_the_clock_the_largest_tile_that_fills_the_gpu(monkeypatch, fill
     block, spec, _ = dense(70, 20)  # three taps at a time: 6 large tiles, 9 medium ones
     monkeypatch.setattr(configs, "forward_choices", lambda *_: (LARGE, MEDIUM, SMALL))
     monkeypatch.setattr(configs, "_FILLED", filled)
-    assert configs.forward_config([block], spec, 90) == taken
+    assert configs.forward_config([block], spec, 90, "rounded") == taken
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import sass
 import torch
 import triton
 from triton import knobs
@@ -38,6 +39,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -48,11 +50,13 @@ LARGEST_SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "triton"
 CHOSEN_WITH = {tuple(path.stem.removeprefix("resources_").split(".")[:2]) for path in RESULTS.glob("resources_*.json")}
 
-#: bytes that a thread may spill: none with those; each other version brings a compiler of its own, and 3.8 spills up to 24
-MOST_SPILLED = 0 if tuple(triton.__version__.split(".")[:2]) in CHOSEN_WITH else 32
+#: loads and stores of spilled registers in the main loops: none with those; each other version brings a compiler of its own
+MOST_IN_LOOPS = 0 if tuple(triton.__version__.split(".")[:2]) in CHOSEN_WITH else 16
+#: bytes that a thread may spill elsewhere
+MOST_SPILLED = 256
 
-#: of matrix products, what `device.Device.precision` can choose on NVIDIA's GPUs
-PRECISIONS = ("tf32x3", "tf32")
+#: of matrix products, what `device.Device.precision` can choose on NVIDIA's GPUs; the last one for halves
+PRECISIONS = ("tf32x3", "rounded")
 
 #: how the tensors of a block may lie, as options of `structures`: the first is what training on a GPU has
 MEMORY: dict[str, dict[str, Any]] = {
@@ -76,12 +80,14 @@ ADDRESSES = {
 class Resources:
     """What a compiled kernel needs: registers per thread, bytes spilled and read back, bytes of shared memory.
 
-    ``digest`` says what was compiled, see `digest_of`.
+    ``in_loops`` is how many instructions of main loops store or load spilled registers; ``digest`` says what was compiled, see
+    `digest_of`.
     """
 
     registers: int
     spills: int
     shared: int
+    in_loops: int
     digest: str
 
 
@@ -106,7 +112,7 @@ def recorded() -> dict[str, Resources]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
-    return {r["digest"]: Resources(r["registers"], r["spills"], r["shared"], r["digest"]) for r in rows}
+    return {r["digest"]: Resources(**{field.name: r[field.name] for field in fields(Resources)}) for r in rows}
 
 
 def compile_kernel(
@@ -122,23 +128,36 @@ def compile_kernel(
     digest = digest_of(source, target, options)
     if digest in known:
         return known[digest]
-    compiled, log = compile_and_listen(source, target, options)
+    compiled, log = compile_with_report(source, target, options)
     if "amdgcn" in compiled.asm:
-        return Resources(*_amd(compiled.asm["amdgcn"]), compiled.metadata.shared, digest)
-    # What ptxas says of the very run that makes the kernel: another run might be given other options than Triton gives it.
-    # Triton keeps the kernel in its cache, but not this, so it is put there, for the tests of other processes too.
-    kept = get_cache_manager(compiled.hash)
-    path = kept.get_file(_LOG)
-    if path is not None:
-        log = Path(path).read_text()
-    else:
-        if not log:  # out of a cache that somebody else has filled
-            compiled, log = compile_and_listen(source, target, options, always=True)
-        kept.put(log, _LOG, binary=False)
-    return Resources(*_nvidia(log), compiled.metadata.shared, digest)
+        return Resources(*_amd(compiled.asm["amdgcn"]), compiled.metadata.shared, 0, digest)
+    registers, spills = usage(log)
+    in_loops = 0
+    if spills:
+        in_loops = sum(loop.local for kernel in sass.kernels(compiled.asm["cubin"]) for loop in kernel.loops)
+    return Resources(registers, spills, compiled.metadata.shared, in_loops, digest)
 
 
 _LOG = "ptxas.log"
+
+
+def compile_with_report(source: ASTSource, target: str, options: dict[str, int]) -> tuple[Any, str]:
+    """Compile a kernel; return it, and ptxas' report, wherever it comes from.
+
+    The report is of the very run that makes the kernel: another run might be given other options than Triton gives it. Triton
+    keeps the kernel in its cache, but not this, so it is put there, for the tests of other processes too.
+    """
+    compiled, log = compile_and_listen(source, target, options)
+    if "amdgcn" in compiled.asm:
+        return compiled, log
+    kept = get_cache_manager(compiled.hash)
+    path = kept.get_file(_LOG)
+    if path is not None:
+        return compiled, Path(path).read_text()
+    if not log:  # out of a cache that somebody else has filled
+        compiled, log = compile_and_listen(source, target, options, always=True)
+    kept.put(log, _LOG, binary=False)
+    return compiled, log
 
 
 def compile_and_listen(
@@ -174,7 +193,8 @@ def _amd(assembly: str) -> tuple[int, int]:
     return max(registers), 4 * sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly))
 
 
-def _nvidia(log: str) -> tuple[int, int]:
+def usage(log: str) -> tuple[int, int]:
+    """Return the registers of a thread, and the bytes that it spills, from ptxas' report."""
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spills is not None and registers is not None, log
@@ -185,6 +205,22 @@ def catalogue() -> list[tuple[str, int]]:
     """Return every topology with its kernel size, and the paper's block with larger kernels, more than 9 taps."""
     sizes = {name: 1 if name == "rep1x1" else 7 if name.endswith("stem") else 3 for name in orepa.topologies()}
     return [*sizes.items(), ("orepa", 5)]
+
+
+#: one for each kind of tile that has products: several taps at once, one tap, a composition after another
+KINDS = [("orepa", 3), ("rep1x1", 1), ("expandnet", 3)]
+
+
+def checked() -> list[tuple[str, int, str, str, str]]:
+    """Return what the tests look at: topology, kernel size, layout, GPU, precision. The rest of the catalogue is alike."""
+    both, three, one = ("sm_80", "sm_90"), *PRECISIONS
+    found = [(*block, "channels_last", gpu, three) for block in catalogue() for gpu in both]
+    found += [(*block, memory, gpu, one) for block in KINDS for memory in ("channels_last", "autocast") for gpu in both]
+    other = [("orepa", "contiguous"), ("acnet", "contiguous"), ("ecb", "contiguous"), ("expandnet", "contiguous")]
+    other += [("orepa", "bfloat16"), ("repvgg_dense", "bfloat16")]
+    found += [(topology, 3, memory, gpu, three) for topology, memory in other for gpu in both]
+    # Only addresses differ: once, for the generation with the larger tiles.
+    return found + [("orepa", 3, memory, "sm_90", three) for memory in ("many blocks", "32 groups")]
 
 
 def structures(
@@ -227,11 +263,13 @@ def kernels_of(
 ) -> Iterator[tuple[str, dict[str, Any], Resources]]:
     """Compile all that a launcher may and that is not known, and yield (kernel, its tile, what it needs)."""
     arch = 0 if target == "gfx942" else TARGETS[target].arch
-    if not has_products(forward):
+    if precision in PRECISIONS and not has_products(forward):
         precision = PRECISIONS[0]  # one kernel for all of them
+    elif precision in PRECISIONS and forward.half:
+        precision = PRECISIONS[-1]
     for function, spec, choices in (
-        (squeeze_forward, forward, configs.forward_choices(forward, arch)),
-        (squeeze_backward, backward, configs.backward_choices(backward, arch)),
+        (squeeze_forward, forward, configs.forward_choices(forward, arch, precision)),
+        (squeeze_backward, backward, configs.backward_choices(backward, arch, precision)),
     ):
         for config in dict.fromkeys(choices):
             constants, options = launch.kernel_arguments(config, spec, precision)

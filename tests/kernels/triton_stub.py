@@ -21,6 +21,7 @@ from triton.runtime import driver
 from orepa_kernels import dispatch
 from orepa_kernels.backends.triton import backend, device
 from orepa_kernels.backends.triton import launcher as launch
+from orepa_kernels.backends.triton.kernels.addresses import write_words
 from orepa_kernels.backends.triton.kernels.backward import squeeze_backward
 from orepa_kernels.backends.triton.kernels.forward import squeeze_forward
 from orepa_kernels.backends.triton.kernels.sums import add_parts
@@ -28,7 +29,13 @@ from orepa_kernels.backends.triton.kernels.sums import add_parts
 #: what launches are handed to by default: takes whatever comes and does nothing, without a Python frame
 NOTHING: Callable[..., object] = itertools.chain
 
-KERNELS = (squeeze_forward, squeeze_backward, add_parts)
+KERNELS = (squeeze_forward, squeeze_backward, add_parts, write_words)
+
+
+def fills_table(arguments: object) -> bool:
+    """Return whether a launch fills a table of addresses, by its arguments."""
+    nested = isinstance(arguments, tuple)
+    return nested and (len(arguments) == launch._WORDS or any(map(fills_table, arguments)))
 
 
 class _Driver:

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -20,23 +22,19 @@ class CompiledKernel:
     Args:
         function: the kernel, whose parameters are addresses, then tables, then a workspace where it has one, then constants.
         programs: how many run.
-        tables: addresses of tables on the device, which have to live as long as this.
+        tables: on the device.
         constants: by name, in the order of the parameters.
         options: the compiler's.
         index: of the device, which is current whenever this is called.
     """
 
     def __init__(
-        self,
-        function: Any,
-        programs: int,
-        tables: Sequence[int],
-        constants: dict[str, Any],
-        options: dict[str, int],
+        self, function: Any, programs: int, tables: Sequence[Tensor], constants: dict[str, Any], options: dict[str, int],
         index: int | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._function, self._options, self._index = function, options, index
-        self._programs, self._tables = programs, tuple(tables)
+        self._programs, self._tensors, self._tables = programs, tables, tuple(map(Tensor.data_ptr, tables))
+        self._streams: set[int] = set()
         self._named, self._constants = constants, tuple(constants.values())
         self._tail = self._tables + self._constants
         self._compiled: Any = None
@@ -52,10 +50,22 @@ class CompiledKernel:
         # As Inductor launches its kernels. Triton's runner would ask for the device first, and make what hooks want to know.
         run, stream_of_index, handle, metadata = direct
         tail = (*self._tables, *workspace, *self._constants) if workspace else self._tail
-        run(self._programs, 1, 1, stream_of_index(self._index), handle, metadata, None, None, None, addresses, *tail)
+        stream = stream_of_index(self._index)
+        if stream not in self._streams:
+            self._record(stream)
+        run(self._programs, 1, 1, stream, handle, metadata, None, None, None, addresses, *tail)
+
+    def _record(self, stream: int) -> None:
+        """Have the tables outlast what the current stream is about to read of them, should this be evicted in between."""
+        self._streams.add(stream)
+        for table in self._tensors:
+            if table.device.type != "cpu":
+                table.record_stream(torch.accelerator.current_stream(table.device))
 
     def _by_triton(self, *arguments: object) -> None:
         grid = (self._programs, 1, 1)
+        if self._direct is not None:
+            self._record(self._direct[1](self._index))
         if self._compiled is not None:
             # Without the front end's look at each argument: all that it could find out is part of our key.
             self._compiled[grid](*arguments, *self._constants)
@@ -69,6 +79,5 @@ class CompiledKernel:
 
 
 def _hooked() -> bool:
-    """Whether launch hooks are set. A hook is a chain, which may be empty, or (Triton 3.4) a function or None."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    """Whether launch hooks are set. A hook is a chain, which may be empty."""
+    return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)

@@ -1,8 +1,9 @@
-"""Tile sizes per kind of block and GPU. Only what compiles without spilling registers is here (tests compile them all).
+"""Tile sizes per kind of block, precision and GPU, chosen by the issue slots that the compiled main loops take per product.
 
-The rules look at shapes alone, so the same block gets the same tiles, and the same bits, every time. Large tiles read each
-operand less often; they are for work that fills the GPU with them, and the rest takes small ones. With tuning on, the
-clock decides between the same tiles instead (`autotune`).
+No main loop spills registers (tests compile them all); what comes before and after may, a little. The rules look at shapes
+alone, so the same block gets the same tiles, and the same bits, every time. Large tiles read each operand less often; they
+are for work that fills the GPU with them, and the rest takes small ones. With tuning on, the clock decides between the same
+tiles instead (`autotune`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from math import prod
 from typing import TypeVar
 
 from ...plan import Block
-from .spec import ABSENT, Spec
+from .spec import Spec
 
 #: least number of tiles for which a launch takes large ones: one per multiprocessor, roughly
 _FILLED = 96
@@ -55,64 +56,65 @@ class Backward:
 Config = TypeVar("Config", Forward, Backward)
 
 _HOPPER = 90
-_X = 3  # the last dimension of a view
 
-#: by whether matrix products are Hopper's asynchronous ones (sm_90), which want 64 rows
-FORWARD_LARGE = {True: Forward(64, 32, 32, 3, 8, 3), False: Forward(32, 64, 32, 3, 8, 3)}
+# Hopper's asynchronous products want 64 rows and as many columns as there are; with 8 warps, those of three TF32 products
+# that correct the first one would be computed twice.
+FORWARD = {True: Forward(64, 32, 32, 3, 4, 3), False: Forward(32, 64, 32, 3, 4, 2)}
+#: for one product, larger ones, which read less
+FORWARD_LARGE = Forward(64, 64, 32, 3, 8, 3)
 #: one tap at a time: 1x1 kernels, and two kxk ones in sequence
-FORWARD_TAP = Forward(64, 64, 32, 1, 8, 3)
+FORWARD_TAP = Forward(64, 64, 32, 1, 4, 3)
 FORWARD_SMALL = Forward(16, 32, 32, 3, 4, 3)
-BACKWARD_LARGE = {
-    True: Backward(64, 64, 16, 3, 64, 64, 32, 16, 64, 4, 128, 64, 8, 3),
-    False: Backward(32, 64, 32, 3, 64, 64, 32, 16, 64, 4, 128, 64, 8, 3),
+BACKWARD = {
+    True: Backward(64, 32, 32, 3, 64, 64, 32, 16, 64, 4, 128, 64, 4, 3),
+    False: Backward(32, 64, 16, 3, 64, 64, 32, 16, 64, 4, 128, 64, 4, 3),
 }
+BACKWARD_LARGE = Backward(64, 64, 32, 3, 128, 64, 32, 16, 64, 4, 128, 64, 8, 3)
 BACKWARD_SMALL = Backward(16, 32, 32, 3, 32, 32, 32, 8, 64, 4, 64, 32, 4, 2)
 
 #: taps up to which a separable term's gradients are summed with SO rows in flight; then two, one element per thread
 _FEW_TAPS = 9
 
 
-def forward_choices(spec: Spec, arch: int) -> tuple[Forward, ...]:
+def forward_choices(spec: Spec, arch: int, precision: str) -> tuple[Forward, ...]:
     """Return the tiles for a structure, largest first.
 
     Args:
         spec: the structure.
         arch: NVIDIA's; 0 elsewhere, where large tiles would spill.
+        precision: of products, see `device.Device.precision`.
     """
     taps = 1 if _one_tap(spec) else FORWARD_SMALL.TAPS
     small = replace(FORWARD_SMALL, TAPS=taps)
     if arch == 0:
         return (small,)
-    large = FORWARD_TAP if taps == 1 else FORWARD_LARGE[arch == _HOPPER]
-    if arch != _HOPPER and taps > 1 and _multiplies_halves(spec):
-        large = replace(large, num_stages=2)  # with one more, Triton 3.7 spills
-    return large, small
+    if taps == 1:
+        return FORWARD_TAP, small
+    large = (FORWARD_LARGE,) if arch == _HOPPER and precision != "tf32x3" else ()
+    return *large, FORWARD[arch == _HOPPER], small
 
 
-def backward_choices(spec: Spec, arch: int) -> tuple[Backward, ...]:
+def backward_choices(spec: Spec, arch: int, precision: str) -> tuple[Backward, ...]:
     """Return the tiles for a structure, largest first; see `forward_choices`."""
-    large, small = BACKWARD_LARGE[arch == _HOPPER], BACKWARD_SMALL
+    large = (BACKWARD_LARGE,) if arch == _HOPPER and precision != "tf32x3" else ()
+    tiles = (BACKWARD_SMALL,) if arch == 0 else (*large, BACKWARD[arch == _HOPPER], BACKWARD_SMALL)
+    changes = {}
     if max((branch.height2 * branch.width2 for branch in spec.terms), default=1) == 1:
-        large, small = replace(large, TAPS=1), replace(small, TAPS=1)
+        changes["TAPS"] = 1
     if any(branch.kind == "separable" and branch.height * branch.width > _FEW_TAPS for branch in spec.terms):
-        large, small = replace(large, SO=2), replace(small, SO=2)
-    if _taps_innermost(spec):  # larger ones spill, with one version of Triton or another
-        if arch == _HOPPER:
-            large, small = replace(large, BM=32), replace(small, FO=16)
-        else:
-            large = replace(large, BI=16, EO=8)
-    return (small,) if arch == 0 else (large, small)
+        changes["SO"] = 2
+    return tuple([replace(tile, **changes) for tile in tiles])
 
 
-def forward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Forward:
+def forward_config(blocks: Sequence[Block], spec: Spec, arch: int, precision: str) -> Forward:
     """Return the heuristic's choice: the largest forward tile that fills the GPU."""
-    choices = forward_choices(spec, arch)
+    choices = forward_choices(spec, arch, precision)
     return _largest_filling(blocks, choices, [tile.BI for tile in choices])
 
 
-def backward_config(blocks: Sequence[Block], spec: Spec, arch: int) -> Backward:
+def backward_config(blocks: Sequence[Block], spec: Spec, arch: int, precision: str) -> Backward:
     """Return the heuristic's choice: the largest backward tiles that fill the GPU."""
-    choices = backward_choices(spec, arch)
+    choices = backward_choices(spec, arch, precision)
     return _largest_filling(blocks, choices, [tile.BM for tile in choices])
 
 
@@ -129,20 +131,6 @@ def _largest_filling(blocks: Sequence[Block], choices: Sequence[Config], widths:
     return choices[-1]
 
 
-def _taps_innermost(spec: Spec) -> bool:
-    """Return whether kernels are contiguous, not channels_last: their addresses along channels take more registers."""
-    slots = {spec.upstream, *(slot for branch in spec.terms for slot in (branch.second, branch.d_second))}
-    return any(spec.views[slot].unit == _X for slot in slots if slot != ABSENT)
-
-
-def _multiplies_halves(spec: Spec) -> bool:
-    """Return whether there are matrix products of tensors in half precision."""
-    factors = [slot for branch in spec.terms for slot in (branch.first, branch.second) if slot != ABSENT]
-    return any(spec.views[slot].dtype in ("bfloat16", "float16") for slot in factors)
-
-
 def _one_tap(spec: Spec) -> bool:
-    """Return whether taps have nothing to share: there is one, or a sequence of two kernels larger than 1x1."""
-    return spec.height * spec.width == 1 or any(
-        branch.height1 * branch.width1 > 1 and branch.height2 * branch.width2 > 1 for branch in spec.terms
-    )
+    """Return whether taps have nothing to share: there is one, or a sequence does not begin with a 1x1 kernel."""
+    return spec.height * spec.width == 1 or any(branch.height1 * branch.width1 > 1 for branch in spec.terms)

@@ -27,14 +27,16 @@ class Device:
     arch: int = 0  # compute capability times ten on NVIDIA
     name: str = ""  # architecture where the vendor has one ("gfx942")
 
-    def precision(self) -> str:
-        """Return the precision of matrix products that ``torch.get_float32_matmul_precision()`` asks for.
+    def precision(self, half: bool) -> str:
+        """Return the precision of matrix products whose result, or whose upstream gradient, is ``half`` or float32.
 
-        ``"highest"`` is three TF32 products on NVIDIA's tensor cores: the error of float32 at several times its speed.
+        On NVIDIA's tensor cores, one TF32 product of ``"rounded"`` factors for halves, whose own rounding is larger; for
+        float32, what ``torch.get_float32_matmul_precision()`` asks for: ``"highest"`` is three TF32 products, with the error
+        of float32 at several times its speed.
         """
         highest = float32_precision() == "highest"
         if self.kind == "cuda":
-            return "tf32x3" if highest else "tf32"
+            return "tf32x3" if highest and not half else "rounded"
         if self.kind == "xpu" or self.name.startswith("gfx94"):
             return "ieee" if highest else "tf32"
         return "ieee"

@@ -4,9 +4,9 @@ A repeated call costs the host the addresses of its tensors and the launch. The 
 strides on the device, and the compiled kernels.
 
 CUDA graphs: a launch of one block passes addresses as kernel arguments, which a graph records by value. A launch of many
-reads them from a table on the device. Outside of capture such tables are cached, per addresses and stream; under capture a
-new one is filled by a copy that is part of the graph, from pinned memory that is never released; nor is a launch that was
-captured. The first use of a launch copies its other tables and waits for them, and Triton compiles: warm up before
+reads them from a table on the device, which a kernel with addresses as arguments has filled. Outside of capture such tables
+are cached, per addresses and stream; under capture, filling a new one is part of the graph. A launch that was captured is
+never released. The first use of a launch copies its other tables and waits for them, and Triton compiles: warm up before
 capturing, as every recipe for graphs says.
 """
 
@@ -29,6 +29,7 @@ from ..memory import alloc_persistent
 from . import autotune, configs, tile_map
 from .compiled_kernel import CompiledKernel
 from .device import INTERPRETING, device_of, launch_state, on_device, stream_of
+from .kernels.addresses import write_words
 from .kernels.backward import squeeze_backward
 from .kernels.forward import squeeze_forward
 from .kernels.sums import add_parts
@@ -45,8 +46,10 @@ _ADDRESS_TABLES = 16
 SUM_COUNT, SUM_PARTS = 64, 16
 SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
-#: what graphs copy their address tables from, and the launches whose tables they read
-_pinned: list[Tensor] = []
+#: addresses that one launch writes to a table
+_WORDS = 128
+
+#: launches whose tables graphs read
 _captured: set[Launch] = set()
 
 # --- launches of blocks of one structure --------------------------------------------------------------------------------
@@ -62,17 +65,12 @@ class Launch:
     run: Callable[[int | tuple[int, ...]], None]
 
     def __init__(
-        self,
-        spec: Spec,
-        indices: Sequence[int],
-        blocks: Sequence[Block],
-        tensors: Sequence[Sequence[Tensor]],
-        precision: str,
-        config: Any,
-    ) -> None:
+        self, spec: Spec, indices: Sequence[int], blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]],
+        precision: str, config: Any,
+    ) -> None:  # fmt: skip
         self.spec, self.indices, self.device = spec, indices, tensors[0][0].device
-        self._tables: list[Tensor] = []
         self._addresses: dict[int, AddressTables] = {}
+        self._write = CompiledKernel(write_words, 1, (), {"COUNT": _WORDS}, {"num_warps": 1}, self.device.index)
         self._prepare(blocks, tensors, precision, config)
 
     @abstractmethod
@@ -85,46 +83,43 @@ class Launch:
         """Launch, with the addresses of all blocks of the call. The device is the current one."""
         mine = [addresses[index] for index in self.indices]
         if self.spec.batched:
-            self.run(self._table([address for block in mine for address in block], capturing).data_ptr())
+            # A name: memory of a graph's that nobody holds is anybody's, the workspace's too.
+            table = self._table([address for block in mine for address in block], capturing)
+            self.run(table.data_ptr())
         else:
             self.run(mine[0])
 
     def _kernel(
-        self,
-        function: Any,
-        words: Sequence[int],
-        tiles: Sequence[int],
-        tile_words: int,
-        arguments: tuple[dict[str, Any], dict[str, Any]],
+        self, function: Any, words: Sequence[int], tiles: Sequence[int], tile_words: int, arguments: tuple[Any, Any]
     ) -> CompiledKernel:
-        """A kernel with one program per tile; its tables are on the device as long as this lives."""
-        addresses = []
+        """A kernel with one program per tile."""
+        tables = []
         for table, dtype in ((words, torch.int64), (tiles, torch.int32)):
             host = torch.tensor(table, dtype=dtype, device="cpu")
-            self._tables.append(alloc_persistent(self.device, partial(host.to, self.device)))
-            addresses.append(self._tables[-1].data_ptr())
-        return CompiledKernel(function, len(tiles) // tile_words, addresses, *arguments, self.device.index)
+            tables.append(alloc_persistent(self.device, partial(host.to, self.device)))
+        return CompiledKernel(function, len(tiles) // tile_words, tables, *arguments, self.device.index)
 
     def _table(self, words: list[int], capturing: bool) -> Tensor:
         """Addresses on the device."""
+        shape = 1 if capturing else _ADDRESS_TABLES, -(-len(words) // _WORDS) * _WORDS
+        allocate = partial(torch.empty, shape, dtype=torch.int64, device=self.device)
         if capturing:
-            _pinned.append(_host_table(words, self.device))
-            return _pinned[-1].to(self.device, non_blocking=True)
+            return AddressTables(allocate(), self._write).find(tuple(words))
         stream = stream_of(self.device)
-        tables = self._addresses.get(stream)
-        if tables is None:
-            tables = self._addresses[stream] = AddressTables(len(words), self.device)
-        return tables.find(tuple(words))
+        if stream not in self._addresses:
+            self._addresses[stream] = AddressTables(alloc_persistent(self.device, allocate), self._write)
+        return self._addresses[stream].find(tuple(words))
 
 
 class AddressTables:
-    """The address tables used last on one stream, whose order lets one be written over another."""
+    """The address tables used last on one stream, whose order lets one be written over another.
 
-    def __init__(self, words: int, device: torch.device) -> None:
-        pitch = words + words % 2  # Triton was told that tables are aligned to 16 bytes
-        allocate = lambda: torch.empty(_ADDRESS_TABLES, pitch, dtype=torch.int64, device=device)  # noqa: E731
-        self._rows = alloc_persistent(device, allocate)
-        self._words = words
+    ``rows`` has memory for each, int64; ``write`` writes _WORDS of them at an address. No word may be so small that the
+    kernel would be compiled for another type.
+    """
+
+    def __init__(self, rows: Tensor, write: Callable[[tuple[int, ...], int], None]) -> None:
+        self._rows, self._write = rows, write
         self._used: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def find(self, words: tuple[int, ...]) -> Tensor:
@@ -133,16 +128,12 @@ class AddressTables:
         if row is not None:
             self._used.move_to_end(words)
             return row
-        full = len(self._used) == _ADDRESS_TABLES
-        row = self._used.popitem(last=False)[1] if full else self._rows[len(self._used), : self._words]
-        self._used[words] = row.copy_(_host_table(words, self._rows.device), non_blocking=True)
+        full = len(self._used) == len(self._rows)
+        self._used[words] = row = self._used.popitem(last=False)[1] if full else self._rows[len(self._used)]
+        for begin in range(0, len(words), _WORDS):
+            some = words[begin : begin + _WORDS]
+            self._write(some + words[:1] * (_WORDS - len(some)), row.data_ptr() + 8 * begin)
         return row
-
-
-def _host_table(words: Sequence[int], device: torch.device) -> Tensor:
-    """Words in memory that a device may copy from while the host goes on."""
-    table = torch.tensor(words, dtype=torch.int64, device="cpu")
-    return table if device.type == "cpu" else table.pin_memory()
 
 
 class ForwardLaunch(Launch):
@@ -179,10 +170,9 @@ class BackwardLaunch(Launch):
 
     def _run_both(self, addresses: int | tuple[int, ...]) -> None:
         workspace = self._new_workspace()
-        address = workspace.data_ptr()
-        self._parts(addresses, address)
+        self._parts(addresses, workspace.data_ptr())
         if self._sums is not None:
-            self._sums(addresses, address)
+            self._sums(addresses, workspace.data_ptr())
 
 
 def kernel_arguments(config: Any, spec: Spec, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -322,8 +312,8 @@ class PreparedLaunches(Prepared):
 
 def make_launch(
     kind: Callable[..., Launch],
-    config_of: Callable[[Sequence[Block], Spec, int], configs.Config],
-    choices_of: Callable[[Spec, int], Sequence[configs.Config]],
+    config_of: Callable[[Sequence[Block], Spec, int, str], configs.Config],
+    choices_of: Callable[[Spec, int, str], Sequence[configs.Config]],
     spec: Spec,
     indices: Sequence[int],
     blocks: Sequence[Block],
@@ -337,8 +327,8 @@ def make_launch(
     chosen, tensors = [blocks[index] for index in indices], [slots[index] for index in indices]
     device = tensors[0][0].device
     device_kind = device_of(device)
-    precision = device_kind.precision()
-    config = config_of(chosen, spec, device_kind.arch)
+    precision = device_kind.precision(spec.half)
+    config = config_of(chosen, spec, device_kind.arch, precision)
     if autotune.enabled():
         addresses = [tuple(map(Tensor.data_ptr, part)) for part in slots]
 
@@ -348,7 +338,7 @@ def make_launch(
 
         direction = "forward" if isinstance(config, configs.Forward) else "backward"
         key = autotune.cache_key(direction, spec, chosen, tensors, precision)
-        config = autotune.choose(choices_of(spec, device_kind.arch), config, key, device, prepare)
+        config = autotune.choose(choices_of(spec, device_kind.arch, precision), config, key, device, prepare)
     return kind(spec, indices, chosen, tensors, precision, config)
 
 

@@ -129,6 +129,11 @@ class Spec:
         slots = (term.d_weight, term.d_pointwise, term.d_filter, term.d_first, term.d_second, term.d_depthwise)
         return self.needs_scale_gradient(term) or any(slot != ABSENT for slot in slots)
 
+    @property
+    def half(self) -> bool:
+        """Whether the kernel, or its upstream gradient, is in half precision."""
+        return self.views[max(self.kernel, self.upstream)].dtype in ("bfloat16", "float16")
+
     @functools.cached_property
     def digest(self) -> str:
         """A name that is the same in every process, for Triton's caches and symbols."""

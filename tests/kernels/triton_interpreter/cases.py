@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fast_interpreter import speed_up
+from tensor_cores import emulate_rounding
 from torch.autograd import grad
 
 import orepa
@@ -28,10 +29,11 @@ from orepa_kernels import (
 )
 from orepa_kernels.backends.base import Signature
 from orepa_kernels.backends.triton import autotune as tuning
-from orepa_kernels.backends.triton import configs, spec
+from orepa_kernels.backends.triton import configs, device, spec
 from orepa_kernels.backends.triton import launcher as launch
 
 speed_up()
+emulate_rounding()
 
 F32, F64 = torch.float32, torch.float64
 LIMIT = 5e-6
@@ -120,12 +122,12 @@ def test_several_tiles_each_way():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
-def test_large_tiles(arch, monkeypatch):
+@pytest.mark.parametrize(("arch", "precision"), [(80, "rounded"), (90, "rounded"), (90, "tf32x3")])
+def test_large_tiles(arch, precision, monkeypatch):
     monkeypatch.setattr(configs, "_FILLED", 0)
     choices = configs.forward_config, configs.backward_config
-    monkeypatch.setattr(configs, "forward_config", lambda blocks, own, _: choices[0](blocks, own, arch))
-    monkeypatch.setattr(configs, "backward_config", lambda blocks, own, _: choices[1](blocks, own, arch))
+    monkeypatch.setattr(configs, "forward_config", lambda blocks, own, *_: choices[0](blocks, own, arch, precision))
+    monkeypatch.setattr(configs, "backward_config", lambda blocks, own, *_: choices[1](blocks, own, arch, precision))
     monkeypatch.setattr(dispatch.calls, "_calls", {})
     block = one_of_each(1, o=67, i=33, t=66)
     check(block, tensors_of(block))
@@ -306,11 +308,6 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch):
 # --- dtypes -----------------------------------------------------------------------------------------------------------------
 
 
-def rounded(tensor, dtype):
-    """One rounding, as the interpreter does it: towards zero for bfloat16, where GPUs round to nearest."""
-    return (tensor.view(torch.int32) & -(2**16)).view(F32).to(dtype) if dtype == torch.bfloat16 else tensor.to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_one_rounding_of_the_float32_result(dtype):
     block = one_of_each()
@@ -319,9 +316,83 @@ def test_half_precision_is_one_rounding_of_the_float32_result(dtype):
         (wide,) = squeeze([block], [[t.float() for t in tensors]], backend="triton")
         (narrow,) = squeeze([block], [tensors], backend="triton")
         (emitted,) = squeeze([block], [[t.float() for t in tensors]], dtype=dtype, backend="triton")
-    assert torch.equal(narrow, rounded(wide, dtype)) and torch.equal(emitted, rounded(wide, dtype))
+    assert torch.equal(narrow, wide.to(dtype)) and torch.equal(emitted, wide.to(dtype))
     check(block, tensors)
     check(block, [t.float() for t in tensors], dtype=dtype)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Products are those of a GPU of NVIDIA; its precision can be set, instead of chosen."""
+
+    def use(precision=None):
+        gpu = device.Device("cuda", 90)
+        if precision:
+            object.__setattr__(gpu, "precision", lambda half: precision)
+        monkeypatch.setattr(launch, "device_of", lambda _: gpu)
+        monkeypatch.setattr(dispatch.calls, "_calls", {})
+
+    use()
+    return use
+
+
+def composition(identity=False):
+    """Only products: what they lose is the whole error."""
+    o, i, t = 16, 32, 64
+    term = Composed(operand("c1", t, i, 1, 1), operand("c2", o, t, 3, 3), identity, 0)
+    return Block(o, i, (3, 3), (term,), 1, operand("scales", 1, o))
+
+
+def errors_of_halves(dtype):
+    """The kernel's error in units of one rounding, and the largest relative error of a gradient, from the same ``dW``."""
+    block = composition()
+    leaves = [t.requires_grad_() for t in tensors_of(block)]
+    upstream = torch.randn(block.shape).to(dtype)
+    exact, gradients = reference(block, leaves, upstream)
+    (kernel,) = squeeze([block], [leaves], dtype=dtype, backend="triton")
+    unit = relative(exact.to(dtype), exact)
+    return relative(kernel, exact) / unit, max(map(relative, grad(kernel, leaves, upstream), gradients))
+
+
+@pytest.mark.parametrize("setting", ["highest", "high"])
+@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, 1.25), (torch.float16, 2)])
+def test_halves_take_one_product_of_rounded_factors(dtype, units, setting, tensor_cores, monkeypatch):
+    monkeypatch.setattr(device, "float32_precision", lambda: setting)
+    torch.manual_seed(1)
+    kernel, gradient = errors_of_halves(dtype)
+    assert kernel <= units and gradient <= 2**-10
+    torch.manual_seed(1)
+    tensor_cores("tf32x3")
+    exact_kernel, exact_gradient = errors_of_halves(dtype)
+    assert exact_kernel < kernel and exact_gradient < gradient / 100  # this was one product
+    torch.manual_seed(1)
+    tensor_cores("tf32")
+    truncated_kernel, truncated_gradient = errors_of_halves(dtype)
+    assert truncated_gradient > 1.5 * gradient and (dtype == torch.bfloat16 or truncated_kernel > units)
+
+
+@pytest.mark.parametrize(("setting", "least", "most"), [("highest", 0, 1.5e-6), ("high", 1e-5, 2**-11)])
+def test_float32_takes_what_the_setting_says(setting, least, most, tensor_cores, monkeypatch):
+    monkeypatch.setattr(device, "float32_precision", lambda: setting)
+    block = composition()
+    leaves = [t.requires_grad_() for t in tensors_of(block)]
+    upstream = torch.randn(block.shape)
+    exact, gradients = reference(block, leaves, upstream)
+    (kernel,) = squeeze([block], [leaves], backend="triton")
+    for mine, true in zip((kernel, *grad(kernel, leaves, upstream)), (exact, *gradients), strict=True):
+        assert least < relative(mine, true) <= most
+
+
+def test_rounded_factors_keep_the_identity_and_what_is_not_finite(tensor_cores):
+    block = composition(identity=True)
+    block = replace(block, in_channels=64, terms=(replace(block.terms[0], first=operand("c1", 64, 64, 1, 1)),))
+    w1, w2, scales = tensors_of(block)
+    (kernel,) = squeeze([block], [[torch.zeros_like(w1), w2, scales]], dtype=torch.float16, backend="triton")
+    assert torch.equal(kernel, (w2 * scales.view(-1, 1, 1, 1)).half())
+    not_a_number = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(F32)  # all bits set, as GPUs write it
+    w1[0, 0], w1[1, 1], w1[2, 2] = not_a_number[0], not_a_number[1], math.inf
+    (kernel,) = squeeze([block], [[w1, w2.abs() + 1, scales.abs()]], dtype=torch.float16, backend="triton")
+    assert kernel[:, :2].isnan().all() and (kernel[:, 2] == math.inf).all() and kernel[:, 3:].isfinite().all()
 
 
 # --- many blocks ------------------------------------------------------------------------------------------------------------
@@ -336,12 +407,13 @@ def run_list(blocks, tensors):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels launched."""
+    """The names of the kernels launched, but for the one that fills tables of addresses."""
     names = []
     call = launch.CompiledKernel.__call__
 
     def counted(self, *arguments):
-        names.append(self._function.__name__)
+        if self._function.__name__ != "write_words":
+            names.append(self._function.__name__)
         call(self, *arguments)
 
     monkeypatch.setattr(launch.CompiledKernel, "__call__", counted)

@@ -56,13 +56,6 @@ def pointer_type(spec, slot):
 
 
 @triton.constexpr_function
-def product_precision(spec, precision, one, other):
-    """Return the precision for products of two tensors: halves are exact in TF32, so one product of the three is enough."""
-    halves = all(spec.views[slot].dtype in ("bfloat16", "float16") for slot in (one, other))
-    return "tf32" if halves and precision == "tf32x3" else precision
-
-
-@triton.constexpr_function
 def needs_scale_gradient(spec, index):
     """Return whether a term has a scale whose gradient is asked for."""
     return spec.needs_scale_gradient(spec.terms[index])
@@ -156,9 +149,45 @@ def locate(block, SPEC: tl.constexpr, SLOT: tl.constexpr):
 
 
 @triton.jit
+def load(pointer, mask):
+    """Load a tile, with zeros outside."""
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_fp32(pointer, mask):
     """Load a tile in float32, with zeros outside."""
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    return load(pointer, mask).to(tl.float32)
+
+
+@triton.jit
+def multiply(one, other, total, PRECISION: tl.constexpr):
+    """Return ``total + one @ other``. Halves are exact in TF32: one product of two such factors is enough."""
+    one_fp32 = _factor(one, PRECISION)
+    other_fp32 = _factor(other, PRECISION)
+    if PRECISION == "rounded" or (PRECISION == "tf32x3" and one.dtype != tl.float32 and other.dtype != tl.float32):
+        total = tl.dot(one_fp32, other_fp32, total, input_precision="tf32")
+    else:
+        total = tl.dot(one_fp32, other_fp32, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _factor(value, PRECISION: tl.constexpr):
+    """Return a factor in float32; ``"rounded"`` to TF32's nearest, which NVIDIA's tensor cores would truncate.
+
+    They truncate all the same: half of a unit in the last place, 2^-11 of the power of two below, is added, exactly.
+    """
+    if PRECISION == "rounded" and value.dtype == tl.float32:
+        power = (value.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+        value += power * 2**-11
+    return value.to(tl.float32)
+
+
+@triton.jit
+def relayout(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a product as it is, but free of the tensor cores' layout, into which the compiler would move all that is added."""
+    return tl.reshape(tl.permute(tl.reshape(value, (ROWS, 1, COLUMNS)), (1, 0, 2)), (ROWS, COLUMNS))
 
 
 @triton.jit

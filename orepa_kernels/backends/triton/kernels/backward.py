@@ -28,12 +28,6 @@ def needs_elementwise(spec):
     return any(spec.needs_gradient(branch) for branch in spec.terms if branch.kind in ("dense", "pointwise"))
 
 
-@triton.constexpr_function
-def needs_gradient(spec, index):
-    """Return whether any gradient of a term, its scale's included, is asked for."""
-    return spec.needs_gradient(spec.terms[index])
-
-
 @triton.jit
 def squeeze_backward(
     addresses, table, tiles, workspace, SPEC: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr
@@ -51,7 +45,7 @@ def squeeze_backward(
                 if role == 3 * t + FIRST:
                     first_gradient(task, workspace, block, SPEC, t, PRECISION, TILES)
         if term(SPEC, t, "kind") == "separable":
-            if needs_gradient(SPEC, t):
+            if term(SPEC, t, "d_pointwise") >= 0 or term(SPEC, t, "d_depthwise") >= 0 or needs_scale_gradient(SPEC, t):
                 if role == 3 * t + SEPARABLE:
                     separable_gradients(task, workspace, block, SPEC, t, TILES)
     if needs_elementwise(SPEC):

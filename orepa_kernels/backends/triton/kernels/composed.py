@@ -12,12 +12,14 @@ from .access import (
     channels,
     field,
     internal_channels,
+    load,
     load_fp32,
     load_scale,
     locate,
+    multiply,
     needs_scale_gradient,
     outer,
-    product_precision,
+    relayout,
     sizes,
     store,
     store_scale_gradient,
@@ -32,8 +34,6 @@ def add_composed(
 ):
     """Add a sequence, BM internal channels at a time."""
     FIRST_1X1: tl.constexpr = term(SPEC, TERM, "height1") * term(SPEC, TERM, "width1") == 1
-    LAST_1X1: tl.constexpr = term(SPEC, TERM, "height2") * term(SPEC, TERM, "width2") == 1
-    PRODUCT: tl.constexpr = product_precision(SPEC, PRECISION, term(SPEC, TERM, "first"), term(SPEC, TERM, "second"))
     BM: tl.constexpr = field(TILES, "BM")
     TAPS: tl.constexpr = field(TILES, "TAPS")
     group, _, o_ok, rows, i, i_ok, _ = tile
@@ -50,22 +50,12 @@ def add_composed(
     if FIRST_1X1:
         for m0 in range(0, internal, BM):
             m_ok = m0 + m < internal
-            w1 = load_fp32(first_corner + (m0 + m)[:, None] * a0, outer(m_ok, i_ok))
+            w1 = load(first_corner + (m0 + m)[:, None] * a0, outer(m_ok, i_ok))
             result = ()
             for h in tl.static_range(TAPS):
                 y, x, inside = align_tap(p0 + h, SPEC, TERM)
-                w2 = load_fp32(second_corner + (m0 + m)[None, :] * b1 + y * b2 + x * b3, outer(o_ok, m_ok) & inside)
-                result = result + (tl.dot(w2, w1, products[h], input_precision=PRODUCT),)
-            products = result
-    elif LAST_1X1:
-        for m0 in range(0, internal, BM):
-            m_ok = m0 + m < internal
-            w2 = load_fp32(second_corner + (m0 + m)[None, :] * b1, outer(o_ok, m_ok))
-            result = ()
-            for h in tl.static_range(TAPS):
-                y, x, inside = align_tap(p0 + h, SPEC, TERM)
-                w1 = load_fp32(first_corner + (m0 + m)[:, None] * a0 + y * a2 + x * a3, outer(m_ok, i_ok) & inside)
-                result = result + (tl.dot(w2, w1, products[h], input_precision=PRODUCT),)
+                w2 = load(second_corner + (m0 + m)[None, :] * b1 + y * b2 + x * b3, outer(o_ok, m_ok) & inside)
+                result = result + (multiply(w2, w1, products[h], PRECISION),)
             products = result
     else:
         result = ()
@@ -84,16 +74,16 @@ def add_composed(
                 qy = y0 + j % taps // width
                 qx = x0 + j % taps % width
                 m_ok = mm < internal
-                w1 = load_fp32(first_corner + mm[:, None] * a0 + (y - qy) * a2 + (x - qx) * a3, outer(m_ok, i_ok))
-                w2 = load_fp32(second_corner + mm[None, :] * b1 + qy * b2 + qx * b3, outer(o_ok, m_ok))
-                product = tl.dot(w2, w1, product, input_precision=PRODUCT)
+                w1 = load(first_corner + mm[:, None] * a0 + (y - qy) * a2 + (x - qx) * a3, outer(m_ok, i_ok))
+                w2 = load(second_corner + mm[None, :] * b1 + qy * b2 + qx * b3, outer(o_ok, m_ok))
+                product = multiply(w2, w1, product, PRECISION)
             result = result + (product,)
         products = result
 
     scale = load_scale(rows, o_ok, block, SPEC, TERM)[:, None]
     result = ()
     for h in tl.static_range(TAPS):
-        value = products[h]
+        value = relayout(products[h], field(TILES, "BO"), field(TILES, "BI"))
         if term(SPEC, TERM, "repeats") > 0:
             per_group = internal // term(SPEC, TERM, "repeats")
             y, x, inside = align_tap(p0 + h, SPEC, TERM)
@@ -112,7 +102,6 @@ def second_gradient(
 
     A program takes BO x BM x TAPS of them, BI input channels at a time. Coordinates: o tile, m tile, tile of taps q.
     """
-    PRODUCT: tl.constexpr = product_precision(SPEC, PRECISION, field(SPEC, "upstream"), term(SPEC, TERM, "first"))
     COUNT1: tl.constexpr = term(SPEC, TERM, "height1") * term(SPEC, TERM, "width1")
     COUNT2: tl.constexpr = term(SPEC, TERM, "height2") * term(SPEC, TERM, "width2")
     BO: tl.constexpr = field(TILES, "BO")
@@ -138,20 +127,20 @@ def second_gradient(
         i_ok = ii < in_per_group
         ry = j % COUNT1 // term(SPEC, TERM, "width1")
         rx = j % COUNT1 % term(SPEC, TERM, "width1")
-        w1 = load_fp32(first_corner + ii[:, None] * a1 + ry * a2 + rx * a3, outer(i_ok, m_ok))
+        w1 = load(first_corner + ii[:, None] * a1 + ry * a2 + rx * a3, outer(i_ok, m_ok))
         result = ()
         for h in tl.static_range(TAPS):
             y = (q0 + h) // term(SPEC, TERM, "width2") + ry + term(SPEC, TERM, "top")
             x = (q0 + h) % term(SPEC, TERM, "width2") + rx + term(SPEC, TERM, "left")
             mask = outer(o_ok, i_ok) & (q0 + h < COUNT2)
-            dw = load_fp32(upstream_corner + ii[None, :] * g1 + y * g2 + x * g3, mask)
-            result = result + (tl.dot(dw, w1, u[h], input_precision=PRODUCT),)
+            dw = load(upstream_corner + ii[None, :] * g1 + y * g2 + x * g3, mask)
+            result = result + (multiply(dw, w1, u[h], PRECISION),)
         u = result
 
     scale = load_scale(rows, o_ok, block, SPEC, TERM)[:, None]
     d_scale = tl.zeros((BO, BM), tl.float32)
     for h in tl.static_range(TAPS):
-        value = u[h]
+        value = relayout(u[h], BO, BM)
         qy = (q0 + h) // term(SPEC, TERM, "width2")
         qx = (q0 + h) % term(SPEC, TERM, "width2")
         mask = outer(o_ok, m_ok) & (q0 + h < COUNT2)
@@ -214,8 +203,8 @@ def first_gradient(
         qx = j % COUNT2 % term(SPEC, TERM, "width2")
         scale = load_scale(rows, o_ok, block, SPEC, TERM)
         w2 = load_fp32(second_corner + rows[None, :] * b0 + qy * b2 + qx * b3, outer(m_ok, o_ok)) * scale[None, :]
-        dw = load_fp32(upstream_corner + rows[:, None] * g0 + (qy + ry) * g2 + (qx + rx) * g3, outer(o_ok, i_ok))
-        product = tl.dot(w2, dw, product, input_precision=PRECISION)
+        dw = load(upstream_corner + rows[:, None] * g0 + (qy + ry) * g2 + (qx + rx) * g3, outer(o_ok, i_ok))
+        product = multiply(w2, dw, product, PRECISION)
     begin = term_word(block, SPEC, TERM, 2)
     row = (part.to(tl.int64) * COUNT1 + r) * groups * internal + group * internal + m
     tl.store(workspace + begin + row[:, None] * in_per_group + i[None, :], product, mask=outer(m_ok, i_ok))

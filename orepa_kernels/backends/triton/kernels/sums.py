@@ -9,12 +9,6 @@ from .access import as_pointer, count_slots, field, pointer_type, store
 JOB_WORDS = tl.constexpr(16)
 
 
-@triton.constexpr_function
-def is_gradient(spec, slot):
-    """Return whether a slot is that of a gradient."""
-    return slot > spec.upstream
-
-
 @triton.jit
 def add_parts(addresses, jobs, tiles, workspace, SPEC: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr):
     """Sum COUNT elements of one gradient, ``sum_n part[n]``, PARTS at a time, and store them with the gradient's own strides.
@@ -51,7 +45,7 @@ def add_parts(addresses, jobs, tiles, workspace, SPEC: tl.constexpr, PARTS: tl.c
     if field(SPEC, "batched"):
         table = as_pointer(addresses, tl.int64)
     for s in tl.static_range(count_slots(SPEC)):
-        if is_gradient(SPEC, s):
+        if s > field(SPEC, "upstream"):  # a gradient
             if slot == s:
                 if field(SPEC, "batched"):
                     address = tl.load(table + tl.load(job) * count_slots(SPEC) + s)
