@@ -5,8 +5,8 @@
 
 ``<!-- results:cpu/squeeze -->`` … ``<!-- /results:cpu/squeeze -->``, each on a line of its own, holds the table of
 ``benchmarks/results/cpu/squeeze.json``. Any result of ``orepa bench`` can stand there, those of ``eval_cache.py``,
-``host_overhead.py``, ``branch_order.py``, ``ablation/`` and ``reparam_accuracy/``, and the ``metrics.json`` of an ``orepa
-train``.
+``host_overhead.py``, ``branch_order.py``, ``sass_audit.py``, ``ablation/`` and ``reparam_accuracy/``, and the
+``metrics.json`` of an ``orepa train``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import sass_audit
 from ablation import tables as ablation_tables
 from ablation.rows import BENCHMARK as ABLATION
 from reparam_accuracy import tables as reparam_tables
@@ -77,6 +78,8 @@ def table(path: Path) -> str:
         if results.benchmark not in TABLES:
             raise UserError(f"{path}: no table for the benchmark {results.benchmark!r}")
         return f"{TABLES[results.benchmark](results)}\n\n{tables.conditions(results)}"
+    if isinstance(content, dict) and content.get("benchmark") == sass_audit.BENCHMARK:
+        return sass_audit.markdown(content)
     if isinstance(content, dict) and "outcome" in content:
         return _training(content)
     raise UserError(f"{path} is neither a result of `orepa bench` nor a metrics.json of `orepa train`")

@@ -23,8 +23,13 @@ from .plan import Block, Dense, Operand
 
 log = logging.getLogger("orepa_kernels")
 
-#: every backend that this package defines, fastest first; those not registered are not part of the installed build
+#: every backend that this package defines, in the order of the automatic choice, but for `TRITON_FIRST`; those not registered
+#: are not part of the installed build
 NAMES = ("cuda", "triton", "cpu", "reference")
+
+#: major compute capabilities of GPUs on which the automatic choice asks Triton before CUDA: where the static bound of its
+#: products under autocast is lower (benchmarks/sass_audit.py). An estimate, until measured
+TRITON_FIRST = frozenset({8, 9})
 
 #: environment variable that replaces ``backend="auto"``
 ENVIRONMENT_VARIABLE = "OREPA_BACKEND"
@@ -107,15 +112,15 @@ def get(name: str) -> Backend:
 
 
 def backends() -> dict[str, Support]:
-    """Return every backend by name, fastest first, each with whether it runs here and, if not, why."""
+    """Return every backend by name, each with whether it runs here and, if not, why."""
     return {name: _available(name) for name in NAMES}
 
 
 def names_on(device: torch.device) -> list[str]:
-    """Return the backends that squeeze float32 tensors on ``device``, fastest first."""
+    """Return the backends that squeeze float32 tensors on ``device``, in the order of the automatic choice."""
     block = Block(1, 1, (1, 1), (Dense(Operand("weight", (1, 1, 1, 1))),))
     request = Request(block, device, torch.float32, torch.float32)
-    return [name for name in NAMES if _support(name, request)]
+    return [name for name in _order(device) if _support(name, request)]
 
 
 def _available(name: str) -> Support:
@@ -164,7 +169,7 @@ def select(name: str, request: Request) -> Backend:
         BackendError: the backend asked for by name cannot; never another one in its place.
     """
     if name == "auto":
-        for candidate in NAMES:
+        for candidate in _order(request.device):
             support = _support(candidate, request)
             if support:
                 return _REGISTRY[candidate]
@@ -175,6 +180,15 @@ def select(name: str, request: Request) -> Backend:
     if not support:
         raise BackendError(f"backend {name!r} was asked for but cannot run: {support.reason}")
     return _REGISTRY[name]
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    """Return the backends in the order of the automatic choice."""
+    if device.type != "cuda" or not (_available("cuda") and _available("triton")):
+        return NAMES
+    if torch.cuda.get_device_capability(device)[0] not in TRITON_FIRST:
+        return NAMES
+    return "triton", "cuda", *(name for name in NAMES if name not in ("triton", "cuda"))
 
 
 def _support(name: str, request: Request) -> Support:

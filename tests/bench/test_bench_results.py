@@ -156,6 +156,22 @@ def test_what_the_host_takes_is_shown_where_it_was_measured(capsys: pytest.Captu
 # --- comparisons ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("cuda", "order", "verdict"),
+    [
+        (2.0, ("triton", "cuda", "reference"), "asks triton first: as it should be"),
+        (2.0, ("cuda", "triton"), "asks cuda first: change TRITON_FIRST"),
+        (0.5, ("cuda", "triton"), "asks cuda first: as it should be"),
+        (0.5, ("triton", "cuda"), "asks triton first: change TRITON_FIRST"),
+    ],
+)
+def test_measured_squeezes_say_whether_the_order_is_right(cuda: float, order: tuple[str, ...], verdict: str) -> None:
+    rows = [row("triton", (1.0,)), row("cuda", (cuda,)), row("cuda", (9.0,), mode="backward"), row("eager")]
+    advice = tables.order_advice(rows, order)
+    assert advice.startswith(f"cuda / triton: {cuda:.2f} (geometric mean of 1 rows") and verdict in advice
+    assert not tables.order_advice(rows, ("cuda", "cpu")) and not tables.order_advice(rows[1:], order)
+
+
 def test_a_run_against_itself_is_no_difference() -> None:
     run = bench.run(config(rounds=5), {"eager": Eager(), "copy": script.all_providers()["copy"]})
     comparison = compare(run, run)

@@ -114,9 +114,18 @@ def _add_common_options(parser: argparse.ArgumentParser, rounds: int, seconds: f
 
 
 def _squeeze(args: argparse.Namespace) -> int:
-    from . import providers, squeeze
+    import torch
 
-    return finish(squeeze.run(*squeeze_config(args, providers.all_providers()), say), args.out)
+    from orepa_kernels.dispatch import names_on
+
+    from . import providers, squeeze
+    from .tables import order_advice
+
+    results = squeeze.run(*squeeze_config(args, providers.all_providers()), say)
+    code, advice = finish(results, args.out), order_advice(results.rows, names_on(torch.device(_device(args))))
+    if advice:
+        say(advice)
+    return code
 
 
 def squeeze_config(args: argparse.Namespace, providers: Providers) -> tuple[BenchConfig, Providers]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -35,6 +36,31 @@ def render(columns: Sequence[str], rows: Iterable[Sequence[str]], style: Style =
     lines.insert(1, ["-" * width for width in widths])
     formats = [f"{{:{'<' if i < text else '>'}{width}}}" for i, width in enumerate(widths)]
     return "\n".join("  ".join(formats).format(*cells) for cells in lines)
+
+
+def order_advice(rows: Iterable[Row], order: Sequence[str]) -> str:
+    """Return what measured squeezes say of the order in which the automatic choice asks ``cuda`` and ``triton``.
+
+    Args:
+        rows: of a squeeze.
+        order: of `orepa_kernels.names_on`. Empty advice where it or the rows lack one of the two.
+    """
+    both = "cuda", "triton"
+    pairs = [
+        {name: line[name] for name in both if name in line}
+        for line in by_case([row for row in rows if row.status == "ok"])
+    ]
+    ratios = [pair["cuda"].median_us / pair["triton"].median_us for pair in pairs if len(pair) == 2]
+    ranks = [name for name in order if name in both]
+    if not ratios or len(ranks) < 2:
+        return ""
+    middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    faster = both[middle > 1]
+    verdict = "as it should be" if ranks[0] == faster else "change TRITON_FIRST in orepa_kernels/dispatch.py"
+    numbers = (
+        f"cuda / triton: {middle:.2f} (geometric mean of {len(ratios)} rows, {min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return f"{numbers}; backend='auto' asks {ranks[0]} first: {verdict}"
 
 
 def number(value: float) -> str:
