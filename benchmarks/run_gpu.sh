@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one call on a bare CUDA machine (torch, triton, cmake, ninja, pybind11; no network): build in
-# place, the gpu-marked tests, compute-sanitizer on small shapes, then benchmarks for eight minutes, most telling first.
+# All that wants a GPU, on a bare CUDA machine (torch, triton, cmake, ninja, pybind11; no network), in two commands of at most
+# nine minutes each, correctness first: build in place, the gpu-marked tests, compute-sanitizer on small shapes; then which
+# claims of the static audit hold, and benchmarks, most telling first. Without --only, one after the other.
 #
-#     benchmarks/run_gpu.sh [--dry-run] [--only tests|bench] [OUT]
+#     benchmarks/run_gpu.sh --only tests [OUT]
+#     benchmarks/run_gpu.sh --only bench [OUT]        [--dry-run] with both
 #
 # OUT (default benchmarks/results/gpu) gets one JSON file per benchmark, written as it comes, and log.txt: few files, of
 # which none is lost if this is killed. A step that fails does not stop those after it; the exit code tells. The last thing
@@ -29,17 +31,23 @@ begun=$SECONDS failed=()
 log=$out/log.txt
 : >"$log" || exit 2
 
-# step NAME SECONDS COMMAND...: one step, in bounded time; its output goes to the log, the end of it to the terminal. What
-# runs out of time is interrupted as from the keyboard: pytest then still says what failed, and why.
+# step NAME SECONDS COMMAND...: one step, within what is left of this half; its output goes to the log, the end of it to the
+# terminal. What runs out of time is interrupted as from the keyboard: pytest then still says what failed, and why.
+half_end=$((SECONDS + 530)) lines=3
 step() {
-    local name=$1 limit=$2 start=$SECONDS before
+    local name=$1 limit=$2 start=$SECONDS before left=$((half_end - SECONDS - 10))
     shift 2
+    if ((left < 15)); then
+        failed+=("$name (no time left)")
+        return
+    fi
+    ((limit < left)) || limit=$left
     printf '=== %s (at %d s)\n' "$name" $((SECONDS - begun)) | tee -a "$log"
     before=$(wc -l <"$log")
     timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1 </dev/null
     local code=$?
     [[ $code == 0 ]] || failed+=("$name (exit $code)")
-    tail -n +$((before + 1)) "$log" | tail -n 3
+    tail -n +$((before + 1)) "$log" | tail -n "$lines"
     printf -- '--- %s: exit %d after %d s\n' "$name" $code $((SECONDS - start)) | tee -a "$log"
 }
 
@@ -67,35 +75,26 @@ if [[ $only != bench ]]; then
     fi
 fi
 
-# measure NAME SECONDS COMMAND...: a step within what is left of the eight minutes
-measure() {
-    local left=$((bench_end - SECONDS))
-    if ((left < 15)); then
-        failed+=("$1 (no time left)")
-        return
-    fi
-    step "$1" $(($2 < left ? $2 : left)) "${@:3}"
-}
-
 if [[ $only != tests ]]; then
     bench=("$python" -m orepa bench)
-    bench_end=$((SECONDS + 480))
+    [[ $only ]] || half_end=$((SECONDS + 530))
+    lines=40 step audit-claims 100 "$python" benchmarks/gpu_claims.py
     if [[ $dry ]]; then
         tiny=(--device cpu --threads 1 --processes 1 --rounds 2 --seconds 1 --providers "eager,reference,gemms,copy")
-        measure squeeze-fp32 120 "$python" benchmarks/squeeze.py --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
-        measure step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
+        step squeeze-fp32 120 "$python" benchmarks/squeeze.py --shapes "8,8,3" "${tiny[@]}" --out "$out/squeeze-fp32.json"
+        step step-r18 120 "${bench[@]}" step --models test_resnet --batch-sizes 2 --img-size 32 --device cpu --threads 1 \
             --variants plain,orepa-reference --rounds 2 --seconds 1 --out "$out/step-r18.json"
     else
         # Not compile-max-autotune, which would take most of the time to tune matrix products.
         squeeze=("$python" benchmarks/squeeze.py --device cuda --providers eager,compile,reference,triton,cuda,gemms,copy)
-        measure squeeze-fp32 150 "${squeeze[@]}" --seconds 60 --out "$out/squeeze-fp32.json"
-        measure step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
+        step squeeze-fp32 150 "${squeeze[@]}" --seconds 60 --out "$out/squeeze-fp32.json"
+        step step-r18 150 "${bench[@]}" step --models resnet18 --device cuda --autocast bf16 --channels-last --seconds 60 \
             --variants plain,orepa-reference,orepa-triton,orepa-cuda,orepa-compile,dbb-offline --out "$out/step-r18.json"
-        measure host-overhead 30 "$python" benchmarks/host_overhead.py --out "$out/host-overhead.json"
-        measure squeeze-bf16 100 "${squeeze[@]}" --dtypes bf16 --precision high --seconds 40 --out "$out/squeeze-bf16.json"
-        measure step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
+        step host-overhead 30 "$python" benchmarks/host_overhead.py --out "$out/host-overhead.json"
+        step squeeze-bf16 100 "${squeeze[@]}" --dtypes bf16 --precision high --seconds 40 --out "$out/squeeze-bf16.json"
+        step step-r50 130 "${bench[@]}" step --models resnet50 --device cuda --autocast bf16 --channels-last --seconds 40 \
             --variants plain,orepa-reference,orepa-triton,orepa-cuda --out "$out/step-r50.json"
-        measure squeeze-models 150 "$python" benchmarks/squeeze.py --device cuda --models all --mode both --seconds 60 \
+        step squeeze-models 150 "$python" benchmarks/squeeze.py --device cuda --models all --mode both --seconds 60 \
             --providers eager,triton,cuda,reference,gemms,copy --out "$out/squeeze-models.json"
     fi
 fi

@@ -33,7 +33,8 @@ def test_dry_run_of_the_benchmarks(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed (the [models] extra)")
     result = run("--dry-run", "--only", "bench", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Would install orepa-kernels" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "Would install orepa-kernels" in log and "no GPU: nothing to compare" in log
     for name in ("squeeze-fp32", "step-r18"):
         content = json.loads((tmp_path / f"{name}.json").read_text())
         assert content["complete"] and {row["status"] for row in content["rows"]} <= {"ok", "skipped"}
@@ -84,3 +85,32 @@ def test_few_files_and_what_failed_survives_a_time_limit(tmp_path):
 def test_unknown_options_are_refused(tmp_path):
     result = run("--wet-run", tmp_path)
     assert result.returncode == 2 and "unknown option --wet-run" in result.stderr
+
+
+def measured(**changes):
+    return {"path": "fp32", "what": "3x3, 64 channels", "mode": "forward", "provider": "cuda", "us": 9.0, **changes}
+
+
+def test_claims_of_the_audit_are_confirmed_or_refuted():
+    import gpu_claims
+
+    bounds = [
+        {"path": "fp32", "what": "3x3, 64 channels", "mode": "forward", "triton": 4.0, "cuda": 8.0, "tensor": 5.0}
+    ]
+    bounds[0]["floor"] = 1.0
+    lines = gpu_claims.verdicts([measured(), measured(provider="triton", us=4.5), measured(path="other")], bounds)
+    assert [line.partition(":")[0] for line in lines] == ["confirmed", "REFUTED", "confirmed"]
+    assert lines[1] == "REFUTED: triton fp32 3x3, 64 channels forward: 4.5 us, bound 5.0, memory 1.0"
+    assert lines[2] == "confirmed: triton has the lower bounds, triton is faster"
+    slow = gpu_claims.verdicts([measured(), measured(provider="triton", us=10.0)], bounds)
+    assert slow[-1] == "REFUTED: triton has the lower bounds, cuda is faster"
+
+
+def test_counters_are_read_from_what_ncu_prints():
+    import gpu_claims
+
+    issue, registers = "smsp__issue_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread"
+    text = f'==PROF== Connected\n"ID","Kernel Name","{issue}","{registers}"\n"","","%","register/thread"\n'
+    assert gpu_claims.counters(text) == []
+    text += '"0","squeeze_forward","61.5","194"\n'
+    assert gpu_claims.counters(text) == ["squeeze_forward: % of cycles issue 61.5, registers 194"]
