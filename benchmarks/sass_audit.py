@@ -83,7 +83,7 @@ def triton_rows(known: dict[str, Row]) -> Iterator[Row]:
     for gpu, path, mode, block in itertools.product(GPUS, PATHS, MODES, STRUCTURES):
         if "contiguous" in path and gpu not in SHOWN:
             continue
-        spec, choices, _ = _tiles(gpu, path, mode, *block)
+        spec, choices = _tiles(gpu, path, mode, *block)
         for config in dict.fromkeys(choices):
             constants, options = launch.kernel_arguments(config, spec, PATHS[path][2])
             function = aot.squeeze_forward if mode == "forward" else aot.squeeze_backward
@@ -97,19 +97,18 @@ def triton_rows(known: dict[str, Row]) -> Iterator[Row]:
 
 
 @functools.cache
-def _tiles(gpu: str, path: str, mode: str, topology: str, size: int) -> tuple[Any, Any, Any]:
-    """Return a structure, Triton's tiles for it, and the rule that takes one of them for given blocks."""
+def _tiles(gpu: str, path: str, mode: str, topology: str, size: int) -> tuple[Any, Any]:
+    """Return a structure, and Triton's tiles for it."""
     import triton_aot as aot
 
     from orepa_kernels.backends.triton import configs
 
     dtype, contiguous, precision = PATHS[path]
     (forward, backward), *_ = aot.structures(topology, size, contiguous=contiguous, autocast=dtype != "fp32")
-    spec = forward if mode == "forward" else backward
-    rest = spec, aot.TARGETS[gpu].arch, precision
+    rest = aot.TARGETS[gpu].arch, precision
     if mode == "forward":
-        return spec, configs.forward_choices(*rest), lambda block: configs.forward_config([block], *rest)
-    return spec, configs.backward_choices(*rest), lambda block: configs.backward_config([block], *rest)
+        return forward, configs.forward_choices(forward, *rest)
+    return backward, configs.backward_choices(backward, *rest)
 
 
 def _triton_row(gpu: str, compiled: Any, usage: tuple[int, int], config: Any, count: int) -> Row:
@@ -208,8 +207,11 @@ def _slots(rows: list[Row], provider: str, gpu: str, path: str, mode: str, shape
     """Return the issue slots per product of a block: with the tile that Triton takes for it, with the best of CUDA's."""
     own = [row for row in rows if (row["provider"], row["gpu"], row["mode"]) == (provider, gpu, mode)]
     if provider == "triton":
-        *_, rule = _tiles(gpu, path, mode, shape.topology, shape.kernel_size)
-        kind = path, _block(shape.topology, shape.kernel_size), _text(rule(_problem(shape, PATHS[path][0]).plan))
+        from orepa_kernels.backends.triton.configs import largest_filling
+
+        _, choices = _tiles(gpu, path, mode, shape.topology, shape.kernel_size)
+        tile = largest_filling([_problem(shape, PATHS[path][0]).plan], choices)
+        kind = path, _block(shape.topology, shape.kernel_size), _text(tile)
         own = [row for row in own if (row["path"], row["block"], row["tile"]) == kind]
     else:
         own = [row for row in own if row["path"] in ("", path.partition(",")[0])]

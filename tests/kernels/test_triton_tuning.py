@@ -285,7 +285,7 @@ def made():
 
     block, spec, tensors = dense()
     choices = (LARGE, MEDIUM, SMALL)
-    return launch.make_launch(Made, lambda *_: LARGE, lambda *_: choices, spec, [0], [block], [tensors])
+    return launch.make_launch(Made, lambda *_: choices, spec, [0], [block], [tensors])
 
 
 def test_a_launch_asks_the_clock_only_where_that_is_asked_for(clock, gpu, monkeypatch):
@@ -293,6 +293,7 @@ def test_a_launch_asks_the_clock_only_where_that_is_asked_for(clock, gpu, monkey
         run()
         return clock.times[Made.called[-1]]
 
+    monkeypatch.setattr(configs, "_FILLED", 1)
     monkeypatch.setattr(tuning, "can_time", lambda device: True)
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(Made, "called", [])
@@ -328,10 +329,9 @@ def test_a_choice_is_for_one_structure_and_its_sizes():
 
 @pytest.mark.parametrize(("filled", "taken"), [(6, LARGE), (7, MEDIUM), (9, MEDIUM), (10, SMALL)])
 def test_without_the_clock_the_largest_tile_that_fills_the_gpu(monkeypatch, filled, taken):
-    block, spec, _ = dense(70, 20)  # three taps at a time: 6 large tiles, 9 medium ones
-    monkeypatch.setattr(configs, "forward_choices", lambda *_: (LARGE, MEDIUM, SMALL))
+    block, *_ = dense(70, 20)  # three taps at a time: 6 large tiles, 9 medium ones
     monkeypatch.setattr(configs, "_FILLED", filled)
-    assert configs.forward_config([block], spec, 90, "rounded") == taken
+    assert configs.largest_filling([block], (LARGE, MEDIUM, SMALL)) == taken
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------

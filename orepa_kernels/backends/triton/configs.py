@@ -90,7 +90,7 @@ def forward_choices(spec: Spec, arch: int, precision: str) -> tuple[Forward, ...
         return (small,)
     if taps == 1:
         return FORWARD_TAP, small
-    large = (FORWARD_LARGE,) if arch == _HOPPER and precision != "tf32x3" else ()
+    large = [FORWARD_LARGE] * (arch == _HOPPER and precision != "tf32x3")
     return *large, FORWARD[arch == _HOPPER], small
 
 
@@ -106,22 +106,10 @@ def backward_choices(spec: Spec, arch: int, precision: str) -> tuple[Backward, .
     return tuple([replace(tile, **changes) for tile in tiles])
 
 
-def forward_config(blocks: Sequence[Block], spec: Spec, arch: int, precision: str) -> Forward:
-    """Return the heuristic's choice: the largest forward tile that fills the GPU."""
-    choices = forward_choices(spec, arch, precision)
-    return _largest_filling(blocks, choices, [tile.BI for tile in choices])
-
-
-def backward_config(blocks: Sequence[Block], spec: Spec, arch: int, precision: str) -> Backward:
-    """Return the heuristic's choice: the largest backward tiles that fill the GPU."""
-    choices = backward_choices(spec, arch, precision)
-    return _largest_filling(blocks, choices, [tile.BM for tile in choices])
-
-
-def _largest_filling(blocks: Sequence[Block], choices: Sequence[Config], widths: Sequence[int]) -> Config:
-    """Return the first of the tiles, BO x ``width`` x TAPS large, of which the kernels of blocks have enough."""
-    for tile, width in zip(choices[:-1], widths, strict=False):
-        programs = 0
+def largest_filling(blocks: Sequence[Block], choices: Sequence[Config]) -> Config:
+    """Return the heuristic's choice: the first of the tiles of which the kernels of blocks have enough for a GPU."""
+    for tile in choices[:-1]:
+        width, programs = tile.BI if isinstance(tile, Forward) else tile.BM, 0
         for block in blocks:
             out, per_group, *taps = block.shape
             grid = (-(-(out // block.groups) // tile.BO), -(-per_group // width), -(-prod(taps) // tile.TAPS))

@@ -114,8 +114,7 @@ class Launch:
 class AddressTables:
     """The address tables used last on one stream, whose order lets one be written over another.
 
-    ``rows`` has memory for each, int64; ``write`` writes _WORDS of them at an address. No word may be so small that the
-    kernel would be compiled for another type.
+    ``rows`` has memory for each; ``write`` writes _WORDS words at an address, none so small that it compiles as another type.
     """
 
     def __init__(self, rows: Tensor, write: Callable[[tuple[int, ...], int], None]) -> None:
@@ -143,8 +142,8 @@ class ForwardLaunch(Launch):
         self, blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]], precision: str, config: configs.Forward
     ) -> None:
         tiles = tile_map.forward_tiles(blocks, self.spec, tensors, config)
-        rows = [tile_map.block_words(block, self.spec, slots) for block, slots in zip(blocks, tensors, strict=True)]
-        words = [word for row in rows for word in row]
+        pairs = zip(blocks, tensors, strict=True)
+        words = [word for block, slots in pairs for word in tile_map.block_words(block, self.spec, slots)]
         arguments = kernel_arguments(config, self.spec, precision)
         self.run = self._kernel(squeeze_forward, words, tiles, tile_map.TILE_WORDS, arguments)
 
@@ -159,8 +158,7 @@ class BackwardLaunch(Launch):
         arguments = kernel_arguments(config, self.spec, precision)
         self.run = self._run_both
         self._parts = self._kernel(squeeze_backward, plan.words, plan.tiles, tile_map.TILE_WORDS, arguments)
-        workspace = Layout((max(1, plan.workspace),), (1,), torch.float32)
-        self._new_workspace = empty_factory(workspace, self.device)
+        self._new_workspace = empty_factory(Layout((max(1, plan.workspace),), (1,), torch.float32), self.device)
         self._sums: CompiledKernel | None = None
         sum_tiles = plan.sum_tiles(SUM_COUNT)
         if sum_tiles:
@@ -177,8 +175,8 @@ class BackwardLaunch(Launch):
 
 def kernel_arguments(config: Any, spec: Spec, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the kernel's constants, in the order of its parameters, and the compiler's options."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options["enable_fp_fusion"] = True  # Triton's default so far, about to change
+    # Fusion is Triton's default so far, about to change.
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return {"SPEC": spec, "PRECISION": precision, "TILES": config}, options
 
 
@@ -293,8 +291,8 @@ class PreparedLaunches(Prepared):
         rows = zip(self._blocks, operands, kernels, strict=True)
         specs = {index: forward_spec(*row) for index, row in enumerate(rows)}
         slots = [[*part, kernel] for part, kernel in zip(operands, kernels, strict=True)]
-        tiles = configs.forward_config, configs.forward_choices
-        return [make_launch(ForwardLaunch, *tiles, *shared, self._blocks, slots) for shared in _by_structure(specs)]
+        of = configs.forward_choices
+        return [make_launch(ForwardLaunch, of, *shared, self._blocks, slots) for shared in _by_structure(specs)]
 
     def _make_backward(
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], gradients: Gradients
@@ -306,29 +304,25 @@ class PreparedLaunches(Prepared):
             slots.append([*operands, *([] if output is None else [output]), *made])
             if output is not None and made:
                 specs[index] = backward_spec(block, operands, output, part)
-        tiles = configs.backward_config, configs.backward_choices
-        return [make_launch(BackwardLaunch, *tiles, *shared, self._blocks, slots) for shared in _by_structure(specs)]
+        of = configs.backward_choices
+        return [make_launch(BackwardLaunch, of, *shared, self._blocks, slots) for shared in _by_structure(specs)]
 
 
 def make_launch(
-    kind: Callable[..., Launch],
-    config_of: Callable[[Sequence[Block], Spec, int, str], configs.Config],
-    choices_of: Callable[[Spec, int, str], Sequence[configs.Config]],
-    spec: Spec,
-    indices: Sequence[int],
-    blocks: Sequence[Block],
-    slots: Sequence[Sequence[Tensor]],
-) -> Any:
+    kind: Callable[..., Launch], choices_of: Callable[[Spec, int, str], Sequence[configs.Config]],
+    spec: Spec, indices: Sequence[int], blocks: Sequence[Block], slots: Sequence[Sequence[Tensor]],
+) -> Any:  # fmt: skip
     """Make the launch of those blocks of a call, by their ``indices``, that have one structure.
 
-    Tiles are those of the heuristic ``config_of``, or with tuning the fastest of ``choices_of``. ``slots`` are per block the
+    Tiles are the heuristic's of ``choices_of``, or with tuning the fastest. ``slots`` are per block the
     tensors of the spec.
     """
     chosen, tensors = [blocks[index] for index in indices], [slots[index] for index in indices]
     device = tensors[0][0].device
     device_kind = device_of(device)
     precision = device_kind.precision(spec.half)
-    config = config_of(chosen, spec, device_kind.arch, precision)
+    choices = choices_of(spec, device_kind.arch, precision)
+    config = configs.largest_filling(chosen, choices)
     if autotune.enabled():
         addresses = [tuple(map(Tensor.data_ptr, part)) for part in slots]
 
@@ -338,7 +332,7 @@ def make_launch(
 
         direction = "forward" if isinstance(config, configs.Forward) else "backward"
         key = autotune.cache_key(direction, spec, chosen, tensors, precision)
-        config = autotune.choose(choices_of(spec, device_kind.arch, precision), config, key, device, prepare)
+        config = autotune.choose(choices, config, key, device, prepare)
     return kind(spec, indices, chosen, tensors, precision, config)
 
 

@@ -125,9 +125,9 @@ def test_several_tiles_each_way():
 @pytest.mark.parametrize(("arch", "precision"), [(80, "rounded"), (90, "rounded"), (90, "tf32x3")])
 def test_large_tiles(arch, precision, monkeypatch):
     monkeypatch.setattr(configs, "_FILLED", 0)
-    choices = configs.forward_config, configs.backward_config
-    monkeypatch.setattr(configs, "forward_config", lambda blocks, own, *_: choices[0](blocks, own, arch, precision))
-    monkeypatch.setattr(configs, "backward_config", lambda blocks, own, *_: choices[1](blocks, own, arch, precision))
+    choices = configs.forward_choices, configs.backward_choices
+    monkeypatch.setattr(configs, "forward_choices", lambda own, *_: choices[0](own, arch, precision))
+    monkeypatch.setattr(configs, "backward_choices", lambda own, *_: choices[1](own, arch, precision))
     monkeypatch.setattr(dispatch.calls, "_calls", {})
     block = one_of_each(1, o=67, i=33, t=66)
     check(block, tensors_of(block))
