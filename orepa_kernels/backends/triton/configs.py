@@ -59,7 +59,7 @@ _HOPPER = 90
 
 # Hopper's asynchronous products want 64 rows and as many columns as there are; with 8 warps, those of three TF32 products
 # that correct the first one would be computed twice.
-FORWARD = {True: Forward(64, 32, 32, 3, 4, 3), False: Forward(32, 64, 32, 3, 4, 2)}
+FORWARD = {True: Forward(64, 32, 32, 3, 4, 3), False: Forward(32, 64, 16, 3, 4, 3)}
 #: for one product, larger ones, which read less
 FORWARD_LARGE = Forward(64, 64, 32, 3, 8, 3)
 #: one tap at a time: 1x1 kernels, and two kxk ones in sequence

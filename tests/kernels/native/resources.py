@@ -57,12 +57,12 @@ def tile_of(mangled: str) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """Return a readable name such as ``squeeze_gradients large tile, one product, 32 KB of parameters``."""
+    """Return a readable name such as ``squeeze_gradients large tile, 32 KB of parameters, one product``."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
     parameters = re.search(r"KernelParamsILi(\d+)E", mangled)
     products = "one product" if re.search(r"ProductsE1E", mangled) else "three products"
     size = round(int(parameters[1]) / 1024) if parameters else "?"
-    return f"{name:<18}{tile_of(mangled)} tile, {products:<14}, {size:>2} KB of parameters"
+    return f"{name:<18}{tile_of(mangled)} tile, {size:>2} KB of parameters, {products}"
 
 
 def tile_sizes(nvcc: str) -> dict[str, tuple[int, int]]:
