@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm)
     separable_gradients(shared, block, terms[t], region_of<Tile>(block, row_tile, item % column_tiles), span,
                         params.workspace, params.counters);
   } else if (item < terms[t].items_a) {
-    first_gradient<P>(shared, block, terms[t], item, params.workspace, params.counters);
+    first_gradient<P>(shared, params, block, terms[t], item);
     return;
   } else {
     item -= terms[t].items_a;

@@ -114,14 +114,20 @@ __device__ __forceinline__ void first_products(Accumulators<Sides>& sums, const 
       begin, end, tables);
 }
 
-template <Products P, class Tile>
-__device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
-                                               const DeviceTerm& term, int item, float* workspace,
-                                               std::int32_t* counters) {
+template <Products P, class Tile, class Params>
+__device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared, const Params& params,
+                                               const DeviceBlock& block_before, const DeviceTerm& term_before,
+                                               int item) {
   Accumulators<Sides<Tile, true, false, false>> sums;
-  if (threadIdx.x == 0) shared.scratch()[0] = item;  // to free a register
-  first_products<P>(sums, shared, block, term, first_tile_of<Tile>(block, term, item));
+  if (threadIdx.x == 0) {  // to free registers
+    shared.scratch()[0] = item;
+    shared.scratch()[1] = static_cast<int>(&block_before - blocks_of(params));
+    shared.scratch()[2] = static_cast<int>(&term_before - terms_of(params, block_before));
+  }
+  first_products<P>(sums, shared, block_before, term_before, first_tile_of<Tile>(block_before, term_before, item));
 
+  const DeviceBlock& block = blocks_of(params)[shared.scratch()[1]];
+  const DeviceTerm& term = terms_of(params, block)[shared.scratch()[2]];
   const FirstTile tile = first_tile_of<Tile>(block, term, shared.scratch()[0]);
   const int first_row = tile.first_row, first_column = tile.first_column, r = tile.r;
   const int rows = min(Tile::rows, term.inner - first_row),
@@ -141,13 +147,13 @@ __device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared,
   }
   // [part, r, m, i] in the workspace
   const std::int64_t plane = static_cast<std::int64_t>(block.groups) * term.inner * block.in_per_group;
-  float* parts =
-      workspace + term.partials + r * plane + static_cast<std::int64_t>(first_m) * block.in_per_group + first_column;
+  float* parts = params.workspace + term.partials + r * plane +
+                 static_cast<std::int64_t>(first_m) * block.in_per_group + first_column;
   float* part = parts + tile.part * first_taps * plane;
   each_result([&](int m, int i) {
     part[static_cast<std::int64_t>(m) * block.in_per_group + i] = shared.result()[m * Tile::pitch + i];
   });
-  if (!arrive_last(shared, counters + term.counter + tile.result, term.splits)) return;
+  if (!arrive_last(shared, params.counters + term.counter + tile.result, term.splits)) return;
   each_result([&](int m, int i) {
     const float* address = parts + static_cast<std::int64_t>(m) * block.in_per_group + i;
     float sum = 0.0f;
@@ -157,13 +163,21 @@ __device__ __forceinline__ void first_gradient(const SharedMemory<Tile>& shared,
   });
 }
 
-// U[o,m,q] = sum_{i,r} dW[o,i,q+r] a[m,i,r], with the identity part of a added exactly. Then db = s * U and
-// ds = <U, b>, without recomputing K.
 // The tile of grad_b that a thread block computes.
 struct SecondTile {
   int group, first_channel, channels, first_column, columns, column_tile;
+  int taps, width;  // of b
 };
 
+// The tap of dW that tap q of b meets at tap (r_h, r_w) of a.
+__device__ __forceinline__ int kernel_tap(const DeviceBlock& block, const DeviceTerm& term, const FastDivider& width,
+                                          int q, int r_h, int r_w) {
+  return (width.quotient(q) + (block.height - term.height) / 2 + r_h) * block.width + width.remainder(q) +
+         (block.width - term.width) / 2 + r_w;
+}
+
+// U[o,m,q] = sum_{i,r} dW[o,i,q+r] a[m,i,r], with the identity part of a added exactly. Then db = s * U and
+// ds = <U, b>, without recomputing K.
 template <Products P, class Tile>
 __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared, const DeviceBlock& block,
                                                 const DeviceTerm& term, int row_tile, int column_tile,
@@ -176,26 +190,24 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
              min(block.tile_channels, block.out_per_group - first),
              column_tile * Tile::cols,
              min(Tile::cols, term.inner - column_tile * Tile::cols),
-             column_tile};
+             column_tile,
+             (term.height - term.first_height + 1) * (term.width - term.first_width + 1),
+             term.width - term.first_width + 1};
   }
   __syncthreads();
-  const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
-  const int b_taps = b_height * b_width, first_taps = term.first_height * term.first_width;
-  const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
-  const FastDivider taps(b_taps), row(b_width);
-  const auto kernel_tap = [&](int q, int r_h, int r_w) {
-    return (row.quotient(q) + top + r_h) * block.width + row.remainder(q) + left + r_w;
-  };
 
-  const Source source_a(term.a, block.in_per_group, first_taps);
-  const Source source_w(block.kernel, block.in_per_group, block.height * block.width);
   Accumulators<Sides<Tile, true, true, true>> sums;
-  for (int r = 0; r < first_taps; ++r) {
+#pragma unroll 1
+  for (int r = 0; r < term.first_height * term.first_width; ++r) {
+    const FastDivider taps(saved.taps), width(saved.width);
+    const Source source_a(term.a, block.in_per_group, term.first_height * term.first_width);
+    const Source source_w(block.kernel, block.in_per_group, block.height * block.width);
     const int r_h = r / term.first_width, r_w = r - r_h * term.first_width;
     for (int line = static_cast<int>(threadIdx.x); line < Tile::rows; line += Tile::threads) {
       const int c = taps.quotient(line), q = taps.remainder(line);
       shared.offsets()[line] =
-          c < saved.channels ? at(block.kernel, saved.first_channel + c, 0, kernel_tap(q, r_h, r_w)) : -1;
+          c < saved.channels ? at(block.kernel, saved.first_channel + c, 0, kernel_tap(block, term, width, q, r_h, r_w))
+                             : -1;
     }
     __syncthreads();
     gemm<P, Factors::none>(
@@ -209,17 +221,19 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
 
   const bool needs_scale_grad = block.grad_scales.data != nullptr && term.scale >= 0;
   const SecondTile tile = saved;
+  const FastDivider width(tile.width);
   for (int c = warp_index(); c < tile.channels; c += Tile::warps) {
     const int channel = tile.first_channel + c;
     const float scale = scale_of(block, term, channel);
-    float* rows = shared.result() + c * b_taps * Tile::pitch;
+    float* rows = shared.result() + c * tile.taps * Tile::pitch;
     // id[m, i] = 1 where i = m mod Ig
     for (int column = 0, count = 0; term.identity && column < tile.columns; column += count) {
       const int i = (tile.first_column + column) % block.in_per_group;
       count = min(tile.columns - column, block.in_per_group - i);
       float* part = rows + column;
       read_elements(
-          block.kernel, at(block.kernel, channel, i, 0), count, b_taps, [&](int q) { return kernel_tap(q, 0, 0); },
+          block.kernel, at(block.kernel, channel, i, 0), count, tile.taps,
+          [&](int q) { return kernel_tap(block, term, width, q, 0, 0); },
           [&](int i, int q, auto value) {
 #pragma unroll
             for (int v = 0; v < static_cast<int>(sizeof(value) / sizeof(float)); ++v)
@@ -229,12 +243,12 @@ __device__ __forceinline__ void second_gradient(const SharedMemory<Tile>& shared
     }
     if (term.grad_b.data != nullptr)
       write_elements(
-          term.grad_b, at(term.grad_b, channel, tile.first_column, 0), tile.columns, b_taps,
+          term.grad_b, at(term.grad_b, channel, tile.first_column, 0), tile.columns, tile.taps,
           [&](int column, int q, auto value) { return scale * as<decltype(value)>(rows + q * Tile::pitch + column); });
     float inner_product = 0.0f;
     if (needs_scale_grad)
       read_elements(
-          term.b, at(term.b, channel, tile.first_column, 0), tile.columns, b_taps, [](int q) { return q; },
+          term.b, at(term.b, channel, tile.first_column, 0), tile.columns, tile.taps, [](int q) { return q; },
           [&](int column, int q, auto value) {
             inner_product += dot(as<decltype(value)>(rows + q * Tile::pitch + column), value);
           });

@@ -6,10 +6,10 @@
 namespace orepa::cuda {
 
 // Load dW of one output channel into its rows of a tile, by one warp: all taps, or those of a smaller, centred kernel.
-template <class Tile>
+template <class Tile, int Batch = 3>
 __device__ __forceinline__ void load_upstream(float* rows, const DeviceBlock& block, const Region& region,
                                               const Window& window, int channel) {
-  read_elements(
+  read_elements<Batch>(
       block.kernel, at(block.kernel, channel, region.first_column, 0), region.columns, region.taps,
       [&](int tap) { return window.tap(tap); },
       [&](int column, int tap, auto value) { as<decltype(value)>(rows + tap * Tile::pitch + column) = value; });

@@ -42,8 +42,8 @@ __device__ __forceinline__ void separable_gradients(const SharedMemory<Tile>& sh
         region.first_channel = group_channel + first;
         region.channels = min(block.tile_channels, block.out_per_group - first);
         for (int c = warp_index(); c < region.channels; c += Tile::warps)
-          load_upstream<Tile>(shared.result() + c * taps * Tile::pitch, block, region, window,
-                              region.first_channel + c);
+          load_upstream<Tile, 1>(shared.result() + c * taps * Tile::pitch, block, region, window,
+                                 region.first_channel + c);
         __syncthreads();
         for (int c = 0; c < region.channels; ++c) {
           const int channel = region.first_channel + c;

@@ -68,14 +68,13 @@ __device__ __forceinline__ void load_quads(const DeviceView& view, int count, co
 
 // Call visit(column, tap, value), with values of one column or (float4) of four from `column` on. The elements are
 // those at `start`, in a view that has tap `tap_of(tap)` for `tap`.
-template <class TapOf, class Visit>
+template <int Batch = 3, class TapOf, class Visit>
 __device__ __forceinline__ void read_elements(const DeviceView& view, std::int64_t start, int columns, int taps,
                                               const TapOf& tap_of, const Visit& visit) {
-  constexpr int batch = 3;
   const auto at_tap = [&](int column, int tap) { return start + at(view, 0, column, tap_of(tap)); };
   if (has_column_quads(view, start, columns, taps)) {
     const FastDivider quads(columns / 4);
-    load_quads<batch>(
+    load_quads<Batch>(
         view, columns / 4 * taps, [&](int i) { return at_tap(quads.remainder(i) * 4, quads.quotient(i)); },
         [&](int i, const float4& four) { visit(quads.remainder(i) * 4, quads.quotient(i), four); });
     return;

@@ -9,15 +9,20 @@ namespace {
 
 // Add b o a (paper Eq. 3): rows (o, p), columns i, and per tap r of a a depth of inner channels m:
 //   sums[(o,p), i] += s[o] * b[o, m, p - r] * a[m, i, r]
-template <Products P, class Sides, class Tile>
+template <Products P, class Sides, class Tile, class Params>
 __device__ __forceinline__ void add_composed(Accumulators<Sides>& sums, const SharedMemory<Tile>& shared,
-                                             const DeviceBlock& block, const DeviceTerm& term, const Region& region) {
-  const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
-  const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
-  const FastDivider tile_taps(region.taps), width(block.width);
-  const Source source_a(term.a, block.in_per_group, term.first_height * term.first_width);
-  const Source source_b(term.b, term.inner, b_height * b_width);
-  for (int r = 0; r < term.first_height * term.first_width; ++r) {
+                                             const Params& params, int t, const Region& region) {
+#pragma unroll 1
+  for (int r = 0;; ++r) {
+    // Inside the loop, although the same in all its turns, because registers limit `gemm`.
+    const DeviceBlock& block = blocks_of(params)[shared.scratch()[0]];
+    const DeviceTerm& term = terms_of(params, block)[t];
+    if (r == term.first_height * term.first_width) break;
+    const int b_height = term.height - term.first_height + 1, b_width = term.width - term.first_width + 1;
+    const int top = (block.height - term.height) / 2, left = (block.width - term.width) / 2;
+    const FastDivider tile_taps(region.taps), width(block.width);
+    const Source source_a(term.a, block.in_per_group, term.first_height * term.first_width);
+    const Source source_b(term.b, term.inner, b_height * b_width);
     const int r_h = r / term.first_width, r_w = r - r_h * term.first_width;
     bool any_inside = false;
     for (int row = static_cast<int>(threadIdx.x); row < Tile::rows; row += Tile::threads) {
@@ -64,12 +69,16 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) squeeze(co
   const DeviceBlock& block = find_block(params, static_cast<int>(blockIdx.x));
   const DeviceTerm* terms = terms_of(params, block);
   Region& saved_region = *static_cast<Region*>(shared.saved());
-  if (threadIdx.x == 0) saved_region = region_of<Tile>(block, static_cast<int>(blockIdx.x) - block.first_item);
+  if (threadIdx.x == 0) {
+    saved_region = region_of<Tile>(block, static_cast<int>(blockIdx.x) - block.first_item);
+    shared.scratch()[0] = static_cast<int>(&block - blocks_of(params));
+  }
   __syncthreads();
   {
     Accumulators<Sides<Tile, false, false, true>> sums;
-    for (int t = 0; t < block.terms; ++t)
-      if (terms[t].kind == Kind::composed) add_composed<P>(sums, shared, block, terms[t], saved_region);
+    for (int t = 0; t < blocks_of(params)[shared.scratch()[0]].terms; ++t)
+      if (terms_of(params, blocks_of(params)[shared.scratch()[0]])[t].kind == Kind::composed)
+        add_composed<P>(sums, shared, params, t, saved_region);
     sums.write(shared.result(), Tile::pitch);
   }
   __syncthreads();

@@ -137,10 +137,15 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+template <class Params>
+__device__ __forceinline__ const DeviceBlock* blocks_of(const Params& params) {
+  return reinterpret_cast<const DeviceBlock*>(params.bytes);
+}
+
 // Return the block that an item belongs to, by binary search over first items.
 template <class Params>
 __device__ __forceinline__ const DeviceBlock& find_block(const Params& params, int item) {
-  const DeviceBlock* blocks = reinterpret_cast<const DeviceBlock*>(params.bytes);
+  const DeviceBlock* blocks = blocks_of(params);
   int low = 0, high = params.blocks;
   while (high - low > 1) {
     const int middle = (low + high) / 2;

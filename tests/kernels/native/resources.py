@@ -25,6 +25,8 @@ SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 KERNELS = ("forward.cu", "backward.cu")
 ALL = (75, 80, 86, 89, 90, 100, 120)
 TUNED = (80, 90)
+#: bytes that a kernel may reload per thread: two values, once per step of 32 depths, none between its matrix instructions
+ALLOWED = {"squeeze_gradients large tile, .*three products": 8}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def main() -> int:
                 f"  {k.name}  {k.registers:>3} registers, {k.stack:>3} B stack, "
                 f"{k.spill_stores}/{k.spill_loads} B spilled, {k.shared / 1024:.1f} KB shared"
             )
-            spills += arch in TUNED and k.spill_stores + k.spill_loads > 0
+            allowed = next((size for name, size in ALLOWED.items() if re.match(name, k.name)), 0)
+            spills += arch in TUNED and (k.spill_loads > allowed or (k.spill_stores > 0 and not allowed))
     if spills:
         print(f"{spills} kernels spill where they are tuned (sm_{', sm_'.join(map(str, TUNED))})")
     return 1 if spills else 0
