@@ -28,8 +28,8 @@ log = logging.getLogger("orepa_kernels")
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 #: major compute capabilities of GPUs on which the automatic choice asks Triton before CUDA: where the static bound of its
-#: products under autocast is lower (benchmarks/sass_audit.py). An estimate, until measured; nowhere today
-TRITON_FIRST: frozenset[int] = frozenset()
+#: products under autocast is lower (benchmarks/sass_audit.py). An estimate, until measured
+TRITON_FIRST = frozenset({8, 9})
 
 #: environment variable that replaces ``backend="auto"``
 ENVIRONMENT_VARIABLE = "OREPA_BACKEND"

@@ -127,10 +127,8 @@ class ConvBlock(LinearBlock):
 
     @property
     def qconfig(self) -> None:
-        """None, where that is set: torch's eager quantization then leaves the block alone.
-
-        It goes by classes, so that it would also leave a block alone that it is to quantize, and say nothing.
-        """
+        # torch's eager quantization goes by classes, so it would leave a block alone that it is to quantize, and say nothing.
+        # It leaves alone for good reason where this is None.
         if "_qconfig" not in vars(self):
             raise AttributeError("qconfig")
 
