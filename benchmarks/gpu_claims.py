@@ -17,17 +17,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from sass_audit import CHANNELS, PATHS, RESULTS
 
 from orepa.bench.problem import Problem, Shape, SqueezeCase
 from orepa_kernels import squeeze
 from orepa_kernels.dispatch import names_on
 
-AUDIT = Path(__file__).resolve().parent / "results" / "sass_audit.json"
-CHANNELS, DTYPES = (64, 128, 256, 512), {"autocast": "bf16", "fp32": "fp32"}
+#: the paths of the audit that are measured, those in channels_last, with the kernel's dtype
+DTYPES = {path: dtype for path, (dtype, contiguous, _) in PATHS.items() if not contiguous}
 #: of ncu, with the words for them
 METRICS = {
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "% of cycles issue",
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             call()
         torch.cuda.synchronize()
         return 0
-    audit = json.loads(AUDIT.read_text(encoding="utf-8"))
+    audit = json.loads(RESULTS.read_text(encoding="utf-8"))
     gpu = "sm_{}{}".format(*torch.cuda.get_device_capability())
     backends = [name for name in names_on(torch.device("cuda")) if name in ("cuda", "triton")]
     lines = verdicts([*times(backends)], [row for row in audit["bounds"] if row["gpu"] == gpu])

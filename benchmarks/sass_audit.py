@@ -65,8 +65,6 @@ MODES = ("forward", "backward")
 KEY = ("provider", "gpu", "mode", "path", "block", "tile")
 #: what the tables show
 SHOWN = ("sm_80", "sm_90")
-#: in a CUDA kernel's mangled name: how many products it takes for one
-CUDA_PRODUCTS = re.compile(r"8ProductsE(\d)")
 #: slots of a CUDA step of two rounds of the product loop that are not in it, of tile loads and control: counted by hand in the
 #: forward kernel, along the path that channels_last takes
 CUDA_STEP = 193
@@ -152,8 +150,8 @@ def cuda_rows(folder: Path) -> Iterator[Row]:
             # TF32 products are those needed, corrections are in bfloat16.
             loops = [{"macs_per_slot": round(loop.macs / loop.slots, 1), **asdict(loop)} for loop in kernel.loops]
             name, _, tile = " ".join(resources.kernel_name(kernel.name).split()).partition(" ")
-            mode, count = ("backward" if name == "squeeze_gradients" else "forward"), CUDA_PRODUCTS.search(kernel.name)
-            path_of = "" if count is None else "autocast" if count[1] == "1" else "fp32"
+            mode = "backward" if name == "squeeze_gradients" else "forward"
+            path_of = "autocast" if resources.products_of(kernel.name) == 1 else "fp32"
             used = usage[kernel.name]
             yield (
                 {"provider": "cuda", "gpu": gpu, "mode": mode, "path": path_of, "block": "", "tile": tile}
@@ -217,7 +215,7 @@ def _slots(rows: list[Row], provider: str, gpu: str, path: str, mode: str, shape
         kind = path, _block(shape.topology, shape.kernel_size), _text(tile)
         own = [row for row in own if (row["path"], row["block"], row["tile"]) == kind]
     else:
-        own = [row for row in own if row["path"] in ("", path.partition(",")[0])]
+        own = [row for row in own if row["path"] == path.partition(",")[0]]
 
     def per_product(loop: Row) -> float:
         return 1 / loop["macs_per_slot"] + (CUDA_STEP / 2 / loop["macs"] if provider == "cuda" else 0)

@@ -92,3 +92,11 @@ def test_backends_do_not_import_what_is_built_on_them():
     for name, targets in graph().items():
         if name.startswith("orepa_kernels.backends"):
             assert not targets & upper, name
+
+
+def test_helpers_of_tests_and_benchmarks_have_names_of_their_own():
+    """Both are imported by their bare names, in one process: of two files of one name, one would hide the other."""
+    tests = Path(__file__).parent
+    folders = [tests, *(folder for folder in tests.iterdir() if folder.is_dir()), tests.parent / "benchmarks"]
+    names = [path.name for folder in folders for path in folder.glob("*.py")]
+    assert len(names) > 100 and sorted(names) == sorted(set(names))

@@ -29,9 +29,14 @@ class CompiledKernel:
     """
 
     def __init__(
-        self, function: Any, programs: int, tables: Sequence[Tensor], constants: dict[str, Any], options: dict[str, int],
+        self,
+        function: Any,
+        programs: int,
+        tables: Sequence[Tensor],
+        constants: dict[str, Any],
+        options: dict[str, int],
         index: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._function, self._options, self._index = function, options, index
         self._programs, self._tensors, self._tables = programs, tables, tuple(map(Tensor.data_ptr, tables))
         self._streams: set[int] = set()

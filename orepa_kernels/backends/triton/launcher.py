@@ -65,9 +65,14 @@ class Launch:
     run: Callable[[int | tuple[int, ...]], None]
 
     def __init__(
-        self, spec: Spec, indices: Sequence[int], blocks: Sequence[Block], tensors: Sequence[Sequence[Tensor]],
-        precision: str, config: Any,
-    ) -> None:  # fmt: skip
+        self,
+        spec: Spec,
+        indices: Sequence[int],
+        blocks: Sequence[Block],
+        tensors: Sequence[Sequence[Tensor]],
+        precision: str,
+        config: Any,
+    ) -> None:
         self.spec, self.indices, self.device = spec, indices, tensors[0][0].device
         self._addresses: dict[int, AddressTables] = {}
         self._write = CompiledKernel(write_words, 1, (), {"COUNT": _WORDS}, {"num_warps": 1}, self.device.index)
@@ -168,9 +173,10 @@ class BackwardLaunch(Launch):
 
     def _run_both(self, addresses: int | tuple[int, ...]) -> None:
         workspace = self._new_workspace()
-        self._parts(addresses, workspace.data_ptr())
+        address = workspace.data_ptr()
+        self._parts(addresses, address)
         if self._sums is not None:
-            self._sums(addresses, workspace.data_ptr())
+            self._sums(addresses, address)
 
 
 def kernel_arguments(config: Any, spec: Spec, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -291,8 +297,10 @@ class PreparedLaunches(Prepared):
         rows = zip(self._blocks, operands, kernels, strict=True)
         specs = {index: forward_spec(*row) for index, row in enumerate(rows)}
         slots = [[*part, kernel] for part, kernel in zip(operands, kernels, strict=True)]
-        of = configs.forward_choices
-        return [make_launch(ForwardLaunch, of, *shared, self._blocks, slots) for shared in _by_structure(specs)]
+        return [
+            make_launch(ForwardLaunch, configs.forward_choices, *shared, self._blocks, slots)
+            for shared in _by_structure(specs)
+        ]
 
     def _make_backward(
         self, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None], gradients: Gradients
@@ -304,18 +312,23 @@ class PreparedLaunches(Prepared):
             slots.append([*operands, *([] if output is None else [output]), *made])
             if output is not None and made:
                 specs[index] = backward_spec(block, operands, output, part)
-        of = configs.backward_choices
-        return [make_launch(BackwardLaunch, of, *shared, self._blocks, slots) for shared in _by_structure(specs)]
+        return [
+            make_launch(BackwardLaunch, configs.backward_choices, *shared, self._blocks, slots)
+            for shared in _by_structure(specs)
+        ]
 
 
 def make_launch(
-    kind: Callable[..., Launch], choices_of: Callable[[Spec, int, str], Sequence[configs.Config]],
-    spec: Spec, indices: Sequence[int], blocks: Sequence[Block], slots: Sequence[Sequence[Tensor]],
-) -> Any:  # fmt: skip
+    kind: Callable[..., Launch],
+    choices_of: Callable[[Spec, int, str], Sequence[configs.Config]],
+    spec: Spec,
+    indices: Sequence[int],
+    blocks: Sequence[Block],
+    slots: Sequence[Sequence[Tensor]],
+) -> Any:
     """Make the launch of those blocks of a call, by their ``indices``, that have one structure.
 
-    Tiles are the heuristic's of ``choices_of``, or with tuning the fastest. ``slots`` are per block the
-    tensors of the spec.
+    Tiles are the heuristic's of ``choices_of``, or with tuning the fastest. ``slots`` are per block the tensors of the spec.
     """
     chosen, tensors = [blocks[index] for index in indices], [slots[index] for index in indices]
     device = tensors[0][0].device

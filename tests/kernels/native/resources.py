@@ -58,11 +58,16 @@ def tile_of(mangled: str) -> str:
     return "large" if "large_shape" in mangled else "small"
 
 
+def products_of(mangled: str) -> int:
+    """Return how many products of tensor cores a kernel takes for one, given its mangled name."""
+    return 1 if "ProductsE1E" in mangled else 3
+
+
 def kernel_name(mangled: str) -> str:
     """Return a readable name such as ``squeeze_gradients large tile, 32 KB of parameters, one product``."""
     name = "squeeze_gradients" if "squeeze_gradients" in mangled else "squeeze"
     parameters = re.search(r"KernelParamsILi(\d+)E", mangled)
-    products = "one product" if re.search(r"ProductsE1E", mangled) else "three products"
+    products = "one product" if products_of(mangled) == 1 else "three products"
     size = round(int(parameters[1]) / 1024) if parameters else "?"
     return f"{name:<18}{tile_of(mangled)} tile, {size:>2} KB of parameters, {products}"
 
